@@ -333,27 +333,27 @@ fn nothing_is_left_of_a_thousand_programs() {
 const PROGRAMS: usize = 100;
 
 /// What a connection's program does, where `$0` is a marker, and how its client takes part.
-const KINDS: [(&str, Farewell); 5] = [
-    ("echo begun; exec cat", Farewell::HalfClose),
-    ("echo begun; exec cat", Farewell::Drop),
+const KINDS: [(&str, LastStep); 5] = [
+    ("echo begun; exec cat", LastStep::HalfClose),
+    ("echo begun; exec cat", LastStep::Drop),
     // With grandchildren in the background, which have its output.
     (
         "sleep 1000 & sh -c 'sleep 1000 & sleep 1000' \"$0\" & echo begun; wait",
-        Farewell::Drop,
+        LastStep::Drop,
     ),
     // Deaf to all but SIGKILL, and so is its child; one goes on writing, the other is silent.
     (
         "trap '' HUP TERM PIPE; echo begun; sh -c 'while :; do sleep 1; done' \"$0\" & while :; do echo on 2>/dev/null; sleep 1; done",
-        Farewell::Drop,
+        LastStep::Drop,
     ),
     (
         "trap '' HUP TERM PIPE; echo begun; sh -c 'sleep 1000' \"$0\" & while :; do sleep 1; done",
-        Farewell::HalfClose,
+        LastStep::HalfClose,
     ),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Farewell {
+enum LastStep {
     HalfClose,
     Drop,
 }
@@ -396,7 +396,7 @@ fn with_all_kinds(dir: &Path, mark: &str) -> Running {
 }
 
 /// The clients of so many programs, all of which have begun.
-fn clients(dir: &Path, count: usize) -> Vec<(UnixStream, Farewell)> {
+fn clients(dir: &Path, count: usize) -> Vec<(UnixStream, LastStep)> {
     let connect = |number: usize| {
         let kind = number % KINDS.len();
         let client = unix_client(&dir.join(format!("s{kind}")));
@@ -423,7 +423,7 @@ fn nothing_is_left_of_programs_under_load() {
     let before = hvsock.descriptors();
     for _ in 0..count.div_ceil(100) {
         let mut clients = clients(dir.path(), 100);
-        clients.retain(|(_, farewell)| *farewell == Farewell::HalfClose);
+        clients.retain(|(_, last_step)| *last_step == LastStep::HalfClose);
         clients.iter().for_each(|(client, _)| client.half_close());
         for (mut client, _) in clients {
             // That of a deaf one is cut in the end.

@@ -452,3 +452,95 @@ fn the_engine_imports_what_its_table_says() {
     assert!(rows.len() > 10, "the table is not found");
     assert!(wrong.is_empty(), "src/engine/mod.rs: {}", wrong.join("; "));
 }
+
+/// The private words that design and code once had, each with the word of the field that is used in
+/// its place, and the files in which it means something else.
+const REPLACED_WORDS: [(&str, &str, &[&str]); 19] = [
+    ("bell", "notifier", &[]),
+    ("board", "status cell", &[]),
+    ("books", "counts", &[]),
+    ("bridge", "adapter, relay threads", &[]),
+    ("complaint", "log limiter, error", &[]),
+    ("complaints", "log limiter, errors", &[]),
+    ("crossing", "adapter, relay threads", &[]),
+    ("crowd", "clients", &[]),
+    ("delicate", "needs_graceful_close", &[]),
+    ("farewell", "graceful close", &[]),
+    ("forgive", "end_slowness", &[]),
+    ("hurry", "phase of the stop", &[]),
+    // Of text: what is left out.
+    ("leaving", "closing", &["address/uri.rs"]),
+    ("polite", "graceful, orderly", &[]),
+    ("presence", "health", &[]),
+    ("quiet", "idle", &[]),
+    ("shelf", "free list", &[]),
+    ("thawed", "resumed_at", &[]),
+    ("ticket", "slot", &[]),
+];
+
+/// Functions of these names say nothing of their object, with the files that may have them.
+const NAMELESS_FUNCTIONS: [(&str, &[&str]); 4] = [
+    ("again", &["app/serve.rs"]),
+    ("apart", &[]),
+    ("is", &[]),
+    ("tell", &[]),
+];
+
+/// Splits text into its words: those of sentences, and those of names in either case.
+fn words(text: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut before = ' ';
+    for c in text.chars() {
+        let begins = c.is_uppercase() && before.is_lowercase();
+        if begins || !c.is_alphabetic() {
+            words.push(String::new());
+        }
+        if c.is_alphabetic() {
+            let word = words.last_mut().expect("there is always one");
+            word.extend(c.to_lowercase());
+        }
+        before = c;
+    }
+    words
+}
+
+/// Returns all files below a folder of the sources.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => files.extend(files_below(&path)),
+            false => files.push(path),
+        }
+    }
+    files
+}
+
+#[test]
+fn a_thing_has_the_word_that_its_field_has_for_it() {
+    let files = files_below(&source());
+    assert!(files.len() > 300, "the sources are not found");
+    let mut wrong = Vec::new();
+    for path in files {
+        let file = path.strip_prefix(source()).unwrap();
+        let file = file.to_str().unwrap().replace('\\', "/");
+        let text = fs::read_to_string(&path).unwrap();
+        for (number, line) in text.lines().enumerate() {
+            let words = words(line);
+            for (word, instead, exceptions) in REPLACED_WORDS {
+                let is_used = words.iter().any(|it| it == word);
+                if is_used && !exceptions.contains(&file.as_str()) {
+                    wrong.push(format!("{file}:{}: {word} is {instead}", number + 1));
+                }
+            }
+            for (name, exceptions) in NAMELESS_FUNCTIONS {
+                let mut begins = [format!("fn {name}("), format!("fn {name}<")].into_iter();
+                if begins.any(|it| line.contains(&it)) && !exceptions.contains(&file.as_str()) {
+                    wrong.push(format!("{file}:{}: fn {name}: of what?", number + 1));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -682,13 +682,13 @@ fn no_signal_and_no_end_of_a_session_ends_it() {
 
 /// Starts the command as a keeper of a protocol, with the proxy's ends of its sockets.
 fn keeper_process(protocol: &str) -> (Mortal, UnixStream, UnixStream) {
-    let (bell, other_bell) = UnixStream::pair().unwrap();
+    let (notifier, other_notifier) = UnixStream::pair().unwrap();
     let (orders, other_orders) = UnixStream::pair().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
     command.args(["keeper", protocol]);
-    command.stdin(Stdio::from(OwnedFd::from(other_bell)));
+    command.stdin(Stdio::from(OwnedFd::from(other_notifier)));
     command.stdout(Stdio::from(OwnedFd::from(other_orders)));
-    (Mortal(command.spawn().unwrap()), bell, orders)
+    (Mortal(command.spawn().unwrap()), notifier, orders)
 }
 
 #[test]
@@ -698,10 +698,10 @@ fn a_proxy_goes_on_without_a_keeper_that_does_not_know_its_protocol() {
         assert_eq!(keeper.exit_code(), Some(3), "{protocol}");
     }
     for protocol in ["1", "2"] {
-        let (mut keeper, bell, orders) = keeper_process(protocol);
+        let (mut keeper, notifier, orders) = keeper_process(protocol);
         // Orders that it can't know.
         (&orders).write_all(&[0xff; 12]).unwrap();
-        drop((bell, orders));
+        drop((notifier, orders));
         assert_eq!(keeper.exit_code(), Some(0));
     }
     let by_hand = command::run(&["keeper", "1"]);

@@ -55,7 +55,7 @@ pub use port::{Port, PortError};
 pub use tcp::{Host, IpFamily, TcpAddress};
 #[cfg(feature = "cli")]
 pub(crate) use text::as_text;
-pub(crate) use transport::{HalfClose, Refusal, Reset, SeenBy, SocketKind, VmTraits, Waiter};
+pub(crate) use transport::{EofRefusal, HalfClose, Reset, SeenBy, SocketKind, VmTraits, Waiter};
 pub use unix::{UnixAddress, VsockMuxAddress};
 pub use vm::AnyVm;
 pub use vsock::{CID_ANY, CID_HOST, CID_HYPERVISOR, CID_LOCAL, PORT_ANY, VsockAddress};
@@ -84,8 +84,8 @@ pub enum Address {
 }
 
 impl Address {
-    /// Parses what may be no UTF-8, as arguments of a command may: a path that stands there as it is,
-    /// or a URI, in which such bytes mean the same as percent-encoded ones.
+    /// Parses what may be no UTF-8, as arguments of a command may: a path that stands there as it
+    /// is, or a URI, in which such bytes mean the same as percent-encoded ones.
     ///
     /// # Errors
     /// As those of `Address::from_str`.

@@ -37,7 +37,28 @@ pub(crate) enum Refusal {
     /// The connect, or the handshake behind it, fails.
     Error,
     /// The connect succeeds, and an EOF comes before the first byte.
-    Eof,
+    Eof(EofRefusal),
+}
+
+/// What tells a refusal by an EOF from an empty answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EofRefusal {
+    /// How long a refusal may take to come. A half-close is held back so long: an EOF before it is
+    /// a refusal, one after it is an empty answer.
+    pub(crate) wait: Duration,
+    /// How many bytes can lie unread between us and a guest that has not accepted. If more was
+    /// delivered, it has accepted.
+    pub(crate) unread: u64,
+}
+
+impl Refusal {
+    /// Returns what is known of a refusal by an EOF, if this is one.
+    pub(crate) fn by_eof(self) -> Option<EofRefusal> {
+        match self {
+            Refusal::Error => None,
+            Refusal::Eof(refusal) => Some(refusal),
+        }
+    }
 }
 
 /// What a half-close ends.
@@ -145,7 +166,12 @@ const ORDINARY: Transport = Transport {
 pub(super) const HYPERKIT: Transport = Transport {
     scheme: "hyperkit",
     example: "hyperkit://:80/path/to/state",
-    refusal: Refusal::Eof,
+    refusal: Refusal::Eof(EofRefusal {
+        // hyperkit refuses some 50 µs after the dial.
+        wait: Duration::from_millis(10),
+        // It asks for socket buffers of 256 KiB (`DEFAULT_WRITE_BUF_LENGTH`); kernels double it.
+        unread: 1024 * 1024,
+    }),
     needs_graceful_close: true,
     vm: VmTraits {
         needs_pacing: true,
@@ -350,8 +376,8 @@ impl Address {
         }
     }
 
-    /// Returns why nothing can ever listen there, and what can be done about it; `None` if something
-    /// can.
+    /// Returns why nothing can ever listen there, and what can be done about it; `None` if
+    /// something can.
     pub(crate) fn why_no_listener(&self) -> Option<(&'static str, &'static str)> {
         let why = match self {
             Address::Exec(_) => "a program is connected to, not listened on",

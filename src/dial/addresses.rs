@@ -8,13 +8,14 @@ use super::interleave_families;
 use crate::address::Address;
 use crate::lock::lock;
 
-/// How long an address is tried after the others, once it has failed or was slower than one of them.
+/// How long an address is tried after the others, once it has failed or was slower than one of
+/// them.
 const REMEMBERED: Duration = Duration::from_secs(60);
 
-/// How many are remembered: the latest.
+/// How many addresses are remembered, the latest ones.
 const MOST_REMEMBERED: usize = 64;
 
-/// What is known to this process' own dials, which are not those of a forward.
+/// The addresses that dials outside of any forward know of.
 static OWN: Mutex<Addresses> = Mutex::new(Addresses { failed: Vec::new() });
 
 /// Addresses that have failed lately.
@@ -24,14 +25,13 @@ pub(crate) struct Addresses {
 }
 
 impl Addresses {
-    /// Returns what this process' own dials know, which are not those of a forward. The lock is held
-    /// for moments.
+    /// Returns what dials outside of any forward know. The lock is held for moments.
     pub(crate) fn own() -> MutexGuard<'static, Addresses> {
         lock(&OWN)
     }
 
-    /// Returns the addresses that the name in `target` was resolved to in the order in which they are
-    /// to be tried: those of its family of IP.
+    /// Returns the addresses that the name in `target` was resolved to in the order in which they
+    /// are to be tried: those of its family of IP.
     pub(crate) fn order(
         &mut self,
         target: &Address,
@@ -42,7 +42,7 @@ impl Addresses {
         let family = target.as_tcp().map(|tcp| tcp.family).unwrap_or_default();
         found.retain(|address| family.includes(&address.ip()));
         let mut found = interleave_families(found);
-        // The sort is stable.
+        // The sort is stable: addresses that have not failed keep their order.
         found.sort_by_key(|address| self.failed.iter().any(|(failed, _)| failed == address));
         found
     }

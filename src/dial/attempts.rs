@@ -26,7 +26,7 @@ impl Attempts {
     /// Begins to connect to the dial's endpoint. Returns what to wait for.
     ///
     /// # Errors
-    /// Why that can't be; `NotFound` if there is no endpoint.
+    /// Returns why that can't be; `NotFound` if there is no endpoint.
     pub(crate) fn begin(&mut self) -> io::Result<Begun> {
         let Some(endpoint) = self.race.dial.endpoint() else {
             let why = "the name has no address";
@@ -46,7 +46,7 @@ impl Attempts {
     /// [then](Attempts::wait_until).
     ///
     /// # Errors
-    /// The error of the last one, if none is under way any more; `TimedOut`.
+    /// Returns the error of the last one, if none is under way any more; `TimedOut`.
     pub(crate) fn go_on(&mut self, now: Instant) -> io::Result<bool> {
         loop {
             let look = self.race.look_at_earlier(now, Stream::connected);
@@ -99,7 +99,7 @@ impl Attempts {
         }
     }
 
-    /// Notes that the latest has succeeded.
+    /// Notes that the latest attempt has succeeded.
     fn win(&mut self, now: Instant) -> bool {
         if let Some(Endpoint::Tcp(address)) = self.race.dial.endpoint() {
             Addresses::own().note_success(*address);
@@ -117,10 +117,10 @@ impl Attempts {
         next.map_or(deadline, |next| next.min(deadline))
     }
 
-    /// Goes on with the handshake of the one that has succeeded. Returns whether it is done.
+    /// Goes on with the handshake of the attempt that has succeeded. Returns whether it is done.
     ///
     /// # Errors
-    /// Why the peer can't be connected to.
+    /// Returns why the peer can't be connected to.
     pub(crate) fn shake_hands(&mut self) -> io::Result<bool> {
         match &mut self.latest {
             Some(stream) => self.race.dial.shake_hands(stream),
@@ -128,20 +128,20 @@ impl Attempts {
         }
     }
 
-    /// Returns those that are under way.
+    /// Returns the streams of the attempts that are under way.
     pub(crate) fn streams(&self) -> impl Iterator<Item = &Stream> {
         self.race.earlier().chain(&self.latest)
     }
 
-    /// Takes the one that has succeeded.
+    /// Takes the stream that has succeeded.
     ///
     /// # Errors
-    /// `NotConnected` if there is none.
+    /// Returns `NotConnected` if there is none.
     pub(crate) fn take(&mut self) -> io::Result<Stream> {
         self.latest.take().ok_or(io::ErrorKind::NotConnected.into())
     }
 
-    /// Notes that all have failed. Returns what to do next.
+    /// Notes that all attempts have failed. Returns what to do next.
     pub(crate) fn note_failure(&mut self, now: Instant, error: io::Error) -> Next {
         self.latest = None;
         self.race.dial.note_failure(now, error)

@@ -22,10 +22,10 @@ use super::{Addresses, Attempts, Begun, Dial, Next, explain};
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How often a connect that can be cancelled checks whether it is.
+/// How often a connect checks whether it was cancelled.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Tells whether a connect is cancelled; `None`: it never is.
+/// A function that tells whether a connect is cancelled; `None`: it never is.
 type IsCancelled<'a> = Option<&'a dyn Fn() -> bool>;
 
 fn check_cancelled(is_cancelled: IsCancelled<'_>) -> io::Result<()> {
@@ -61,7 +61,7 @@ impl Stream {
     /// ```
     ///
     /// # Errors
-    /// As there.
+    /// Returns the errors of [`connect_timeout`](Stream::connect_timeout).
     pub fn connect(address: &Address) -> Result<Stream> {
         Stream::connect_timeout(address, limit_timeout(address, CONNECT_TIMEOUT))
     }
@@ -74,9 +74,10 @@ impl Stream {
     /// `BrokenPipe`.
     ///
     /// # Errors
-    /// `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nothing listens there; `NotFound` if
-    /// there is no such socket or name; `TimedOut`; `InvalidInput` if `timeout` is zero;
-    /// `Unsupported` for a family that this system doesn't carry; what the kernel says otherwise.
+    /// Returns `ConnectionRefused` (AF_VSOCK: `ConnectionReset`) if nothing listens there;
+    /// `NotFound` if there is no such socket or name; `TimedOut`; `InvalidInput` if `timeout` is
+    /// zero; `Unsupported` for a family that this system doesn't carry; what the kernel says
+    /// otherwise.
     pub fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
         refuse_zero(Some(timeout)).map_err(|e| Error::new(Operation::Connect, address, e))?;
         dial(address, timeout, None)
@@ -86,7 +87,7 @@ impl Stream {
     /// before.
     ///
     /// # Errors
-    /// As there; `Interrupted` if it was cancelled.
+    /// Returns the same errors; `Interrupted` if it was cancelled.
     #[cfg(feature = "cli")]
     pub(crate) fn connect_unless(
         address: &Address,
@@ -132,7 +133,7 @@ fn dial(address: &Address, timeout: Duration, is_cancelled: IsCancelled<'_>) -> 
 /// Starts a program as a dial of it does, unless that is cancelled before. Its end is told.
 ///
 /// # Errors
-/// Why it can't be started; `Interrupted` if that was cancelled.
+/// Returns why it can't be started; `Interrupted` if that was cancelled.
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) fn start_program_unless(
     exec: &ExecAddress,
@@ -157,7 +158,7 @@ fn call_cancellable<T: Send + 'static>(
     }
     let fail = |cause| Error::new(Operation::Connect, address, cause);
     let (sender, receiver) = channel();
-    // Without a receiver it was cancelled.
+    // If there is no receiver any more, it was cancelled.
     let call = move || drop(sender.send(call()));
     thread::Builder::new().spawn(call).map_err(fail)?;
     loop {
@@ -180,7 +181,7 @@ pub(crate) fn limit_timeout(address: &Address, timeout: Duration) -> Duration {
 /// Checks that this system has sockets of the family, where a connect blocks.
 ///
 /// # Errors
-/// Why it hasn't.
+/// Returns why it hasn't.
 pub(crate) fn check_supported(address: &Address) -> Result<()> {
     match address {
         #[cfg(windows)]
@@ -241,7 +242,7 @@ fn attempt(attempts: &mut Attempts, is_cancelled: IsCancelled<'_>) -> io::Result
     attempts.take()
 }
 
-/// Waits for a while; the caller looks at what has come of it.
+/// Waits until an attempt may have gone on, or for a while.
 fn wait(attempts: &Attempts, wanted: Wanted, is_cancelled: IsCancelled<'_>) -> io::Result<()> {
     check_cancelled(is_cancelled)?;
     let left = time_left(attempts.wait_until(), is_cancelled);

@@ -23,8 +23,8 @@ const BUFFER: usize = 64 * 1024;
 /// Opens a file. Returns the connection on which it is sent.
 ///
 /// # Errors
-/// Why it can't be read: `NotFound` if it isn't there, `IsADirectory`, `InvalidInput` if it is
-/// anything else but a file with content.
+/// Returns why it can't be read: `NotFound` if it isn't there, `IsADirectory`, `InvalidInput` if it
+/// is anything else but a file with content.
 pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStream> {
     let fail = |cause: io::Error| {
         let remedy = match cause.kind() {
@@ -42,7 +42,7 @@ pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStrea
     }
     ours.set_nonblocking(true).map_err(fail)?;
     let thread = thread::Builder::new().name("hvsock-file".into());
-    // What can't be sent is nobody's to take any more.
+    // If sending fails, nobody is left to receive the rest.
     let send = move || drop(send(file, ours));
     thread.spawn(send).map_err(fail)?;
     Ok(near)

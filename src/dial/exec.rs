@@ -2,8 +2,8 @@
 //!
 //! The connection is a Unix socket, as any other is. A thread is at its other end: it carries the
 //! bytes between it and a second socket pair (or a terminal), of which the program has the other
-//! end, and reaps the program. So a program needs no signal handler of ours, a connection that is cut
-//! is told from a program that has done, and neither costs the loop anything.
+//! end, and reaps the program. So no signal handler is needed, a connection that was cut is told
+//! from a program that is done, and the loop has no work with either.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -28,13 +28,14 @@ use crate::sys::{self, Leads};
 /// How long a program whose connection was cut may take to end after SIGHUP.
 pub(crate) const HANG_UP: Duration = Duration::from_secs(5);
 
-/// How often it is looked whether such a program has ended, first and at most.
+/// The first and the longest pause between two looks whether such a program has ended.
 const LOOKS: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(100)];
 
 /// How many bytes are carried at once.
 const BUFFER: usize = 64 * 1024;
 
-/// What service managers tell of themselves, and not of the programs of those they manage.
+/// The variables by which a service manager tells this process about itself. They are not for the
+/// programs that it starts.
 const OURS: [&str; 6] = [
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -44,18 +45,18 @@ const OURS: [&str; 6] = [
     "LISTEN_FDNAMES",
 ];
 
-/// The programs that are connected, for who ends to wait until those are ended that were cut off.
+/// The programs that are connected. At the end of a proxy those that were cut off are waited for.
 #[derive(Debug, Default)]
 pub(crate) struct Programs {
     connected: Mutex<usize>,
     fewer: Condvar,
 }
 
-/// Those that no proxy has started.
+/// The programs that no proxy has started.
 static ALONE: LazyLock<Arc<Programs>> = LazyLock::new(Arc::default);
 
 impl Programs {
-    /// Returns those that no proxy has started.
+    /// Returns the programs that no proxy has started.
     pub(crate) fn alone() -> Arc<Programs> {
         Arc::clone(&ALONE)
     }
@@ -103,7 +104,7 @@ pub(crate) enum ProgramEnd {
 /// own, and possibly before this returns.
 ///
 /// # Errors
-/// Why it can't be started; nothing is told then.
+/// Returns why it can't be started; nothing is told then.
 pub(crate) fn start(
     exec: &ExecAddress,
     programs: &Arc<Programs>,
@@ -126,7 +127,7 @@ pub(crate) fn start(
     };
     let thread = thread::Builder::new().name("hvsock-exec".into());
     thread.spawn(attend).map_err(fail)?;
-    // Without an answer the thread has panicked.
+    // If no answer comes, the thread has panicked.
     let answer = is_started.recv();
     answer
         .unwrap_or_else(|_| Err(io::Error::other("its thread has ended")))
@@ -152,12 +153,12 @@ fn attend(
     };
     let (program, id) = (exec.program.display(), child.id());
     debug!(program = %program.to_string().escape_debug(), process = id, "started");
-    // The dial may have been given up.
+    // The dial may have been given up meanwhile.
     let _ = started.send(Ok(()));
     let mut carrier = Carrier::new(near, far);
     let log = |status: &io::Result<ExitStatus>| match status {
         Ok(status) => debug!(process = id, "{}", describe(*status)),
-        // Another part of the program reaps children that it doesn't know.
+        // Another part of this program reaps all children, this one included.
         Err(e) => debug!(process = id, "ended; its status can't be had: {e}"),
     };
     match carrier.run() {
@@ -189,7 +190,7 @@ fn describe(status: ExitStatus) -> String {
 
 /// Starts a program. Returns our end of its standard input and output.
 fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
-    // A program without a slash would be searched for.
+    // A path without a slash would be searched for in `$PATH`.
     let program = std::path::absolute(&exec.program)?;
     let mut command = Command::new(program);
     command.args(&exec.args).envs(exec.env.iter().cloned());
@@ -229,12 +230,12 @@ fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
 
 /// Ends a program whose connection was cut, with its group: SIGHUP, then SIGKILL.
 ///
-/// Until then its input doesn't end: what has come of it must not be taken for all.
+/// Its input doesn't end before that: the program must not take what it has received for all.
 fn hang_up(child: &mut Child, far: Far) -> io::Result<ExitStatus> {
     let group = child.id();
     sys::hang_up_group(group);
     let far = match far {
-        // Those of its session that lead other groups hear of it by the terminal.
+        // Processes of its session in other groups get SIGHUP from the terminal.
         Far::Terminal { .. } => None,
         socket @ Far::Socket(_) => Some(socket),
     };
@@ -244,7 +245,7 @@ fn hang_up(child: &mut Child, far: Far) -> io::Result<ExitStatus> {
         if status.is_none() {
             status = child.try_wait()?;
         }
-        // The number is taken as long as one of the group lives.
+        // The group's number is not used again as long as one of its processes lives.
         if status.is_some() && !sys::has_group(group) {
             break;
         }
@@ -264,7 +265,7 @@ enum Far {
     Socket(UnixStream),
     Terminal {
         terminal: File,
-        /// Something was written behind the last end of a line.
+        /// Whether something was written since the last end of a line.
         in_line: bool,
     },
 }
@@ -304,7 +305,7 @@ impl Far {
                 let _ = socket.shutdown(Shutdown::Write);
                 Vec::new()
             }
-            // The first one in a line only ends that.
+            // The first EOF character in a line only ends the line.
             Far::Terminal { terminal, in_line } => {
                 vec![sys::end_of_input(terminal); 1 + usize::from(*in_line)]
             }
@@ -329,7 +330,7 @@ impl AsFd for Far {
     }
 }
 
-/// How carrying has ended.
+/// The reason for which carrying has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Carried {
     /// The program has ended its output, and all of it was delivered.
@@ -351,11 +352,11 @@ struct Carrier {
 /// One direction.
 struct Flow {
     buffer: Vec<u8>,
-    /// What is to be written.
+    /// The bytes of the buffer that are still to be written.
     left: std::ops::Range<usize>,
-    /// What is read has ended.
+    /// Whether the source has ended.
     ended: bool,
-    /// The end was passed on, or nothing can be written any more.
+    /// Whether the end was passed on, or nothing can be written any more.
     closed: bool,
 }
 
@@ -385,8 +386,8 @@ impl Flow {
             Ok(0) => self.ended = true,
             Ok(count) => self.left = 0..count,
             Err(e) if would_wait(&e) => {}
-            // Of a program that has ended without reading all that was sent (ECONNRESET), of a
-            // terminal that nobody has any more (EIO).
+            // This comes from a program that has ended without reading all that was sent
+            // (ECONNRESET), and from a terminal that nobody has any more (EIO).
             Err(_) => self.ended = true,
         }
     }
@@ -428,7 +429,8 @@ impl Carrier {
         let mut ends_input = false;
         loop {
             self.up.fill(|buffer| self.near.read(buffer));
-            // Before an end is passed on that is none of the client's.
+            // This is checked first: an EOF of a connection that was cut is not the client's, and
+            // must not be passed on.
             if sys::is_closed_by_peer(&self.near) {
                 return self.end();
             }
@@ -485,9 +487,9 @@ impl Carrier {
         };
         let near = events(up.wants_to_read(), down.wants_to_write());
         let far = events(down.wants_to_read(), up.wants_to_write());
-        // Its end is always of interest.
+        // The end of the connection is always of interest.
         let mut asked = vec![PollFd::new(self.near.as_fd(), near)];
-        // It would say without end that it has ended.
+        // A descriptor that has ended would be ready all the time.
         if !far.is_empty() {
             asked.push(PollFd::new(self.far.as_fd(), far));
         }
@@ -497,13 +499,12 @@ impl Carrier {
             .iter()
             .any(|it| it.revents().is_some_and(|now| now.intersects(useful)));
         if answered && !has_work && !sys::is_closed_by_peer(&self.near) {
-            // macOS says of a half-close, without end, that the socket has hung up.
+            // macOS reports a half-close all the time, as a hang-up.
             thread::sleep(LOOKS[1]);
         }
     }
 
-    /// Closes the connection: what the client has sent and nobody has read is no error of the
-    /// output.
+    /// Ends the connection and reads what nobody has read, so that its close is no reset.
     fn close(&mut self) {
         let _ = self.near.shutdown(Shutdown::Both);
         let mut unread = [0; 4096];

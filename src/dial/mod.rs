@@ -52,9 +52,9 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// What to do after a failed attempt.
 #[derive(Debug)]
 pub(crate) enum Next {
-    /// Try [`Dial::endpoint`], now another one.
+    /// Try the new [`Dial::endpoint`] now.
     Now,
-    /// Try again then.
+    /// Try the same one again at that time.
     At(Instant),
     /// Give up, with this error.
     GiveUp(io::Error),
@@ -77,9 +77,9 @@ pub(crate) struct Dial {
     deadline: Instant,
     pause: Duration,
     handshake: Option<Handshake>,
-    /// When the attempt under way is given up for the next one.
+    /// The time at which the attempt under way is given up for the next one.
     attempt_deadline: Instant,
-    /// When the next one may be made beside it.
+    /// The time at which the next one may be made beside it.
     race_at: Instant,
     has_raced: bool,
 }
@@ -175,7 +175,7 @@ impl Dial {
     /// Goes on with the handshake of the socket's family. Returns whether it is done.
     ///
     /// # Errors
-    /// Why the peer can't be connected to.
+    /// Returns why the peer can't be connected to.
     pub(crate) fn shake_hands(&mut self, socket: &mut impl Socket) -> io::Result<bool> {
         match &mut self.handshake {
             Some(handshake) => handshake.advance(socket),
@@ -230,7 +230,7 @@ fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 /// program is told.
 ///
 /// # Errors
-/// Why it can't be had; `Unsupported` for an address of another family.
+/// Returns why it can't be had; `Unsupported` for an address of another family.
 #[cfg(unix)]
 pub(crate) fn on_thread(
     address: &Address,

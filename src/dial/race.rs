@@ -21,21 +21,21 @@ pub(crate) struct Attempt<S> {
     pub(crate) endpoint: Endpoint,
 }
 
-/// A dial, and its attempts but the latest one, whose socket its owner has.
+/// A dial, and its attempts except for the latest, whose socket the owner of the race has.
 #[derive(Debug)]
 pub(crate) struct Race<S> {
     pub(crate) dial: Dial,
-    /// The oldest first.
+    /// The earlier attempts, the oldest first.
     earlier: Vec<Attempt<S>>,
 }
 
-/// What a look at the earlier attempts has found.
+/// The result of a look at the earlier attempts.
 #[derive(Debug)]
 pub(crate) struct Look<S> {
-    /// One that is connected, and the sockets of the attempts that were made after it. The dial's
-    /// endpoint is its own then.
+    /// The socket that is connected, if one is, and those of the attempts that were made after it.
+    /// The dial's endpoint is then that of the first one.
     pub(crate) winner: Option<(S, Vec<S>)>,
-    /// Those that have failed.
+    /// The attempts that have failed.
     pub(crate) failed: Vec<Attempt<S>>,
 }
 
@@ -66,7 +66,7 @@ impl<S> Race<S> {
         skipped
     }
 
-    /// Looks which of the earlier attempts have an answer.
+    /// Finds the earlier attempts that have an answer.
     pub(crate) fn look_at_earlier(
         &mut self,
         now: Instant,

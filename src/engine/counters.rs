@@ -131,6 +131,7 @@ pub(crate) fn add_one(counter: &AtomicU64) {
 }
 
 impl Tally {
+    /// Counts a client that was refused.
     pub(crate) fn count_refusal(&self, reason: RefusalReason) {
         add_one(&self.refusals[reason as usize]);
     }
@@ -147,6 +148,7 @@ impl Tally {
         }
     }
 
+    /// Returns the counters as they are now.
     pub(crate) fn counters(&self) -> Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let of = |reason: RefusalReason| get(&self.refusals[reason as usize]);

@@ -1,4 +1,4 @@
-//! The last connections that have ended, for whoever asks why one has.
+//! The last connections that have ended.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use tracing::warn;
 
-use crate::address::{Address, HalfClose, Reset, Waiter};
+use crate::address::{Address, EofRefusal, HalfClose, Reset, Waiter};
 use crate::dial::Addresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
@@ -186,6 +186,7 @@ impl Forward {
         lock(&self.addresses)
     }
 
+    /// Returns whether the forward was removed and the time of its connections is over.
     pub(crate) fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Acquire)
     }
@@ -209,6 +210,11 @@ impl Forward {
     /// so that an adapter is needed between them.
     pub(crate) fn needs_adapter(&self, side: Side) -> bool {
         self.is_blocking(side) && self.waiters[side.other()] == Waiter::Poller
+    }
+
+    /// Returns what is known of a refusal of the target, if its family refuses by an EOF.
+    pub(crate) fn refusal_by_eof(&self) -> Option<EofRefusal> {
+        self.rule.connect.transport().refusal.by_eof()
     }
 
     /// Returns whether a half-close that `side` reads makes its VMM end the guest's direction as
@@ -297,6 +303,7 @@ impl Forward {
         }
     }
 
+    /// Logs a change of the target's health, where no gate does.
     fn log_change(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let mut forwards = ForwardsTo::default();
@@ -305,6 +312,7 @@ impl Forward {
         }
     }
 
+    /// Returns the forward's status.
     pub(crate) fn status(&self, now: Instant) -> ForwardStatus {
         ForwardStatus {
             id: self.id,

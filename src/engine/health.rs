@@ -68,6 +68,7 @@ pub(crate) struct VmLook {
     pub(crate) is_stopped: bool,
 }
 
+/// What is known of the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Unknown,
@@ -84,11 +85,12 @@ enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Report {
     Made,
-    /// It is made when a dial meets the absence.
+    /// A dial that finds the target absent makes it.
     Due,
 }
 
-/// How long after a return a dial may still fail that another worker began before it.
+/// How long after a return what another worker did before it may still be reported: a dial that
+/// fails, or an earlier identity.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// The health of one VM or one server.
@@ -105,7 +107,8 @@ pub(crate) struct Health {
     /// The identity before that, and the time until which it may still be seen.
     replaced: Option<(VmIdentity, Instant)>,
     /// Whether a dial found the target, its return was reported, and its identity has not been seen
-    /// since.
+    /// since. The new identity is then no restart to be reported: a VM is dialled, found again, and
+    /// only then looked at.
     reported_before_seen: bool,
     restarts: u64,
 }
@@ -178,7 +181,8 @@ impl Health {
         }
     }
 
-    /// Notes the identity that was seen. Returns whether it is another one than before.
+    /// Notes the identity that was seen. Returns whether it is another one than before, and what is
+    /// to be reported.
     pub(crate) fn note_identity(
         &mut self,
         identity: VmIdentity,
@@ -211,7 +215,7 @@ impl Health {
             self.replaced = before.map(|before| (before, now + SETTLE_TIME));
         }
         let has_returned = std::mem::take(&mut self.was_absent) || is_new;
-        // It may also be older than what a dial has found.
+        // A dial may have found the target before this look.
         let was_reported = self.reported_before_seen;
         self.reported_before_seen &= !is_new && self.has_just_returned(now);
         let news = match self.state {

@@ -9,7 +9,7 @@
 //! | [`connection`] | a connection as a state machine | all below; `dial`, `stream` |
 //! | [`forward`] | a rule as workers share it: gates, counters, health | all below; `dial`, for a name's addresses |
 //! | [`admission`] | the gate of a VM: slots, quotas, pace, guests | `health`, `id`, `rule`, `status`; `sys`, for error codes |
-//! | [`routes`] | the connections between forwards, to refuse loops | `id`; `stream` |
+//! | [`routes`] | the connections between forwards, to refuse loops | `id`; `stream`, for sockets' names |
 //! | [`observer`] | events for the caller | `end_reason`, `id` |
 //! | [`ended`] | the last connections that have ended | `end_reason`, `id`, `rule` |
 //! | [`status`] | what a forward's status reports | `counters`, `id`, `rule` |
@@ -25,10 +25,10 @@
 //! | [`log_limiter`] | the rate limit of log lines | nothing |
 //! | [`id`] | identifiers | nothing |
 //!
-//! All may import `address`, `error`, `lock`, `name` and `time`, and log through `tracing`. The engine's
-//! invariants have numbers; each stands above the code that relies on it: 1 to 5 in [`relay`], 6 in
-//! [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a freeze. Those of the
-//! loop are in [`proxy`](crate::proxy).
+//! All may import `address`, `error`, `lock`, `name` and `time`, and log through `tracing`. The
+//! engine's invariants have numbers; each stands above the code that relies on it: 1 to 5 in
+//! [`relay`], 6 in [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a
+//! freeze. Those of the loop are in [`proxy`](crate::proxy).
 
 pub(crate) mod admission;
 pub(crate) mod connection;

@@ -7,112 +7,18 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::address::CID_LOCAL;
 use crate::lock::lock;
-use crate::name::SocketName;
 use crate::stream::endpoint::Endpoint;
+use crate::stream::peer_names::{ListenerKind, ListenerName, PeerNames};
 
 use super::id::ForwardId;
 
 /// How long a forward counts as part of a loop after a dial has closed one.
 const LOOP_TIME: Duration = Duration::from_secs(1);
-
-/// The name of a listener of this process, as its clients know it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum ListenerName {
-    Tcp(SocketAddr),
-    /// The port of an AF_VSOCK socket.
-    Vsock(u32),
-    /// The name that a Unix socket was bound to.
-    #[cfg_attr(not(unix), allow(dead_code))]
-    Unix(Vec<u8>),
-}
-
-impl ListenerName {
-    /// Returns the name of a listener whose socket has this name, if clients know it.
-    pub(crate) fn from_socket(name: SocketName) -> Option<ListenerName> {
-        match name {
-            SocketName::Tcp(address) => Some(ListenerName::Tcp(address)),
-            SocketName::Vsock(name) => Some(ListenerName::Vsock(name.port.0)),
-            _ => None,
-        }
-    }
-}
-
-/// The names of a connection of this machine with itself, which both its ends know. (The name of
-/// one end is not enough: the kernel gives one port to several connections with different targets.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum PeerNames {
-    Tcp {
-        dialling: SocketAddr,
-        listening: SocketAddr,
-    },
-    /// The ports of AF_VSOCK sockets.
-    Vsock { dialling: u32, listening: u32 },
-}
-
-impl PeerNames {
-    /// Returns the names of a dialled socket with the local name `here` that connects to
-    /// `endpoint`.
-    pub(crate) fn of_dialled(here: SocketName, endpoint: &Endpoint) -> Option<PeerNames> {
-        match (here, endpoint) {
-            (SocketName::Tcp(here), Endpoint::Tcp(to)) => Some(PeerNames::Tcp {
-                dialling: canonical(here),
-                listening: canonical(*to),
-            }),
-            (SocketName::Vsock(here), Endpoint::Vsock(to)) => Some(PeerNames::Vsock {
-                dialling: here.port.0,
-                listening: to.port.0,
-            }),
-            _ => None,
-        }
-    }
-
-    /// Returns the port that the connection leads to.
-    fn port(&self) -> Port {
-        match self {
-            PeerNames::Tcp { listening, .. } => Port::Tcp(listening.port()),
-            PeerNames::Vsock { listening, .. } => Port::Vsock(*listening),
-        }
-    }
-
-    /// Returns the names of an accepted socket with the local name `here` and the peer `peer`.
-    pub(crate) fn of_accepted(here: SocketName, peer: SocketName) -> Option<PeerNames> {
-        match (here, peer) {
-            (SocketName::Tcp(here), SocketName::Tcp(peer)) => Some(PeerNames::Tcp {
-                dialling: canonical(peer),
-                listening: canonical(here),
-            }),
-            (SocketName::Vsock(here), SocketName::Vsock(peer)) if peer.cid == CID_LOCAL => {
-                Some(PeerNames::Vsock {
-                    dialling: peer.port.0,
-                    listening: here.port.0,
-                })
-            }
-            _ => None,
-        }
-    }
-}
-
-/// Returns the form of an address that both ends agree on. One may speak IPv6 and the other IPv4,
-/// and a connect to the unspecified address goes to the loopback one.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(specified(address.ip().to_canonical()), address.port())
-}
-
-/// Returns the address that a connect to `ip` goes to: for the unspecified one, the loopback one.
-pub(crate) fn specified(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    }
-}
 
 /// A connection's entries in [`Routes`], for as long as it lives.
 #[derive(Debug, Default)]
@@ -141,7 +47,7 @@ pub(crate) struct Routes {
     has_loops: AtomicBool,
 }
 
-/// How often there is something of each kind.
+/// A number of things of each kind.
 #[derive(Debug)]
 struct Counts<K>(HashMap<K, usize>);
 
@@ -170,24 +76,15 @@ impl<K: Eq + Hash> Counts<K> {
     }
 }
 
-/// The port that a connection of this machine with itself leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Port {
-    Tcp(u16),
-    Vsock(u32),
-}
-
 #[derive(Debug, Default)]
 struct Known {
     listeners: HashMap<ListenerName, ForwardId>,
     names: HashMap<ForwardId, ListenerName>,
-    /// How many listeners have each TCP port.
-    ports: Counts<u16>,
-    /// How many listeners are Unix sockets.
-    unix: usize,
+    /// How many listeners there are of each kind.
+    kinds: Counts<ListenerKind>,
     outgoing: HashMap<PeerNames, ForwardId>,
-    /// How many of those lead to each port.
-    outgoing_to: Counts<Port>,
+    /// How many of those lead to listeners of each kind.
+    outgoing_to: Counts<ListenerKind>,
     /// How many connections lead from one forward to another.
     edges: HashMap<ForwardId, Counts<ForwardId>>,
     /// How many lead to each.
@@ -217,11 +114,7 @@ impl Routes {
     pub(crate) fn add_listener(&self, listener: ListenerName, forward: ForwardId) {
         let mut known = self.known();
         known.remove_listener(forward);
-        match &listener {
-            ListenerName::Tcp(address) => known.ports.add(address.port()),
-            ListenerName::Unix(_) => known.unix += 1,
-            ListenerName::Vsock(_) => {}
-        }
+        known.kinds.add(listener.kind());
         known.listeners.insert(listener.clone(), forward);
         known.names.insert(forward, listener);
     }
@@ -234,14 +127,7 @@ impl Routes {
     /// Returns whether a connection to that endpoint may arrive at a listener of this process.
     /// Where it can't, the caller saves all further calls.
     pub(crate) fn may_reach(&self, endpoint: &Endpoint) -> bool {
-        let known = self.known();
-        match endpoint {
-            Endpoint::Tcp(to) => known.ports.of(&to.port()) > 0,
-            Endpoint::Vsock(to) => known
-                .listeners
-                .contains_key(&ListenerName::Vsock(to.port.0)),
-            _ => known.unix > 0,
-        }
+        self.known().kinds.of(&ListenerKind::of(endpoint)) > 0
     }
 
     /// Notes a dialled connection of `forward`, so that it is recognized if it arrives at a
@@ -250,7 +136,7 @@ impl Routes {
         let mut known = self.known();
         route.outgoing.push(ends);
         if known.outgoing.insert(ends, forward).is_none() {
-            known.outgoing_to.add(ends.port());
+            known.outgoing_to.add(ends.listener());
         }
         self.dialled.store(known.outgoing.len(), Ordering::Release);
     }
@@ -347,16 +233,16 @@ impl Routes {
     pub(crate) fn may_wait_at(&self, forward: ForwardId, accepted: u64) -> bool {
         let known = self.known();
         let edges = known.edges_to.of(&forward);
-        let dialled = match known.names.get(&forward) {
-            // The edge exists from the dial on. Other connections that were accepted wait for
-            // nothing.
-            Some(ListenerName::Unix(_)) => return edges as u64 > accepted,
-            // The edge exists from the accept on.
-            Some(ListenerName::Tcp(bound)) => known.outgoing_to.of(&Port::Tcp(bound.port())),
-            Some(ListenerName::Vsock(port)) => known.outgoing_to.of(&Port::Vsock(*port)),
-            None => return false,
+        let Some(kind) = known.names.get(&forward).map(ListenerName::kind) else {
+            return false;
         };
-        dialled > edges
+        match kind.names_its_clients() {
+            // The edge exists from the accept on.
+            true => known.outgoing_to.of(&kind) > edges,
+            // The edge exists from the dial on. Accepted connections are counted whether they are
+            // edges or not: those that are none end by themselves, and free a slot.
+            false => edges as u64 > accepted,
+        }
     }
 
     /// Forgets a connection.
@@ -383,11 +269,7 @@ impl Known {
         let Some(name) = self.names.remove(&forward) else {
             return;
         };
-        match &name {
-            ListenerName::Tcp(address) => self.ports.remove(address.port()),
-            ListenerName::Unix(_) => self.unix -= 1,
-            ListenerName::Vsock(_) => {}
-        }
+        self.kinds.remove(name.kind());
         if self.listeners.get(&name) == Some(&forward) {
             self.listeners.remove(&name);
         }
@@ -395,7 +277,7 @@ impl Known {
 
     fn forget_outgoing(&mut self, ends: &PeerNames) {
         if self.outgoing.remove(ends).is_some() {
-            self.outgoing_to.remove(ends.port());
+            self.outgoing_to.remove(ends.listener());
         }
     }
 
@@ -421,7 +303,10 @@ impl Known {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+
     use super::*;
+    use crate::name::SocketName;
 
     #[test]
     fn an_edge_that_closes_a_loop_is_refused_until_the_others_are_gone() {

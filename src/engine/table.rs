@@ -73,6 +73,7 @@ impl<T> Table<T> {
         }
     }
 
+    /// Inserts a value, and returns its id.
     pub(crate) fn insert(&mut self, value: T) -> Id {
         let id = self.next_id();
         match self.free.pop() {
@@ -85,6 +86,7 @@ impl<T> Table<T> {
         id
     }
 
+    /// Returns the value of an id, if it is still there.
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
         let slot = self.slots.get_mut(id.index())?;
         if slot.generation == id.generation() {
@@ -94,6 +96,7 @@ impl<T> Table<T> {
         }
     }
 
+    /// Removes a value. Its id is never used again.
     pub(crate) fn remove(&mut self, id: Id) -> Option<T> {
         let slot = self.slots.get_mut(id.index())?;
         if slot.generation != id.generation() {
@@ -105,6 +108,7 @@ impl<T> Table<T> {
         Some(value)
     }
 
+    /// Returns the ids of all values.
     pub(crate) fn ids(&self) -> Vec<Id> {
         let used = self
             .slots

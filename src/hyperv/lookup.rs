@@ -177,9 +177,9 @@ fn ask_within(
             "see what Get-VM says in PowerShell",
         ),
         None => {
-            let why = match one_line(&printed.complaint).as_str() {
+            let why = match one_line(&printed.errors).as_str() {
                 "" => "PowerShell has not run our script to its end".to_owned(),
-                complaint => format!("PowerShell has failed: {complaint}"),
+                errors => format!("PowerShell has failed: {errors}"),
             };
             Failed::new(InvalidData, why, "see what Get-VM says in PowerShell")
         }

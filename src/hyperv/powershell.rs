@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 /// More than any host's VMs need.
 const MOST: u64 = 16 * 1024 * 1024;
 
-/// How much of what it complains is kept.
-const MOST_COMPLAINT: u64 = 64 * 1024;
+/// How much of its standard error is kept.
+const MOST_ERRORS: u64 = 64 * 1024;
 
 /// What a program has printed.
 #[derive(Debug)]
 pub(super) struct Printed {
     pub(super) out: Vec<u8>,
-    /// What it complained of, for people.
-    pub(super) complaint: String,
+    /// What it has written to its standard error, for people.
+    pub(super) errors: String,
 }
 
 /// Windows PowerShell, which is part of every Windows, with `script` to run. Not by `PATH`: another
@@ -57,14 +57,14 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
     if let (Some(out), Some(err)) = (child.0.stdout.take(), child.0.stderr.take()) {
         let tell_out = tell.clone();
         thread::spawn(move || tell_out.send((true, read(out, MOST))));
-        thread::spawn(move || tell.send((false, read(err, MOST_COMPLAINT))));
+        thread::spawn(move || tell.send((false, read(err, MOST_ERRORS))));
     }
-    let (mut out, mut complaint) = (None, None);
-    while out.is_none() || complaint.is_none() {
+    let (mut out, mut errors) = (None, None);
+    while out.is_none() || errors.is_none() {
         let left = deadline.saturating_duration_since(Instant::now());
         match told.recv_timeout(left) {
             Ok((true, bytes)) => out = Some(bytes?),
-            Ok((false, bytes)) => complaint = Some(bytes.unwrap_or_default()),
+            Ok((false, bytes)) => errors = Some(bytes.unwrap_or_default()),
             // It has closed its output, and only a process that it has started still has the other
             // one.
             Err(_) if out.is_some() => break,
@@ -80,8 +80,8 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
         let why = format!("it prints more than {MOST} bytes");
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
     }
-    let complaint = String::from_utf8_lossy(&complaint.unwrap_or_default()).into_owned();
-    Ok(Printed { out, complaint })
+    let errors = String::from_utf8_lossy(&errors.unwrap_or_default()).into_owned();
+    Ok(Printed { out, errors })
 }
 
 fn read(from: impl Read, most: u64) -> io::Result<Vec<u8>> {

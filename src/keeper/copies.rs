@@ -1,4 +1,5 @@
-//! What the keeper has, or is to have, a copy of, and the sockets on which it is given them.
+//! The copies of sockets that the keeper has or is to have, and the sockets over which it gets
+//! them.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -27,7 +28,7 @@ const MOST_WAITING: usize = if cfg!(target_vendor = "apple") { 1 } else { 64 };
 /// room for some 550 descriptors there.
 const ROOM: usize = 212_992;
 
-/// How many bytes without a descriptor wait to be sent with the next one.
+/// How many bytes of orders without a descriptor may wait to be sent with the next order.
 const MOST_PENDING: usize = 64 * FRAME;
 
 /// How many sockets are made ahead.
@@ -37,8 +38,8 @@ pub(super) const AHEAD: usize = sys::MOST_SENT;
 /// the case that the keeper is killed. Beyond that the oldest ones are the keeper's alone.
 pub(super) const MOST_SERVED: usize = 32;
 
-/// How many of those that the keeper could not take before it is given at a time. Others wait for
-/// the lock meanwhile.
+/// How many of the missing copies the keeper is given while the lock is held. Other threads wait
+/// for it meanwhile.
 const BATCH: usize = 8;
 
 /// When the keeper is to carry out what it is told.
@@ -46,11 +47,11 @@ const BATCH: usize = 8;
 pub(crate) enum When {
     /// At once.
     Now,
-    /// With what it is told next.
+    /// With the next order.
     Later,
 }
 
-/// What the keeper has or is to have a copy of.
+/// A socket of which the keeper has or is to have a copy.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) descriptor: Descriptor,
@@ -70,7 +71,7 @@ impl Entry {
 
 #[derive(Debug)]
 pub(super) enum Descriptor {
-    /// That of a connection.
+    /// The descriptor of a connection.
     Borrowed(RawFd),
     /// A duplicate of a listening socket.
     Duplicate(OwnedFd),
@@ -102,7 +103,8 @@ impl Ends {
             #[cfg(target_vendor = "apple")]
             SockRef::from(socket).set_nosigpipe(true)?;
         }
-        // For as many as come while the keeper isn't scheduled. The system may allow less.
+        // The buffers hold the orders that come while the keeper isn't scheduled. The system may
+        // allow less.
         for socket in [&orders, &other_orders] {
             let socket = SockRef::from(socket);
             let _ = socket.set_send_buffer_size(ROOM);
@@ -121,12 +123,12 @@ impl Ends {
     }
 }
 
-/// What has become of those that the keeper had no copy of.
+/// How far the keeper is with its missing copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// It has all of them.
+    /// It has all copies.
     Done,
-    /// It has some of them, and can take more.
+    /// It has some more, and can take others.
     Some,
     /// It can take none now.
     Blocked,
@@ -138,11 +140,11 @@ pub(super) struct Copies {
     pub(super) ends: Option<Arc<Ends>>,
     /// Orders without a descriptor that are not sent yet.
     pub(super) pending: Vec<u8>,
-    /// Whether these may begin with the rest of a frame.
+    /// Whether the pending orders may begin with the rest of a frame.
     pub(super) is_torn: bool,
     pub(super) next: u64,
     pub(super) kept: HashMap<u64, Entry>,
-    /// Those of them that the keeper has no copy of, and some that are kept no more.
+    /// The sockets of which the keeper has no copy yet, and some that are kept no more.
     pub(super) missing: VecDeque<u64>,
     /// The listening sockets at which the proxy listens no more, the oldest first.
     pub(super) served: VecDeque<u64>,
@@ -157,7 +159,7 @@ pub(super) struct Copies {
     /// Whether the thread was started.
     pub(super) has_begun: bool,
     pub(super) has_ended: bool,
-    /// Whether it is certain that no keeper can be had.
+    /// Whether no keeper is started any more, since none can run.
     pub(super) is_given_up: bool,
     pub(super) has_warned: bool,
     /// Whether a thread waits for the keeper to take what it could not take before.
@@ -179,10 +181,10 @@ impl Copies {
         }
     }
 
-    /// Tells the keeper something. Returns false if it can't take that now.
+    /// Sends the keeper an order without descriptors. Returns false if it can't take it now.
     pub(super) fn send(&mut self, order: &Order, when: When) -> bool {
         if self.ends.is_none() {
-            // The next one is told all anew.
+            // The next keeper gets all anew.
             return true;
         }
         order.write(&mut self.pending);
@@ -220,8 +222,8 @@ impl Copies {
         true
     }
 
-    /// Has the keeper accept at a listening socket from now on, whose note stays, until it is known
-    /// that nobody can reach the socket any more. Returns false if it is none.
+    /// Has the keeper accept at a listening socket from now on. The note of the socket stays until
+    /// it is known that nobody can reach it any more. Returns false if it is no listening socket.
     pub(super) fn serve(&mut self, id: u64) -> bool {
         let is_listener = self.kept.get(&id).is_some_and(|it| it.port().is_some());
         if !is_listener {
@@ -240,16 +242,17 @@ impl Copies {
         true
     }
 
-    /// Tells the keeper to serve one, if it has its copy. Returns false if it can't take that now.
+    /// Has the keeper serve a listening socket, if it has its copy. Returns false if it can't take
+    /// the order now.
     pub(super) fn send_served(&mut self, id: u64) -> bool {
         match self.kept.get(&id).is_some_and(|it| it.is_given) {
             true => self.send(&Order::Serve(id), When::Now),
-            // It is told so as soon as it has it.
+            // It gets the order as soon as it has the copy.
             false => self.ends.is_none(),
         }
     }
 
-    /// Gives the keeper its copy of one. Returns false if it can't take it now.
+    /// Gives the keeper its copy of a socket. Returns false if it can't take it now.
     pub(super) fn give(&mut self, id: u64) -> bool {
         let Some(entry) = self.kept.get(&id) else {
             return false;
@@ -262,7 +265,7 @@ impl Copies {
             entry.is_given = true;
         }
         if self.served.contains(&id) {
-            // If it can't take that now, it has to take what comes later, and this with it.
+            // If it can't take this now, it takes it with the next order.
             self.send(&Order::Serve(id), When::Now);
         }
         true
@@ -306,8 +309,8 @@ impl Copies {
         }
     }
 
-    /// Makes sockets ahead and gives the keeper its copies, if it can take them now. `first` is one
-    /// that was made. Returns it, if the keeper has no copy.
+    /// Makes sockets ahead and gives the keeper its copies, if it can take them now. `first` is a
+    /// socket that was made already; it is returned if the keeper has no copy of it.
     pub(super) fn go_ahead(&mut self, first: Unconnected) -> Option<Unconnected> {
         if self.ends.is_none() || !self.missing.is_empty() {
             return Some(first);
@@ -330,7 +333,7 @@ impl Copies {
         None
     }
 
-    /// Gives the keeper some of those that it has no copy of.
+    /// Gives the keeper some of its missing copies.
     pub(super) fn give_missing(&mut self) -> Progress {
         for _ in 0..BATCH {
             let Some(id) = self.missing.front().copied() else {

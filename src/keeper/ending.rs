@@ -24,13 +24,13 @@ pub(super) struct Ending {
     stream: UnixStream,
     drain: Drain,
     received: u64,
-    /// When its next turn comes though nothing has.
+    /// The time of its next turn, if nothing comes before.
     wake_at: Option<Instant>,
-    /// Whether it has something to be read, as far as is known.
+    /// Whether something may be there to be read.
     pub(super) ready: bool,
 }
 
-/// What a turn has come to.
+/// The result of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Turn {
     /// It is to be closed now.
@@ -40,14 +40,14 @@ pub(super) enum Turn {
     GivenUp,
 }
 
-/// What reading has come to.
+/// The result of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     /// Nothing more can come.
     Ended,
     /// There is more.
     Some,
-    /// That was all for now.
+    /// All that had come was read.
     All,
 }
 
@@ -55,7 +55,7 @@ impl Ending {
     /// Half-closes a connection.
     pub(super) fn begin(connection: OwnedFd) -> Ending {
         let stream = UnixStream::from(connection);
-        // An accepted one is not yet; and it fails for none that can be read.
+        // An accepted socket may still block. The call fails for no socket that can be read.
         let _ = stream.set_nonblocking(true);
         let _ = stream.shutdown(Shutdown::Write);
         Ending {
@@ -67,12 +67,12 @@ impl Ending {
         }
     }
 
-    /// Returns whether it is to be waited for until it can be read.
+    /// Returns whether it waits until it can be read.
     pub(super) fn is_waited_for(&self, now: Instant) -> bool {
         self.drain.reading(now) != Reading::Later
     }
 
-    /// Returns when its turn comes though nothing has.
+    /// Returns the time of its next turn, if nothing comes before.
     pub(super) fn wakes_at(&self, now: Instant) -> Option<Instant> {
         match self.is_waited_for(now) {
             true if self.ready => Some(now),
@@ -81,7 +81,7 @@ impl Ending {
         }
     }
 
-    /// Reads and discards some of what has come, if it is time.
+    /// Reads and discards some of what has come, if its turn is due.
     pub(super) fn take_turn(&mut self, buffer: &mut Vec<u8>, now: Instant) -> Turn {
         let is_due = self.ready || self.wake_at.is_some_and(|at| at <= now);
         let reads = match self.drain.reading(now) {
@@ -119,7 +119,7 @@ impl Ending {
         Turn::Open
     }
 
-    /// Reads at most so often.
+    /// Reads and discards, with at most `reads` calls.
     fn read(&mut self, buffer: &mut Vec<u8>, reads: usize) -> Outcome {
         buffer.resize(BUFFER, 0);
         for _ in 0..reads {
@@ -141,8 +141,8 @@ impl Ending {
         Outcome::Some
     }
 
-    /// Reads what has come, and has the VM's next write fail: it is to be closed now, with as
-    /// little harm as is possible.
+    /// Reads what has come, and has the VM's next write fail, so that a close now does as little
+    /// harm as possible.
     pub(super) fn break_off(&mut self, buffer: &mut Vec<u8>) {
         /// Many times what a socket can hold.
         const READS: usize = 64;

@@ -1,15 +1,15 @@
 //! The proxy's link to its keeper: it starts the keeper's process, starts another one when that has
 //! ended, and gives it a copy of whatever is to be kept.
 //!
-//! What is kept is noted here with its descriptor, so that a new keeper can be given all of it
-//! again. The note of a connection lives as long as the [`Kept`] that the socket owns, which is
-//! dropped before the socket is closed: no number is used here that belongs to another file by
-//! then. Of a listening socket the note has a duplicate, for the keeper goes on accepting there
+//! Each kept socket is noted here with its descriptor, so that a new keeper can be given all of
+//! them again. The note of a connection lives as long as the [`Kept`] that the socket owns, which
+//! is dropped before the socket is closed: no number is used here that belongs to another file by
+//! then. The note of a listening socket has a duplicate, for the keeper goes on accepting there
 //! when the proxy does no more.
 //!
 //! A connection is the keeper's before it is made. So that it takes no message of its own, sockets
-//! are made and given to the keeper ahead of their use, some at a time. A socket that is not
-//! connected is nothing to the VM.
+//! are made and given to the keeper ahead of their use, some at a time. The VM knows nothing of a
+//! socket that is not connected.
 //!
 //! No call waits: what the keeper can't take now is given to it later, and counts as unguarded
 //! until then.
@@ -39,7 +39,7 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// How often it is looked whether a keeper that was started can be asked.
+/// How often a keeper that was started is asked whether it is ready.
 #[cfg(feature = "cli")]
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -59,7 +59,7 @@ impl Drop for Owner {
     }
 }
 
-/// A view of the link, which doesn't keep it.
+/// A view of the link, which doesn't keep the keeper running.
 #[derive(Clone, Debug)]
 pub(crate) struct View(Arc<Inner>);
 
@@ -83,8 +83,8 @@ impl View {
         }
     }
 
-    /// Sees to it that the keeper can be asked in the state directory of a VM, and has what it
-    /// could not take before. This reads the directory, and may take as long as that does.
+    /// Has the keeper make a status socket in the state directory of a VM, and gives it its missing
+    /// copies. This reads the directory, and may block as long as that does.
     pub(crate) fn look_after(&self, directory: &Path) {
         let inner = &self.0;
         inner.begin();
@@ -98,7 +98,7 @@ impl View {
         let mut state = inner.state();
         let is_new = state.directories.insert(directory.clone());
         if is_new || (!is_there && state.pid == pid) {
-            // If it can't take that now, this is called again.
+            // If it can't take the order now, the next call sends it.
             state.send(&Order::Directory(directory), When::Now);
         }
         if !state.missing.is_empty() {
@@ -245,7 +245,7 @@ impl Link {
         let duplicate = listener.try_clone_to_owned().ok()?;
         let descriptor = Descriptor::Duplicate(duplicate);
         let kept = self.keep(descriptor, |id| Order::Listener(id, port));
-        // There are few, and a successor may ask for one at any time.
+        // Listening sockets are few, and a successor may ask for one at any time.
         self.0.0.state().notify();
         kept
     }
@@ -315,18 +315,18 @@ impl Inner {
         };
         let thread = std::thread::Builder::new().name("hvsock-keeper".to_owned());
         if thread.spawn(give_all).is_err() {
-            // The next one that is kept tries it again.
+            // The next socket that is kept tries again.
             self.state().is_catching_up = false;
         }
     }
 
-    /// Tells the keeper that this was all.
+    /// Ends the link: the keeper gets nothing more.
     fn end(&self) {
         let mut state = self.state();
         state.flush();
         (state.has_ended, state.ends) = (true, None);
         state.ahead.clear();
-        // Whoever looks at the status may have this for long.
+        // A caller that looks at the status may keep this alive for long.
         while let Some(id) = state.served.pop_front() {
             state.kept.remove(&id);
         }
@@ -411,7 +411,8 @@ impl Inner {
         (state.pending, state.is_torn, state.waiting) = (Vec::new(), false, 0);
         state.ahead.clear();
         state.has_warned = false;
-        // Even at the end it is told to begin: it has nothing to keep then.
+        // A keeper that was started at the end is begun as well: it then has nothing to keep, and
+        // ends.
         if !state.has_ended {
             state.ends = Some(Arc::new(ends));
         }
@@ -426,7 +427,7 @@ impl Inner {
         Ok(Some(child))
     }
 
-    /// Gives a new keeper all that is to be kept.
+    /// Gives a new keeper copies of all kept sockets.
     fn give_all(&self) {
         loop {
             let mut state = self.state();
@@ -442,7 +443,7 @@ impl Inner {
                 return;
             };
             drop(state);
-            // It is about to read. If it has ended, this returns at once.
+            // The keeper is about to read. If it has ended, this returns at once.
             let waited = sys::wait(ends.orders.as_fd(), Wanted::Writable, AT_ONCE);
             if sys::is_hung_up(ends.notifier.as_fd()) {
                 return;
@@ -452,13 +453,13 @@ impl Inner {
                 if !is_known {
                     warn!("the keeper stands still; if this process is killed now, a VM may end");
                 }
-                // The next one that is kept tries it again.
+                // The next socket that is kept tries again.
                 return;
             }
         }
     }
 
-    /// Takes the end of a keeper. Returns whether there is to be no other.
+    /// Notes that a keeper has ended. Returns whether no other one is started.
     fn take_end(
         &self,
         pid: u32,
@@ -492,7 +493,7 @@ impl Inner {
         }
         state.restarts += 1;
         let before = state.trouble.replace(format!("it has ended: {how}"));
-        // One that ends at once does so again and again.
+        // A keeper that ends at once would do so again and again.
         match before.filter(|_| lived <= AT_ONCE) {
             None => warn!("the keeper, process {pid}, has ended ({how}); another one is started"),
             Some(_) => debug!("the keeper, process {pid}, has ended at once again ({how})"),

@@ -30,7 +30,7 @@ enum Vm {
 fn find_vm(connect: &Path) -> Option<Vm> {
     match Identity::of(connect) {
         Ok(identity) => {
-            // What can't be asked (permissions) may live.
+            // A socket that may not be connected to (permissions) may live.
             let lives = sys::is_socket_alive(connect).unwrap_or(true);
             lives.then_some(Vm::Socket(identity))
         }
@@ -59,11 +59,11 @@ struct Served {
     not_before: Option<Instant>,
 }
 
-/// What becomes of a served port.
+/// Whether a served port stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     Stays,
-    /// Nobody can reach it any more, or nobody is left who would: it is closed.
+    /// It is to be closed: nobody can reach it any more, or its VM has ended.
     Closed,
 }
 
@@ -124,7 +124,7 @@ impl Kept {
             match self.listener.accept() {
                 Ok((guest, _)) => end(guest.into()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    // Linux says so for ever of a socket that was shut down.
+                    // Linux returns this for ever for a socket that was shut down.
                     return match sys::is_shut_down(self.listener.as_fd()) {
                         true => Fate::Closed,
                         false => Fate::Stays,
@@ -143,8 +143,7 @@ impl Kept {
         Fate::Stays
     }
 
-    /// Looks whether the VM still runs and can still reach the port. The file of a port that is to
-    /// be closed is removed.
+    /// Returns whether the VM still runs and can still reach the port. If not, removes its file.
     pub(super) fn look(&self) -> Fate {
         let Some(served) = &self.served else {
             return Fate::Stays;
@@ -154,7 +153,7 @@ impl Kept {
         }
         let is_ours = match Identity::of(&self.port.path) {
             Ok(now) => now == self.port.identity,
-            // What can't be seen is assumed to be as it was.
+            // A file that can't be looked at is assumed to be as it was.
             Err(e) => e.kind() != io::ErrorKind::NotFound,
         };
         let has_vm = served.vm.is_some() && find_vm(&self.port.connect) == served.vm;

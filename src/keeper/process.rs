@@ -60,7 +60,7 @@ impl Door {
 }
 
 fn bind_status(path: &Path) -> crate::Result<(UnixListener, SocketFile)> {
-    /// Few ask, and each is answered at once.
+    /// Clients are few, and each is answered at once.
     const BACKLOG: i32 = 16;
     let (socket, file) = file::bind(path.display(), path, Type::STREAM, 0o600.into())?;
     let listen = socket.listen(BACKLOG);
@@ -106,7 +106,7 @@ struct Process<'a> {
     /// Whether more orders than one turn takes have come.
     has_more: bool,
     connections: HashMap<u64, OwnedFd>,
-    /// Those that the proxy has ended, to be closed.
+    /// The copies of connections that the proxy has ended, to be closed.
     released: Vec<OwnedFd>,
     ports: HashMap<u64, Kept>,
     endings: Vec<Ending>,
@@ -133,7 +133,7 @@ pub(super) fn run(version: Option<&str>) -> i32 {
         return UNKNOWN_PROTOCOL;
     }
     sys::detach();
-    // As ps(1) shows it: it was started by a link.
+    // ps(1) shows this name in place of that of the link.
     #[cfg(target_os = "linux")]
     let _ = std::fs::write("/proc/self/comm", "hvsock-keeper");
     // The proxy has as many.
@@ -255,7 +255,7 @@ impl Process<'_> {
                 PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
             }
         };
-        // What interrupts it (SIGCONT) is no event.
+        // An interrupted call (SIGCONT) has no event.
         let _ = poll(&mut polled, timeout);
         let is_ready = |polled: &PollFd<'_>| polled.any().unwrap_or(false);
         let ready = sources.into_iter().zip(&polled);
@@ -263,7 +263,7 @@ impl Process<'_> {
         (ready.map(|(source, _)| source).collect(), Instant::now())
     }
 
-    /// Empties the notifier, and does what the proxy has said, or a good part of it.
+    /// Empties the notifier, and carries out orders, at most [`MOST_ORDERS`] reads of them.
     fn read_notifier(&mut self, now: Instant) {
         if self.proxy_ended {
             return;
@@ -305,14 +305,14 @@ impl Process<'_> {
                 self.obey(order, descriptors, now);
             }
         }
-        // Not before: each close of a Unix socket while others are in flight has Linux look for
-        // garbage among those.
+        // They are closed only now: each close of a Unix socket while others are in flight has
+        // Linux look for garbage among those.
         self.released.clear();
         has_more
     }
 
-    /// Carries out an order. If a descriptor that belongs to it was lost, for this process has too
-    /// many, there is nothing to keep.
+    /// Carries out an order. If its descriptor was lost, since this process has too many, nothing
+    /// is kept.
     fn obey(&mut self, order: Order, descriptors: Vec<OwnedFd>, now: Instant) {
         let mut descriptors = descriptors.into_iter();
         match order {
@@ -388,7 +388,7 @@ impl Process<'_> {
     /// Closes a port that nobody can reach any more. The guests that wait there are accepted first:
     /// it would harm their device to be closed at once.
     fn close_port(&mut self, id: u64, now: Instant) {
-        /// More than any backlog is long, in batches.
+        /// As many batches as the longest backlog needs.
         const TURNS: usize = 64;
         for _ in 0..TURNS {
             let count = self.endings.len();
@@ -417,7 +417,8 @@ impl Process<'_> {
                 let (id, line) = (self.next_client, Vec::new());
                 self.clients.push(Client { id, stream, line });
             }
-            // Lest it is polled in vain: the next client may find a descriptor.
+            // The socket is not polled for a while: it would be ready again at once, and the next
+            // client may find a descriptor.
             Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
                 std::thread::sleep(PAUSE);
             }
@@ -436,7 +437,7 @@ impl Process<'_> {
 
     /// Answers the lines of a client.
     fn serve_client(&mut self, id: u64, now: Instant) -> Course {
-        // Whatever the proxy has said or done before is known to the answer.
+        // The answer takes into account what the proxy has ordered before.
         self.read_notifier(now);
         let Some(client) = self.clients.iter_mut().find(|client| client.id == id) else {
             return Course::GoesOn;
@@ -512,8 +513,8 @@ impl Process<'_> {
         }
     }
 
-    /// Returns how many of the connections are made, and not over: the proxy says late of one that
-    /// is that it needs no copy any more. The others are the proxy's for later.
+    /// Returns how many of the kept connections are connected and not over. The others are sockets
+    /// that the proxy has made ahead, and connections whose end it has not ordered yet.
     fn made(&self) -> usize {
         let is_made = |it: &&OwnedFd| SockRef::from(*it).peer_addr().is_ok();
         let made = self.connections.values().filter(is_made);
@@ -546,9 +547,9 @@ impl Process<'_> {
         }
     }
 
-    /// Ends at once, as somebody has asked.
+    /// Ends at once, as a client has asked.
     fn break_off(mut self) {
-        // While the proxy lives, the files are its own.
+        // While the proxy lives, it removes its files itself.
         if self.proxy_ended {
             for port in self.ports.values() {
                 port.remove_file();

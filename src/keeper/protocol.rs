@@ -1,4 +1,4 @@
-//! What a proxy says to its keeper. The keeper never answers.
+//! The protocol by which a proxy gives orders to its keeper. The keeper never answers.
 //!
 //! There are two sockets. On `orders`, a stream, are frames, some of them with descriptors:
 //!
@@ -61,7 +61,7 @@ pub(super) enum Order {
     Directory(PathBuf),
 }
 
-/// A port that guests dial, as the keeper has to know it.
+/// A port that guests dial, with what the keeper needs to serve it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Port {
     pub(crate) port: u32,
@@ -185,7 +185,7 @@ impl Decoder {
         let received = match sys::receive(orders, &mut buffer) {
             Ok(received) => received,
             Err(e) if sys::is_out_of_descriptors(&e) => {
-                // macOS says so instead, and gives the bytes with the next read.
+                // macOS returns this instead, and the bytes with the next read.
                 self.descriptors.push_back(Vec::new());
                 return Ok(true);
             }

@@ -1,5 +1,5 @@
-//! What a keeper tells of itself, and how it is asked: through its status socket, a Unix socket in
-//! the state directory of each VM that it keeps connections or ports of.
+//! The status of a keeper, which is asked for through its status socket, a Unix socket in the state
+//! directory of each VM that it keeps connections or ports of.
 //!
 //! Each line that a client sends is answered by one line of JSON:
 //!
@@ -36,7 +36,7 @@ const LAST_SIGNAL: Duration = Duration::from_millis(200);
 /// The pause before the keeper is asked again.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What a keeper tells of itself.
+/// The status of a keeper.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(serde::Serialize))]
 pub(crate) struct KeeperStatus {
@@ -138,7 +138,7 @@ impl KeeperStatus {
             proxy: number(&value["proxy"])?,
             proxy_ended: value["proxy_ended"].as_bool()?,
             connections: usize::try_from(value["connections"].as_u64()?).ok()?,
-            // Earlier ones never did.
+            // Keepers of earlier versions gave none up.
             given_up: value["given_up"].as_u64().unwrap_or(0),
             ports: value["ports"].as_array()?.iter().filter_map(port).collect(),
         })

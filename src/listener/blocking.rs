@@ -22,7 +22,8 @@ pub(crate) type Wish = (Option<String>, Address);
 /// ```
 /// use hvsock::{Listener, Stream};
 ///
-/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?; // or vsock://:1024, unix:///path, …
+/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?; // or vsock://:1024,
+/// unix:///path, …
 /// let client = Stream::connect(listener.address())?;
 /// let (stream, peer) = listener.accept()?;
 /// assert_eq!(peer, client.local_addr()?);
@@ -32,7 +33,8 @@ pub(crate) type Wish = (Option<String>, Address);
 pub struct Listener {
     pub(super) inner: nonblocking::Listener,
     pub(super) address: Address,
-    /// Another process has bound it and may keep it: closing it here doesn't free its address.
+    /// Whether another process has bound it and may keep it. Closing it here doesn't free its
+    /// address then.
     #[cfg(unix)]
     pub(super) is_foreign: bool,
     /// The rule that it was bound for, if another process hands it over.
@@ -44,7 +46,7 @@ impl Listener {
     /// Listens on `address`: [`bind_with_mode`](Listener::bind_with_mode) with [`DEFAULT_MODE`].
     ///
     /// # Errors
-    /// As there.
+    /// Returns the same errors.
     pub fn bind(address: &Address) -> Result<Listener> {
         Listener::bind_with_mode(address, DEFAULT_MODE)
     }
@@ -57,9 +59,9 @@ impl Listener {
     /// file in the way is replaced only if it is a socket that no process has.
     ///
     /// # Errors
-    /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
-    /// socket; `Unsupported` for a family that this system doesn't carry; what the kernel says
-    /// otherwise.
+    /// Returns `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way
+    /// is no socket; `Unsupported` for a family that this system doesn't carry; what the kernel
+    /// says otherwise.
     pub fn bind_with_mode(address: &Address, mode: u32) -> Result<Listener> {
         let inner = nonblocking::Listener::bind(address, mode.into())?;
         let address = inner.bound(address);
@@ -73,26 +75,26 @@ impl Listener {
         })
     }
 
-    /// Returns whether it may be meant by another address: no socket is passed here.
+    /// Returns whether the socket may be meant by another address. No socket is passed here.
     #[cfg(not(unix))]
     pub(crate) fn is_near(&self, _: &Address) -> bool {
         false
     }
 
-    /// Returns another handle of a passed socket: there is none here.
+    /// Returns another handle of a passed socket. No socket is passed here.
     #[cfg(not(unix))]
     pub(crate) fn share(&self) -> Result<Option<Listener>> {
         Ok(None)
     }
 
-    /// Sets the options that an address asks for: there are none here.
+    /// Sets the options that an address asks for. There are none here.
     #[cfg(not(unix))]
     pub(crate) fn prepare(&self, _: &Address) -> Result<()> {
         Ok(())
     }
 
-    /// Returns whether `other` is the socket of the other family of IP for an address that stands for
-    /// both.
+    /// Returns whether `other` is the socket of the other family of IP for an address that stands
+    /// for both.
     pub(crate) fn is_joined_by(&self, address: &Address, other: &Listener) -> bool {
         match (&self.inner, &other.inner) {
             (nonblocking::Listener::Tcp(one), nonblocking::Listener::Tcp(other)) => {
@@ -133,7 +135,7 @@ impl Listener {
     /// chose.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn local_addr(&self) -> io::Result<SocketName> {
         self.inner.local_addr()
     }
@@ -141,8 +143,8 @@ impl Listener {
     /// Waits for a connection, for ever.
     ///
     /// # Errors
-    /// What the kernel says. That descriptors have run out doesn't end the listener. A listener
-    /// that another process has shut down is broken (`InvalidInput`): bind it again.
+    /// Returns the kernel's error. That descriptors have run out doesn't end the listener. A
+    /// listener that another process has shut down is broken (`InvalidInput`): bind it again.
     pub fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
             // kevent and poll count in 32 bits.
@@ -155,7 +157,7 @@ impl Listener {
     /// Waits for a connection, at most `timeout`; `None` if none has come.
     ///
     /// # Errors
-    /// As [`accept`](Listener::accept).
+    /// Returns the errors of [`accept`](Listener::accept).
     pub fn accept_timeout(&self, timeout: Duration) -> Result<Option<(Stream, SocketName)>> {
         let deadline = after(Instant::now(), timeout);
         let fail = |e| Error::new(Operation::Accept, &self.address, e);
@@ -195,8 +197,8 @@ impl std::os::fd::AsRawFd for Listener {
     }
 }
 
-/// Of the two sockets of an address that stands for both families of IP (`localhost`, `*`), the
-/// first, which is that of IPv4 if there is one.
+/// The descriptor of the first socket, where an address has one of each family of IP (`localhost`,
+/// `*`): that of IPv4 if there is one.
 #[cfg(unix)]
 impl std::os::fd::AsFd for Listener {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {

@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// the socket is bound again if someone shuts it down.
 #[derive(Debug)]
 pub(crate) struct LastingListener {
-    /// `None`: it was broken, and can't be bound again yet.
+    /// The listener; `None` if it was broken and can't be bound again yet.
     listener: Option<Listener>,
     /// The listener whose file was removed: clients that came before wait there.
     old: Option<Listener>,
@@ -29,7 +29,7 @@ pub(crate) struct LastingListener {
     address: Address,
     mode: u32,
     watch: FileWatch,
-    /// An error was logged since the last client came.
+    /// Whether an error was logged since the last client came.
     has_logged: bool,
 }
 
@@ -37,7 +37,7 @@ impl LastingListener {
     /// Binds as [`Listener::bind_with_mode`] does.
     ///
     /// # Errors
-    /// As there.
+    /// Returns the same errors.
     pub(crate) fn bind(address: &Address, mode: u32) -> Result<LastingListener> {
         let listener = Listener::bind_with_mode(address, mode)?;
         Ok(LastingListener {
@@ -59,7 +59,7 @@ impl LastingListener {
     pub(crate) fn accept_timeout(&mut self, timeout: Duration) -> Option<(Stream, SocketName)> {
         self.restore_file();
         if let Some(old) = &self.old {
-            // After an error, too: no client can find it any more.
+            // The old listener is dropped after an error as well: no client can find it any more.
             if let Ok(Some(accepted)) = old.accept_timeout(Duration::ZERO) {
                 return Some(accepted);
             }
@@ -82,7 +82,7 @@ impl LastingListener {
             Err(e) => {
                 let broken = is_broken(e.cause());
                 if broken {
-                    // Closed first: it still has the address.
+                    // The old listener is closed first, since it still has the address.
                     self.listener = None;
                 }
                 if !std::mem::replace(&mut self.has_logged, true) {
@@ -121,8 +121,8 @@ impl FileWatch {
     /// How often it looks.
     const EVERY: Duration = Duration::from_secs(1);
 
-    /// Looks, if it is time, and returns what `make` has made if the file was removed. What can't
-    /// be mended is logged once.
+    /// Looks at the file, if it is time, and returns what `make` has made if it was removed. An
+    /// error of `make` is logged once.
     pub(crate) fn look<T>(
         &mut self,
         what: impl fmt::Display,

@@ -28,7 +28,7 @@ pub(crate) enum Refusal {
     /// All: they inherit it from the listener.
     All,
     None,
-    /// Those that came after the listener was set so: each is asked.
+    /// Those that came after the option was set on the listener: each is asked.
     Some,
 }
 
@@ -41,7 +41,7 @@ pub(crate) enum LocalListener {
         listener: mio::net::UnixListener,
         file: Option<Arc<SocketFile>>,
         descriptors: Refusal,
-        /// The system's own buffers are small, and what it accepts may have those.
+        /// Whether accepted sockets may have the small buffers that are the system's default.
         small_buffers: bool,
     },
     Vsock(Socket),
@@ -68,7 +68,7 @@ impl LocalListener {
                 ..
             } => {
                 let accepted = listener.accept().map_err(|e| match e.kind() {
-                    // Linux says so for ever.
+                    // Linux returns this for ever for a listener that was shut down.
                     io::ErrorKind::WouldBlock if sys::is_shut_down(listener.as_socket()) => {
                         shut_down()
                     }
@@ -124,7 +124,7 @@ impl LocalListener {
         } = self
         {
             *file = adopted.map(Arc::new);
-            // It was set so before it was bound.
+            // The option was set before it was bound.
             if *descriptors == Refusal::Some {
                 *descriptors = Refusal::All;
             }
@@ -152,7 +152,7 @@ impl LocalListener {
         else {
             return;
         };
-        // Who has passed the socket has it still, and keeps the port.
+        // The process that has passed the socket has it still, and keeps the port.
         let Some(file) = file.as_ref().filter(|file| !file.is_left()) else {
             return;
         };
@@ -247,7 +247,7 @@ fn bind_path(address: &Address, path: &Path, access: FileAccess) -> Result<Local
             let listener = listen(socket, || Ok(Some(file)));
             listener.map_err(|e| Error::new(Operation::Listen, address, e))
         }
-        // A keeper may serve it, for a proxy that has ended.
+        // A keeper may serve the path, for a proxy that has ended.
         Err(e) if e.kind() == io::ErrorKind::AddrInUse && is_guest_port(address) => {
             match Taken::take(path) {
                 Some(taken) => succeed(address, path, access, taken),

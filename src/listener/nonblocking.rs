@@ -32,14 +32,14 @@ pub(crate) enum Listener {
 }
 
 impl Listener {
-    /// Binds `address` and listens on it. A Unix socket's file gets its owner, group and permissions
-    /// before anyone can connect.
+    /// Binds `address` and listens on it. A Unix socket's file gets its owner, group and
+    /// permissions before anyone can connect.
     ///
     /// A file in the way is replaced only if it is a socket that no process has.
     ///
     /// # Errors
-    /// `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way is no
-    /// socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
+    /// Returns `AddrInUse` if another socket listens there; `AlreadyExists` if the file in the way
+    /// is no socket; what the kernel says otherwise. `Unsupported` for a family that isn't carried.
     pub(crate) fn bind(address: &Address, access: FileAccess) -> Result<Listener> {
         match address {
             Address::Tcp(tcp) => TcpListener::bind(address, tcp).map(Listener::Tcp),
@@ -138,8 +138,8 @@ impl Listener {
         }
     }
 
-    /// Makes it as it would be if this process had bound it: another hvsock has, and hands it over
-    /// with this file, bound to `address`.
+    /// Adopts a socket that another hvsock has bound to `address` and hands over with this file, as
+    /// if this process had bound it.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn adopt(&mut self, address: &Address, file: Option<SocketFile>) {
         match self {
@@ -237,7 +237,7 @@ impl Listener {
         notify: impl Fn() + Send + 'static,
     ) -> io::Result<()> {
         let what = Interest::READABLE;
-        // Not needed where all can be waited for.
+        // It is not needed where a poller can wait for every listener.
         let _ = &notify;
         match self {
             Listener::Tcp(listener) => listener.register(registry, token, what),
@@ -254,14 +254,14 @@ impl Listener {
         match self {
             Listener::Tcp(listener) => listener.deregister(registry),
             Listener::Local(listener) => listener.with_source(|source| source.deregister(registry)),
-            // It ends with the listener.
+            // The registration ends with the listener.
             #[cfg(windows)]
             Listener::Hyperv(_) => Ok(()),
         }
     }
 }
 
-/// Of two sockets, the first.
+/// The descriptor of the first socket.
 #[cfg(unix)]
 impl AsSocket for Listener {
     fn as_socket(&self) -> sys::BorrowedSocket<'_> {

@@ -33,7 +33,8 @@ use crate::sys::Identity;
 /// never removed, made again or given other permissions.
 ///
 /// # Errors
-/// `InvalidInput` if it is no stream socket, doesn't listen, or is of a family that isn't carried.
+/// Returns `InvalidInput` if it is no stream socket, doesn't listen, or is of a family that isn't
+/// carried.
 impl TryFrom<OwnedFd> for Listener {
     type Error = Error;
 
@@ -56,7 +57,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
     let name = socket.local_addr()?;
     socket.set_nonblocking(true)?;
     let unix = |address, socket: Socket| {
-        // Clients may have come before.
+        // Clients may have connected before the option was set.
         let descriptors = match sys::refuse_descriptors(&socket) {
             true => Refusal::Some,
             false => Refusal::None,
@@ -98,7 +99,7 @@ fn take(socket: Socket) -> io::Result<Listener> {
     })
 }
 
-/// What another hvsock tells of a listening socket that it hands over.
+/// The description of a listening socket that another hvsock hands over.
 #[cfg(feature = "cli")]
 #[derive(Debug)]
 pub(crate) struct Handed {
@@ -107,7 +108,7 @@ pub(crate) struct Handed {
     pub(crate) address: Address,
     /// The file that it made for the socket.
     pub(crate) file: Option<(PathBuf, Identity)>,
-    /// Yet another process has bound the socket, and may keep it.
+    /// Whether a third process has bound the socket, and may keep it.
     pub(crate) is_foreign: bool,
 }
 
@@ -117,7 +118,7 @@ impl Listener {
     /// see [`file`](Listener::file).
     ///
     /// # Errors
-    /// As those of `TryFrom<OwnedFd>`.
+    /// Returns the errors of `TryFrom<OwnedFd>`.
     pub(crate) fn handed(socket: OwnedFd, handed: Handed) -> Result<Listener> {
         let mut listener = Listener::try_from(socket)?;
         if !handed.is_foreign {
@@ -190,7 +191,7 @@ impl Listener {
     /// this one; `None` for others, which can be bound again.
     ///
     /// # Errors
-    /// That the process can have no more descriptors.
+    /// Returns an error that says that the process can have no more descriptors.
     pub(crate) fn share(&self) -> Result<Option<Listener>> {
         if !self.is_foreign {
             return Ok(None);
@@ -203,7 +204,7 @@ impl Listener {
     /// Sets the options that an address asks for.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub(crate) fn prepare(&self, address: &Address) -> Result<()> {
         let (Address::Vsock(vsock), nonblocking::Listener::Local(LocalListener::Vsock(socket))) =
             (address, &self.inner)

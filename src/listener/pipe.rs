@@ -36,13 +36,13 @@ pub(crate) struct LocalListener {
 /// The instances that wait for a client.
 #[derive(Debug, Default)]
 struct Waiting {
-    /// Not asked yet. Clients find them all the same.
+    /// The instances at which no client was asked for yet. Clients find them all the same.
     made: Vec<OwnedHandle>,
-    /// Asked by a caller that blocks.
+    /// Those at which a caller that blocks waits for a client.
     operations: Vec<sys::Operation>,
-    /// Asked in the loop.
+    /// Those that the event loop watches.
     watched: Vec<NamedPipe>,
-    /// With a client that was there before it was asked for.
+    /// Those with a client that came before it was asked for.
     taken: Vec<OwnedHandle>,
     watcher: Option<(Registry, Token)>,
 }
@@ -52,7 +52,7 @@ impl Waiting {
         self.made.len() + self.operations.len() + self.watched.len()
     }
 
-    /// Asks for clients of those that were made, for a caller that blocks.
+    /// Begins to wait for clients at those that were made, for a caller that blocks.
     fn begin_operations(&mut self) -> io::Result<()> {
         for pipe in self.made.drain(..) {
             let mut operation = sys::Operation::new(Arc::new(pipe))?;
@@ -64,7 +64,7 @@ impl Waiting {
         Ok(())
     }
 
-    /// Asks for clients of those that were made, in the loop.
+    /// Begins to wait for clients at those that were made, in an event loop.
     fn watch_made(&mut self) -> io::Result<()> {
         let Some((registry, token)) = &self.watcher else {
             return Ok(());
@@ -181,14 +181,14 @@ impl LocalListener {
 
     pub(super) fn accept(&self) -> io::Result<(Local, SocketName)> {
         let mut waiting = self.lock();
-        // That no more can be made matters only when no client has come to those that wait.
+        // An error matters only when no client has come to the instances that wait.
         let _ = self.fill_up(&mut waiting);
         let accepted = match waiting.watcher {
             Some(_) => waiting.accept_watched()?,
             None => waiting.accept_operation()?,
         };
         let Some(pipe) = accepted else {
-            // Some may have failed.
+            // Some instances may have failed.
             self.fill_up(&mut waiting)?;
             waiting.watch_made()?;
             return Err(io::ErrorKind::WouldBlock.into());

@@ -1,5 +1,5 @@
-//! Listening sockets that are there already, found by what a rule wants: looking at each of them for
-//! each rule would take a start with thousands a minute.
+//! An index of listening sockets that are there already, by what a rule wants. Comparing each
+//! socket with each rule would take a minute at a start with thousands.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
@@ -29,8 +29,8 @@ pub(crate) enum Key {
 }
 
 impl Key {
-    /// Returns the keys of the sockets that a rule of this name which listens on `address` may take.
-    /// A name of a host is looked up.
+    /// Returns the keys of the sockets that a rule of this name which listens on `address` may
+    /// take. A name of a host is looked up.
     pub(crate) fn wanted(name: Option<&str>, address: &Address) -> Vec<Key> {
         if address.leaves_port_to_kernel() {
             return vec![Key::Wish(name.map(str::to_owned), address.clone())];
@@ -60,7 +60,7 @@ impl Key {
     }
 }
 
-/// Such sockets, in their order, each with what else is known of it.
+/// The sockets in their order, each with what else is known of it.
 #[derive(Debug)]
 pub(crate) struct Ready<T> {
     there: BTreeMap<usize, T>,
@@ -86,7 +86,8 @@ impl<T> Ready<T> {
         self.search(keys, |_, _, it| fits(it))
     }
 
-    /// The same of another one than `first`, to which it is compared.
+    /// Finds as [`find`](Ready::find) does, but another one than `first`, with which it is
+    /// compared.
     pub(crate) fn find_beside(
         &mut self,
         first: usize,

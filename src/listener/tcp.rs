@@ -25,8 +25,8 @@ const MOST_PORTS_TRIED: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admits {
     All,
-    /// Those of this machine alone, to a loopback address: the socket is bound to all addresses
-    /// because only that needs no rights.
+    /// Those of this machine alone that connect to a loopback address. The socket is bound to all
+    /// addresses because only that needs no rights.
     Local,
 }
 
@@ -51,7 +51,7 @@ impl TcpListener {
         let mut tries = MOST_PORTS_TRIED;
         loop {
             match bind_all(address, tcp, &addresses) {
-                // Its port may be free in the one family and not in the other.
+                // The chosen port may be free in one family and not in the other.
                 Err(e) if tcp.port == 0 && e.kind() == io::ErrorKind::AddrInUse && tries > 1 => {
                     tries -= 1;
                 }
@@ -60,7 +60,7 @@ impl TcpListener {
         }
     }
 
-    /// Makes one of a socket that listens already.
+    /// Takes over a socket that listens already.
     #[cfg(unix)]
     pub(super) fn passed(socket: Socket) -> TcpListener {
         TcpListener {
@@ -81,7 +81,8 @@ impl TcpListener {
     /// Accepts one connection without waiting. Its options are set.
     ///
     /// # Errors
-    /// `WouldBlock` if there is none; `ConnectionAborted` if one was refused; what the kernel says.
+    /// Returns `WouldBlock` if there is none; `ConnectionAborted` if one was refused; what the
+    /// kernel says.
     pub(super) fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let first = self.accepts.fetch_add(1, Ordering::Relaxed);
         for turn in 0..self.sockets.len() {
@@ -205,7 +206,7 @@ impl Source for TcpListener {
 /// Resolves a TCP address to those that are bound: one of each family at most.
 ///
 /// # Errors
-/// That its name can't be resolved.
+/// Returns an error that says that its name can't be resolved.
 pub(super) fn socket_addresses(tcp: &TcpAddress) -> Result<Vec<SocketAddr>> {
     let known = tcp.known_ips();
     let Host::Name(name) = &tcp.host else {
@@ -230,7 +231,7 @@ pub(super) fn socket_addresses(tcp: &TcpAddress) -> Result<Vec<SocketAddr>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum OnlyV6 {
     Yes,
-    /// As the system has it.
+    /// The system's default.
     Unsaid,
 }
 
@@ -285,13 +286,13 @@ fn bind_all(
     })
 }
 
-/// What is said of a socket that macOS lets nobody but root bind to one address.
+/// The note of a socket that macOS lets nobody but root bind to a single address.
 const ON_WILDCARD: &str = "its port is below 1024, so that it is bound on all addresses; clients of other machines are refused";
 
 fn bind_one(address: SocketAddr, only_v6: OnlyV6) -> io::Result<mio::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    // Without it a port stays unusable for a minute after a restart. On Windows it means something
-    // else.
+    // Without this option a port stays unusable for a minute after a restart. On Windows it means
+    // something else.
     #[cfg(unix)]
     socket.set_reuse_address(true)?;
     if address.is_ipv6() && only_v6 == OnlyV6::Yes {

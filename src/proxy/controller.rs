@@ -21,7 +21,8 @@ use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::{Rule, VmLimits};
 use crate::engine::status::{CarriedBytes, ConnectionStatus, ForwardStatus};
 
-/// The implementation of [`Handle`](super::Handle) for any driver.
+/// The implementation of [`Handle`](super::Handle) for any driver. What a method does is said
+/// there, at the method of the same name.
 #[derive(Debug)]
 pub(super) struct Controller<D: Driver> {
     pub(super) shared: Arc<Shared<D>>,
@@ -41,14 +42,12 @@ impl<D: Driver> Clone for Controller<D> {
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl<D: Driver> Controller<D> {
-    /// See [`Handle::forwards`](super::Handle::forwards).
     pub(super) fn forwards(&self) -> Vec<ForwardStatus> {
         let forwards = self.shared.forwards();
         let now = D::clock();
         forwards.iter().map(|forward| forward.status(now)).collect()
     }
 
-    /// See [`Handle::add`](super::Handle::add).
     pub(super) fn add(&self, rule: Rule) -> Result<ForwardId> {
         let _change = self.binder.begin_change();
         let home = self.shared.next_inbox();
@@ -77,7 +76,7 @@ impl<D: Driver> Controller<D> {
             descriptors.keep_some_for_guests();
         }
         self.shared.make_room(listeners);
-        // The rule's bound must apply to its first client.
+        // The rule's limit must apply to its first client.
         self.shared.reserve_slots(&forward);
         let undo = |e| {
             self.shared.release(&forward);
@@ -92,7 +91,6 @@ impl<D: Driver> Controller<D> {
         Ok(())
     }
 
-    /// See [`Handle::replace`](super::Handle::replace).
     pub(super) fn replace(&self, id: ForwardId, rule: Rule) -> Result<()> {
         let _change = self.binder.begin_change();
         let old = self.shared.forwards().get(id).cloned();
@@ -118,12 +116,10 @@ impl<D: Driver> Controller<D> {
         Ok(())
     }
 
-    /// See [`Handle::limit_vm`](super::Handle::limit_vm).
     pub(super) fn limit_vm(&self, limits: &VmLimits) {
         self.binder.set_limits(limits);
     }
 
-    /// See [`Handle::remove`](super::Handle::remove).
     pub(super) fn remove(&self, id: ForwardId, grace: Duration) -> Result<()> {
         let _change = self.binder.begin_change();
         let forward = self.shared.forwards().remove(id);
@@ -146,23 +142,19 @@ impl<D: Driver> Controller<D> {
         }
     }
 
-    /// See [`Handle::connections`](super::Handle::connections).
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
         let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
     }
 
-    /// See [`Handle::set_access_log`](super::Handle::set_access_log).
     pub(super) fn set_access_log(&self, is_on: bool) {
         self.binder.set_access_log(is_on);
     }
 
-    /// See [`Handle::ended`](super::Handle::ended).
     pub(super) fn ended(&self) -> Vec<EndedConnection> {
         self.binder.ended()
     }
 
-    /// See [`Handle::close`](super::Handle::close).
     pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
         let answers = self.ask_all(|answer| Command::Close(id, answer), ANSWER_TIMEOUT);
         let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
@@ -177,14 +169,12 @@ impl<D: Driver> Controller<D> {
         Err(Error::new(Operation::Find, which, cause))
     }
 
-    /// See [`Handle::answers_within`](super::Handle::answers_within).
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
         let answers = self.ask_all(Command::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
     }
 
-    /// See [`Handle::carried`](super::Handle::carried).
     pub(super) fn carried(&self) -> CarriedBytes {
         let sum = |through| {
             let workers = self.shared.inboxes.iter();
@@ -196,22 +186,18 @@ impl<D: Driver> Controller<D> {
         }
     }
 
-    /// See [`Handle::live`](super::Handle::live).
     pub(super) fn live(&self) -> usize {
         self.shared.connections()
     }
 
-    /// See [`Handle::idle_for`](super::Handle::idle_for).
     pub(super) fn idle_for(&self) -> Option<Duration> {
         self.shared.idle_for()
     }
 
-    /// See [`Handle::is_stopping`](super::Handle::is_stopping).
     pub(super) fn is_stopping(&self) -> bool {
         self.shared.is_stopping()
     }
 
-    /// See [`Handle::stop`](super::Handle::stop).
     pub(super) fn stop(&self, grace: Duration) {
         self.shared.stop_asked.store(true, Ordering::Release);
         self.binder.close_passed();

@@ -24,8 +24,8 @@ use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
 use crate::engine::id::{ConnectionId, ForwardId};
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
+use crate::stream::peer_names::ListenerName;
 
 /// Whether a command to a worker is still wanted. Either the worker begins it, or the thread that
 /// asked gives it up, whichever is first. A command that was given up has no effect.
@@ -118,8 +118,8 @@ pub(crate) struct Lent {
     pub(crate) file: Option<crate::sys::Identity>,
 }
 
-/// Everything that a worker needs of the operating system. Functions without `self` serve callers
-/// outside of the workers' loops, which have no driver.
+/// What a worker needs of the operating system. Functions without `self` serve callers outside of
+/// the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
     type Stream: ConnectionSocket;
     type Listener;
@@ -148,6 +148,7 @@ pub(crate) trait Driver: Sized {
     /// Returns the process' limit of descriptors, or `None` if none is known.
     fn descriptor_limit() -> Option<u64>;
 
+    /// Returns the time.
     fn now(&self) -> Instant;
     /// Returns what the wall clock shows.
     fn wall_time(&self) -> SystemTime;
@@ -165,6 +166,10 @@ pub(crate) trait Driver: Sized {
         token: usize,
         rule: &Rule,
     ) -> io::Result<()>;
+    /// Accepts a client without waiting, and returns the name of its socket.
+    ///
+    /// # Errors
+    /// Returns `WouldBlock` if no client waits; the system's error, which may be `Interrupted`.
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
     /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
@@ -219,9 +224,10 @@ pub(crate) trait Driver: Sized {
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
     /// Registers a stream, readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
-    /// Other families always know.
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there; `None`: it
+    /// asks none. Other families always know.
     fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
+    /// Closes a stream.
     fn close(&mut self, stream: Self::Stream);
     /// Closes a stream so that its peer reads a reset, where the family can reset.
     fn reset(&mut self, stream: Self::Stream);

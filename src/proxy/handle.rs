@@ -81,7 +81,7 @@ impl Handle {
         self.controller.remove(id, grace)
     }
 
-    /// See [`Controller::hand_over`].
+    /// Hands listeners over to another process: see [`Controller::hand_over`].
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn hand_over(
         &self,
@@ -90,7 +90,8 @@ impl Handle {
         self.controller.hand_over(give)
     }
 
-    /// Shares the slots of VMs with another process, while one of the two lets its connections finish.
+    /// Shares the slots of VMs with another process, while one of the two lets its connections
+    /// finish.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn shared_slots(&self) -> super::handover::SharedSlots<'_> {
         self.controller.shared_slots()
@@ -139,8 +140,8 @@ impl Handle {
     /// [`Closing`](crate::proxy::ConnectionState::Closing); one that is so already is left to it.
     ///
     /// # Errors
-    /// Returns `NotFound` if there is no such connection (any more); `TimedOut` if a worker does not
-    /// answer, in which case the connection is closed as soon as it does.
+    /// Returns `NotFound` if there is no such connection (any more); `TimedOut` if a worker does
+    /// not answer, in which case the connection is closed as soon as it does.
     pub fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
         self.controller.close(id)
     }
@@ -168,8 +169,8 @@ impl Handle {
         self.controller.live()
     }
 
-    /// Returns how long there has been no connection, since the last one was closed or the proxy was
-    /// started; `None` if there is one.
+    /// Returns how long there has been no connection, since the last one was closed or the proxy
+    /// was started; `None` if there is one.
     pub fn idle_for(&self) -> Option<Duration> {
         self.controller.idle_for()
     }

@@ -58,7 +58,7 @@ impl SharedSlots<'_> {
         self.0.leave_out(vm, slots);
     }
 
-    /// Takes the predecessor's end.
+    /// Notes that the predecessor has ended.
     pub(crate) fn forget_predecessor(&self) {
         self.0.forget_other();
     }
@@ -74,8 +74,9 @@ impl<D: Driver> Controller<D> {
     /// forwards meanwhile.
     ///
     /// # Errors
-    /// Returns `NotConnected` if the proxy is stopping; `TimedOut` if a worker does not answer; that
-    /// there is no descriptor left; the error of `give`. In all these cases nothing was changed.
+    /// Returns `NotConnected` if the proxy is stopping; `TimedOut` if a worker does not answer;
+    /// that there is no descriptor left; the error of `give`. In all these cases nothing was
+    /// changed.
     pub(super) fn hand_over(
         &self,
         give: impl FnOnce(Vec<Offered>) -> io::Result<Vec<ForwardId>>,
@@ -103,7 +104,7 @@ impl<D: Driver> Controller<D> {
         let foreign = self.binder.on_foreign_sockets();
         let mut offered = Vec::new();
         for forward in self.shared.forwards().iter() {
-            // One whose socket is being bound again has none now.
+            // A listener that is being bound again has no socket now.
             let Some(lent) = lent.remove(&forward.id) else {
                 continue;
             };
@@ -139,7 +140,7 @@ impl<D: Driver> Controller<D> {
         Ok(offered)
     }
 
-    /// Has clients wait at all listeners, those that are added later included, or no more.
+    /// Sets whether all listeners, those that are added later included, accept clients.
     pub(super) fn set_accepting(&self, accepting: Accepting) {
         self.ask_all(
             |answer| Command::SetAccepting(accepting, answer),

@@ -34,9 +34,9 @@ struct Handle(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    /// For the threads: a job can be begun, or all are to end. One thread is woken for a job.
+    /// Wakes the threads: one if a job can be begun, all if they are to end.
     jobs: Condvar,
-    /// For who waits until all jobs are done.
+    /// Wakes the thread that waits until all jobs are done.
     done: Condvar,
 }
 

@@ -76,13 +76,15 @@ pub(crate) struct Listening<L> {
     is_queued: bool,
     /// The time before which the listener does not accept. It has a timer then.
     paused_until: Option<Instant>,
-    /// The cap for which its VM has no slot. The gate wakes the worker when that may have changed.
+    /// Why its VM has no slot for the next client. The gate wakes the worker when that may have
+    /// changed.
     full: Option<Full>,
     log_limiter: LogLimiter,
     /// The time of the next check of the socket's file and of the VMs. It has a timer then.
     check_at: Option<Instant>,
     /// How many checks of the file, or requests to bind the address again, are not answered yet.
     pending_checks: u32,
+    /// Whether it was logged that the file or the address is lost.
     lost: bool,
     /// The obstacle that status reports.
     obstacle: Option<Obstacle>,
@@ -311,7 +313,7 @@ impl<D: Driver> Listeners<D> {
         }
         forward.cut.store(true, Ordering::Release);
         let id = forward.id;
-        // A listener that can't be watched is closed by that.
+        // A listener that can't be watched is dropped there, which closes it.
         if self.add(listener, forward, cx).is_ok() {
             self.remove(id, channel().0, cx);
         }
@@ -462,7 +464,7 @@ impl<D: Driver> Listeners<D> {
 
     /// Returns the time of the next turn without an event.
     pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        // A command ends that.
+        // Only a command ends that.
         if self.accepting == Accepting::Suspended {
             return None;
         }
@@ -545,6 +547,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
+    /// Accepts as many clients as have their turn now.
     fn accept_batch(&mut self, index: usize, clients: Clients, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             let listening = &mut self.all[index];
@@ -552,8 +555,8 @@ impl<D: Driver> Listeners<D> {
                 return;
             }
             // Guests are accepted whatever happens: hyperkit blocks until they are. So are
-            // connections of other forwards: the slot that is missing may be held by the same
-            // connection.
+            // connections that another forward has dialled: the connection that they belong to may
+            // have the slot that is missing.
             let forward = &listening.forward;
             if !forward.needs_graceful_close(Side::Client)
                 && let Some(reason) = cx.shared.is_full_for(forward.id)
@@ -617,8 +620,8 @@ impl<D: Driver> Listeners<D> {
         let listening = &mut self.all[index];
         let forward = Arc::clone(&listening.forward);
         listening.ready = false;
-        // One that is about to be closed is left to that, which removes its file elsewhere
-        // (invariant 8).
+        // A listener that is about to be closed is left as it is: the close removes its file on
+        // another thread (invariant 8).
         if cx.phase > Phase::Running || listening.removed {
             return;
         }
@@ -660,8 +663,8 @@ impl<D: Driver> Listeners<D> {
             {
                 let wake = cx.shared.inboxes[cx.index].slot_waker();
                 match gate.queue(forward.id, cx.index, wake) {
-                    // As with the process' slots, the missing slot may be held by the same
-                    // connection.
+                    // As with the process' slots, the client's own connection may have the slot
+                    // that is missing.
                     Err(_) if cx.shared.may_come_from_us(forward) => {
                         Ok(Some(gate.queue_always(forward.id)))
                     }
@@ -673,6 +676,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
+    /// Has a listener try again in a moment.
     fn pause(
         &mut self,
         index: usize,
@@ -882,6 +886,7 @@ impl<D: Driver> Listeners<D> {
         }
     }
 
+    /// Closes all listeners.
     pub(super) fn close_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for listening in &mut self.all {
             if let Some(listener) = listening.listener.take() {
@@ -898,7 +903,7 @@ fn take_guest<D: Driver>(
     peer: &SocketName,
     cx: &TurnContext<'_, D>,
 ) -> (Option<Slot>, Result<(), NotServed>) {
-    // Who may not come is refused soon.
+    // A client that may not come is refused soon.
     let gate = forward.rule.admits(peer).then(|| {
         let its = forward.gates[Side::Client].clone();
         its.or_else(|| cx.shared.gates.of_guest(peer))

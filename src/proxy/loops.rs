@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::address::{Address, TcpAddress};
-use crate::engine::routes::specified;
 use crate::engine::rule::Rule;
+use crate::stream::peer_names::reached_by;
 
 use super::forbidden;
 
@@ -54,7 +54,7 @@ impl Place {
     /// Returns the places to which a connection to `target` may lead. Files are looked at.
     fn led_to(target: &Address) -> Vec<Place> {
         if let Some(tcp) = target.as_tcp() {
-            let addresses = addresses(tcp).map(specified);
+            let addresses = addresses(tcp).map(reached_by);
             let mut places: Vec<Place> = addresses.map(|ip| Place::Tcp(ip, tcp.port)).collect();
             if !places.is_empty() {
                 places.push(Place::AnyTcp(tcp.port));
@@ -239,7 +239,7 @@ fn reaches(target: &Address, listen: &Address) -> bool {
 
 fn reaches_tcp(target: &TcpAddress, listen: &TcpAddress) -> bool {
     let is_reached = |target: IpAddr, at: IpAddr| {
-        let target = specified(target);
+        let target = reached_by(target);
         match at {
             _ if target == at => true,
             // [::] accepts IPv4 as well, unless it is said that it doesn't.

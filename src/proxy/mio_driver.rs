@@ -6,18 +6,17 @@ use std::collections::HashMap;
 #[cfg(unix)]
 use std::collections::VecDeque;
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use crate::address::{Address, AnyVm, HyperkitVm};
-use crate::engine::connection::{ConnectionSocket, Progress, ThreadsResult};
+use crate::engine::connection::{Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
 #[cfg(unix)]
@@ -25,8 +24,7 @@ use crate::keeper::Link;
 use crate::listener::FileAccess;
 use crate::listener::file::{FileState, SocketFile};
 use crate::listener::nonblocking::Listener;
-use crate::lock::lock;
-use crate::name::{PeerProcess, SocketName};
+use crate::name::SocketName;
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
 use crate::sys::{self, Identity};
@@ -38,15 +36,17 @@ use super::driver::Lent;
 use super::driver::Wanted;
 use super::driver::{Driver, Event, Found, ListenerId};
 use super::housekeeper::Housekeeper;
+use super::notifier::{Notifier, Report};
 use super::relay_threads::{RelayThreads, Reporter};
+use super::resolver::Resolver;
 use crate::engine::admission::Gate;
 #[cfg(unix)]
 use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
 use crate::engine::health::{VmIdentity, VmLook};
 use crate::engine::id::ConnectionId;
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
+use crate::stream::peer_names::ListenerName;
 
 /// The token of the waker.
 const WAKER: Token = Token(usize::MAX);
@@ -82,41 +82,13 @@ fn interest() -> Interest {
     both
 }
 
-/// A report of another thread.
-#[derive(Debug)]
-enum Report {
-    /// The result of resolving a name.
-    Found(String, io::Result<Vec<SocketAddr>>),
-    Event(Event<Stream, Listener>),
-}
-
-/// A queue of reports from other threads, which wakes the loop for each.
-#[derive(Debug)]
-struct Notifier {
-    reports: Mutex<Vec<Report>>,
-    waker: Arc<Waker>,
-}
-
-impl Notifier {
-    fn notify(&self, report: Report) {
-        self.reports().push(report);
-        // If the loop can't be woken, it is gone.
-        let _ = self.waker.wake();
-    }
-
-    fn reports(&self) -> MutexGuard<'_, Vec<Report>> {
-        lock(&self.reports)
-    }
-}
-
 /// The driver for real sockets.
 #[derive(Debug)]
 pub(crate) struct MioDriver {
     poll: Poll,
     events: Events,
-    notifier: Arc<Notifier>,
-    /// The names that are being resolved, each with the tokens and ports of those that wait for it.
-    resolving: HashMap<String, Vec<(usize, u16)>>,
+    notifier: Arc<Notifier<Event<Stream, Listener>>>,
+    resolver: Resolver,
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
     adapters: Arc<Adapters>,
@@ -137,14 +109,13 @@ impl MioDriver {
         #[cfg(unix)] keeper: Option<Link>,
     ) -> io::Result<MioDriver> {
         let poll = Poll::new()?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let waker = Waker::new(poll.registry(), WAKER)?;
         let events = Events::with_capacity(EVENTS);
-        let reports = Mutex::default();
         Ok(MioDriver {
             poll,
             events,
-            notifier: Arc::new(Notifier { reports, waker }),
-            resolving: HashMap::new(),
+            notifier: Arc::new(Notifier::new(waker)),
+            resolver: Resolver::default(),
             relay_threads: HashMap::new(),
             adapters: Arc::default(),
             #[cfg(unix)]
@@ -169,28 +140,14 @@ impl MioDriver {
         let job = move || {
             // The panic was logged.
             let result = catch_unwind(AssertUnwindSafe(job)).unwrap_or(failure);
-            notifier.notify(Report::Event(result));
+            notifier.notify(result);
         };
         self.housekeeper.run(directory, job);
     }
 
     /// Returns the waker, which ends a [`wait`](Driver::wait) from another thread.
     pub(crate) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.notifier.waker)
-    }
-
-    /// Resolves `host` on a thread of its own, since `getaddrinfo` has no form that does not block,
-    /// and a name server that does not answer must not delay other names. There is at most one
-    /// thread per name.
-    fn start_resolver(&self, host: &str) -> io::Result<()> {
-        let notifier = Arc::clone(&self.notifier);
-        let host = host.to_owned();
-        let resolve = move || {
-            let found = (host.as_str(), 0).to_socket_addrs().map(Iterator::collect);
-            notifier.notify(Report::Found(host, found));
-        };
-        let thread = std::thread::Builder::new().name("hvsock-resolver".into());
-        thread.spawn(resolve).map(drop)
+        Arc::clone(self.notifier.waker())
     }
 
     /// Closes a listener at once, so that its clients are refused. Returns its file, which is still
@@ -234,25 +191,6 @@ impl MioDriver {
             });
         }
         count
-    }
-
-    /// Reports the addresses of a name to all that wait for it.
-    fn deliver_addresses(
-        &mut self,
-        host: &str,
-        found: &io::Result<Vec<SocketAddr>>,
-        events: &mut Vec<Event<Stream, Listener>>,
-    ) {
-        for (token, port) in self.resolving.remove(host).unwrap_or_default() {
-            let addresses = match found {
-                Ok(found) => {
-                    let with_port = |address: &SocketAddr| SocketAddr::new(address.ip(), port);
-                    Ok(found.iter().map(with_port).collect())
-                }
-                Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
-            };
-            events.push(Event::Resolved { token, addresses });
-        }
     }
 }
 
@@ -332,7 +270,7 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
     match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
         Err(e) if sys::is_no_such_cid(&e) => None,
-        // It is refused later, or is not answered.
+        // The connect was begun, and is refused later or not answered.
         _ => Some(VmIdentity::Cid),
     }
 }
@@ -378,7 +316,7 @@ struct ThreadsReporter {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
-    notifier: Arc<Notifier>,
+    notifier: Arc<Notifier<Event<Stream, Listener>>>,
 }
 
 impl Reporter for ThreadsReporter {
@@ -393,46 +331,7 @@ impl Reporter for ThreadsReporter {
 
     fn report_end(&self, result: ThreadsResult) {
         let token = self.token;
-        self.notifier
-            .notify(Report::Event(Event::ThreadsEnded { token, result }));
-    }
-}
-
-impl ConnectionSocket for Stream {
-    fn connected(&self) -> io::Result<bool> {
-        Stream::connected(self)
-    }
-
-    fn shutdown_read(&self) {
-        Stream::shutdown_read(self);
-    }
-
-    fn unacknowledged(&self) -> usize {
-        Stream::unacknowledged(self)
-    }
-
-    fn is_guarded(&self) -> bool {
-        Stream::is_guarded(self)
-    }
-
-    fn local_name(&self) -> Option<SocketName> {
-        self.local_addr().ok()
-    }
-
-    fn unix_peer_name(&self) -> Option<Vec<u8>> {
-        self.peer_name()
-    }
-
-    fn peer_process(&self) -> Option<PeerProcess> {
-        Stream::peer_process(self)
-    }
-
-    fn unread(&self) -> Option<u64> {
-        Stream::unread(self)
-    }
-
-    fn is_from_this_process(&self) -> bool {
-        self.is_from_us()
+        self.notifier.notify(Event::ThreadsEnded { token, result });
     }
 }
 
@@ -485,7 +384,7 @@ impl Driver for MioDriver {
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox, reports may be there although their wake-up was lost.
-        let has_reports = !self.notifier.reports().is_empty();
+        let has_reports = self.notifier.has_reports();
         let timeout = match timeout {
             _ if has_reports => Some(Duration::ZERO),
             timeout => timeout.map(|timeout| timeout.min(LONGEST_WAIT)),
@@ -501,10 +400,14 @@ impl Driver for MioDriver {
             }
             timeout = Some(Duration::ZERO);
         }
-        let reports = std::mem::take(&mut *self.notifier.reports());
-        for report in reports {
+        for report in self.notifier.take_reports() {
             match report {
-                Report::Found(host, found) => self.deliver_addresses(&host, &found, events),
+                Report::Resolved(host, found) => {
+                    let resolved = self.resolver.take_addresses(&host, &found).into_iter();
+                    events.extend(
+                        resolved.map(|(token, addresses)| Event::Resolved { token, addresses }),
+                    );
+                }
                 Report::Event(event) => {
                     if let Event::ThreadsEnded { token, .. } = &event {
                         self.relay_threads.remove(token);
@@ -528,7 +431,7 @@ impl Driver for MioDriver {
                 readable: true,
                 ..Readiness::default()
             };
-            notifier.notify(Report::Event(Event::Ready { token, readiness }));
+            notifier.notify(Event::Ready { token, readiness });
         };
         listener.watch(self.poll.registry(), Token(token), notify)?;
         #[cfg(unix)]
@@ -588,7 +491,7 @@ impl Driver for MioDriver {
         match directory {
             Some(directory) => self.ask_housekeeper(&directory, nothing_found(of), bind_again),
             // Bound at once, since clients are refused until then.
-            None => self.notifier.notify(Report::Event(bind_again())),
+            None => self.notifier.notify(bind_again()),
         }
     }
 
@@ -641,13 +544,15 @@ impl Driver for MioDriver {
     #[cfg(all(unix, feature = "cli"))]
     fn give_listener(&mut self, mut listener: Listener) {
         listener.forget();
-        // It is unregistered by that: the socket lives on, and would go on to report clients.
+        // The close unregisters it: the socket lives on in the other process, and would go on to
+        // report clients here.
         if let Some(file) = self.close_at_once(listener) {
             file.leave();
         }
     }
 
     /// Connects, and looks the path up again for the VM's identity: connect(2) takes a path only.
+    /// The file system may block both; where it is known to hang, the gate admits no dial.
     fn connect(
         &mut self,
         endpoint: &Endpoint,
@@ -724,14 +629,7 @@ impl Driver for MioDriver {
     }
 
     fn resolve(&mut self, token: usize, host: &str, port: u16) {
-        if let Some(waiting) = self.resolving.get_mut(host) {
-            waiting.push((token, port));
-            return;
-        }
-        self.resolving.insert(host.to_owned(), vec![(token, port)]);
-        if let Err(e) = self.start_resolver(host) {
-            self.notifier.notify(Report::Found(host.to_owned(), Err(e)));
-        }
+        self.resolver.resolve(token, host, port, &self.notifier);
     }
 
     #[cfg(unix)]
@@ -798,12 +696,12 @@ impl Driver for MioDriver {
             let (notifier, forward) = (Arc::clone(&self.notifier), Arc::clone(forward));
             move |end| {
                 if let Some(connection) = connection {
-                    notifier.notify(Report::Event(Event::ProgramEnded {
+                    notifier.notify(Event::ProgramEnded {
                         token,
                         connection,
                         forward,
                         failure: failure_of(end),
-                    }));
+                    });
                 }
             }
         };
@@ -814,13 +712,12 @@ impl Driver for MioDriver {
                 Target::OnThread => dial::on_thread(target, &programs, tell_end),
                 _ => stream::Stream::connect_timeout(target, timeout).map(Stream::Blocking),
             };
-            notifier.notify(Report::Event(Event::Dialled { token, stream }));
+            notifier.notify(Event::Dialled { token, stream });
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
             let stream = Err(Error::new(Operation::Connect, &forward.rule.connect, e));
-            self.notifier
-                .notify(Report::Event(Event::Dialled { token, stream }));
+            self.notifier.notify(Event::Dialled { token, stream });
         }
     }
 

@@ -51,11 +51,14 @@ mod housekeeper;
 mod listeners;
 mod loops;
 mod mio_driver;
+mod notifier;
 mod relay_threads;
+mod resolver;
 mod rules;
 mod shared;
 #[cfg(all(test, target_os = "linux"))]
 mod sim;
+mod socket;
 mod worker;
 
 use std::io;

@@ -95,7 +95,7 @@ impl RelayThreads {
         let half_closed = |end: &Arc<SharedEnd>| end.half_closed.load(Ordering::Acquire);
         Progress {
             delivered: ends.each_ref().map(|end| end.as_ref().map_or(0, delivered)),
-            // The end to which a half-close was passed on is that of the other side.
+            // A half-close is passed on to the end of the other side.
             half_closed: Side::BOTH
                 .into_iter()
                 .find(|side| ends[side.other()].as_ref().is_some_and(half_closed)),
@@ -287,7 +287,7 @@ fn relay_direction(
         }
         let n = match read {
             Ok(0) if source.has_ended() => {
-                // Before the other side can answer it.
+                // The side is noted before the other one can answer its EOF.
                 first.get_or_init(|| side);
                 sink.half_closed.store(true, Ordering::Release);
                 // An error says that the peer has closed already: then nobody needs to be told.
@@ -330,19 +330,21 @@ fn relay_direction(
     }
 }
 
-/// Returns how `side` is to be closed, by the rules of
-/// [`Pair::close_mode`](crate::engine::relay::Pair::close_mode).
+/// Returns how `side` is to be closed.
 fn close_mode(flows: [DirectionEnd; 2], side: Side) -> CloseMode {
-    let dead = flows[side] == DirectionEnd::Dead;
-    match flows[side.other()] {
-        DirectionEnd::Finished if dead || flows[side] == DirectionEnd::Finished => CloseMode::Close,
-        DirectionEnd::Finished if side == Side::Client => CloseMode::Linger,
-        _ if dead => CloseMode::Close,
-        _ => CloseMode::Reset,
-    }
+    let sent = match flows[side.other()] {
+        DirectionEnd::Finished => Ending::Whole,
+        _ => Ending::BrokenOff,
+    };
+    let input = match flows[side] {
+        DirectionEnd::Finished => Some(Ending::Whole),
+        DirectionEnd::Dead => Some(Ending::BrokenOff),
+        DirectionEnd::Refused | DirectionEnd::Interrupted => None,
+    };
+    CloseMode::choose(side, sent, input)
 }
 
-/// Makes the close a reset. Returns false: no peer is abandoned by it.
+/// Has the close reset the connection. Returns false: no drain was given up.
 fn abort(stream: &Stream) -> bool {
     stream.abort();
     false

@@ -297,7 +297,7 @@ impl Binder {
         check_alone(&rule, self.waiter)?;
         check_beside(&rule, &self.index(), None)?;
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
-        let quota = reserve_slots(&rule, &gates, id)?;
+        let quota = reserve_at_vm(&rule, &gates, id)?;
         let reports = self.reports.clone();
         let mut forward = Forward::new(id, rule, asked, gates, quota, self.waiter, reports);
         forward.home = home;
@@ -315,7 +315,7 @@ impl Binder {
         self.reports.ended.list()
     }
 
-    /// Forgets the rule of a forward that there is no more.
+    /// Forgets the rule of a forward that was removed.
     pub(super) fn forget(&self, forward: ForwardId) {
         self.index().remove(forward.0);
     }
@@ -439,15 +439,15 @@ impl Binder {
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
         old.release_quota();
-        let quota = reserve_slots(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        let quota = reserve_at_vm(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
         self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
     /// Reserves the slots of a forward again, after its replacement has failed.
     pub(super) fn restore(&self, forward: &Forward) {
-        let quota = reserve_slots(&forward.rule, &forward.gates, forward.id);
-        // There are as many as before, unless the VM's limit was lowered since.
+        let quota = reserve_at_vm(&forward.rule, &forward.gates, forward.id);
+        // As many slots are free as before, unless the VM's limit was lowered since.
         forward.set_quota(quota.unwrap_or(None));
         self.index().insert(forward.id.0, &forward.rule);
     }
@@ -461,7 +461,7 @@ impl Binder {
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn keep_remainders(&self, what: Remainder) -> Vec<(PathBuf, OtherSlots)> {
         let gates = self.gates.all().into_iter();
-        // One without a socket is not shared: nothing dies of what both allow it.
+        // A VM without a socket is not shared: it does not die of what both processes allow it.
         let remainder =
             |(vm, gate): (AnyVm, Arc<Gate>)| Some((socket_of(&vm)?, gate.keep_remainder(what)?));
         gates.filter_map(remainder).collect()
@@ -484,7 +484,7 @@ impl Binder {
         }
     }
 
-    /// Takes the end of that process.
+    /// Notes that the other process has ended.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn forget_other(&self) {
         self.gates
@@ -513,7 +513,7 @@ fn describe_mismatch(passed: &Address, asked: &Address) -> String {
 
 /// Reserves the slots that a rule asks for, at the VM that it leads to, or else at the one that
 /// dials it.
-fn reserve_slots(
+fn reserve_at_vm(
     rule: &Rule,
     gates: &[Option<Arc<Gate>>; 2],
     id: ForwardId,

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
-use crate::engine::admission::quotas::{Holder, Quotas};
+use crate::engine::admission::quotas::{Holder, Quotas, ReachedLimit};
 use crate::engine::admission::{GateId, NotServed, Slot, SlotWake, Wake};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
@@ -141,6 +141,7 @@ impl<D: Driver> Inbox<D> {
         std::mem::take(&mut *lock(&self.freed))
     }
 
+    /// Sends a command, and wakes the worker.
     pub(crate) fn send(&self, command: Command<D>) {
         lock(&self.commands).push(command);
         (self.wake)();
@@ -150,6 +151,7 @@ impl<D: Driver> Inbox<D> {
         lock(&self.commands).is_empty() && lock(&self.freed).is_empty()
     }
 
+    /// Takes the commands that were sent.
     pub(super) fn take(&self) -> Vec<Command<D>> {
         std::mem::take(&mut *lock(&self.commands))
     }
@@ -238,7 +240,7 @@ impl<D: Driver> Shared<D> {
         let room = descriptors.room(sockets.sum());
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
-            reserve_slots(&mut quotas, forward);
+            reserve_in(&mut quotas, forward);
         }
         Shared {
             cuts: Cuts::new(inboxes.len()),
@@ -282,10 +284,8 @@ impl<D: Driver> Shared<D> {
         if quotas.free_for(holder) > 0 {
             return None;
         }
-        if let Some(most) = quotas.reached_limit(holder) {
-            let open = counted(most as u64, "connection");
-            let why = format!("this forward has {open} open, and more are not allowed");
-            return Some(io::Error::other(why));
+        if let Some(limit) = quotas.reached_limit(holder) {
+            return Some(io::Error::other(limit.to_string()));
         }
         let (cap, kept) = (quotas.cap(), quotas.kept_from(holder));
         let cap = counted(cap as u64, "connection");
@@ -295,8 +295,8 @@ impl<D: Driver> Shared<D> {
         }))
     }
 
-    /// Returns how many connections a forward may have, if it has as many.
-    pub(super) fn reached_limit(&self, forward: ForwardId) -> Option<usize> {
+    /// Returns the limit of a forward's connections, if it is reached.
+    pub(super) fn reached_limit(&self, forward: ForwardId) -> Option<ReachedLimit> {
         self.quotas().reached_limit(Holder::Forward(forward))
     }
 
@@ -324,7 +324,8 @@ impl<D: Driver> Shared<D> {
         } else {
             forward.tally.live.fetch_sub(1, Ordering::Relaxed);
             let age = now.saturating_duration_since(self.begun).as_millis();
-            // First: who finds no connection finds the time at which the last one ended.
+            // This is noted first: a caller that finds no connection must find the time at which
+            // the last one ended.
             self.last_end
                 .fetch_max(u64::try_from(age).unwrap_or(u64::MAX), Ordering::Release);
         }
@@ -350,9 +351,10 @@ impl<D: Driver> Shared<D> {
 
     /// Reserves a forward's slots, until [`release`](Shared::release).
     pub(super) fn reserve_slots(&self, forward: &Forward) {
-        reserve_slots(&mut self.quotas(), forward);
+        reserve_in(&mut self.quotas(), forward);
     }
 
+    /// Gives a forward's reserved slots back.
     pub(super) fn release(&self, forward: &Forward) {
         self.quotas().release(Holder::Forward(forward.id));
         forward.release_quota();
@@ -373,6 +375,7 @@ impl<D: Driver> Shared<D> {
         ConnectionId(self.next_connection.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Returns whether the proxy was told to stop.
     pub(super) fn is_stopping(&self) -> bool {
         self.stop_asked.load(Ordering::Acquire) || self.stopping.load(Ordering::Acquire) > 0
     }
@@ -411,8 +414,8 @@ impl<D: Driver> Shared<D> {
     }
 }
 
-/// Reserves a forward's slots, or as many as there are descriptors for, and sets its bound.
-fn reserve_slots(quotas: &mut Quotas, forward: &Forward) {
+/// Reserves a forward's slots, or as many as there are descriptors for, and sets its limit.
+fn reserve_in(quotas: &mut Quotas, forward: &Forward) {
     let (reserved, listen) = (forward.rule.reserved, &forward.rule.listen);
     let holder = Holder::Forward(forward.id);
     quotas.set_limit(holder, forward.rule.most_connections());

@@ -200,6 +200,7 @@ impl<D: Driver> Worker<D> {
         Ok(Turn::Again)
     }
 
+    /// Passes an event to the part of the worker that it is about.
     fn take_event(&mut self, event: Event<D::Stream, D::Listener>, now: Instant) {
         match event {
             Event::Ready { token, readiness } if token < Id::FIRST => {
@@ -272,6 +273,7 @@ impl<D: Driver> Worker<D> {
         self.adopt_accepted(now);
     }
 
+    /// Takes over the clients that were accepted for this worker.
     fn adopt_accepted(&mut self, now: Instant) {
         for accepted in self.listeners.take_accepted() {
             call!(self.connections.adopt(accepted), now);
@@ -280,8 +282,8 @@ impl<D: Driver> Worker<D> {
 
     /// Returns how long there is nothing to do unless an event comes; `None` means for ever.
     fn timeout(&self, now: Instant) -> Option<Duration> {
-        // mio's poll fallback may lose a wake-up while a socket is registered, so the inbox is
-        // checked as well.
+        // mio's fallback by poll(2) may lose a wake-up that comes while a socket is being
+        // registered, so the inbox is checked as well.
         if !self.shared.inboxes[self.index].is_empty() {
             return Some(Duration::ZERO);
         }
@@ -300,6 +302,7 @@ impl<D: Driver> Worker<D> {
         next.map(|at| at.saturating_duration_since(now))
     }
 
+    /// Begins to stop: accepts no more clients, and cuts all connections off after `grace`.
     fn stop(&mut self, grace: Duration, now: Instant) {
         let at = after(now, grace);
         self.cut_at = Some(self.cut_at.map_or(at, |before| before.min(at)));
@@ -351,6 +354,7 @@ impl<D: Driver> Worker<D> {
         }
     }
 
+    /// Cuts all connections off. Guests have a moment more to end theirs.
     fn cut_all(&mut self, now: Instant) {
         self.cut_at = None;
         if self.phase < Phase::Cutting {

@@ -131,7 +131,7 @@ impl Builder {
 
     /// Sets whether the VM punishes more than hyperkit's device was seen to: any close with data
     /// unread, and one up to 20 ms after a dial ([`Rule`]). A proxy that pleases a strict VM is
-    /// polite at every end.
+    /// orderly at every end.
     pub fn strict(mut self, strict: bool) -> Builder {
         self.plan.strictness = match strict {
             true => Strictness::Strict,

@@ -76,7 +76,7 @@ impl Stream {
     /// Returns the name of this end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn local_addr(&self) -> io::Result<SocketName> {
         #[cfg(unix)]
         return self.socket.local_addr().map(|name| SocketName::of(&name));
@@ -87,8 +87,8 @@ impl Stream {
     /// Returns the name of the other end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says: that there is no connection any more, for example. macOS gives no name
-    /// (`InvalidInput`) once both directions have ended; elsewhere that takes a reset.
+    /// Returns the kernel's error: that there is no connection any more, for example. macOS gives
+    /// no name (`InvalidInput`) once both directions have ended; elsewhere that takes a reset.
     pub fn peer_addr(&self) -> io::Result<SocketName> {
         #[cfg(unix)]
         return self.socket.peer_addr().map(|name| SocketName::of(&name));
@@ -99,7 +99,7 @@ impl Stream {
     /// Returns an error that the kernel has noted and no call has returned yet, and clears it.
     ///
     /// # Errors
-    /// What the kernel says of the question.
+    /// Returns the kernel's error, if it doesn't answer.
     pub fn take_error(&self) -> io::Result<Option<io::Error>> {
         self.socket.take_error()
     }
@@ -113,10 +113,10 @@ impl Stream {
     /// behind the last byte, and its answer can still be read.
     ///
     /// # Errors
-    /// What the kernel says; `NotConnected` if the peer has reset the connection, and on macOS also
-    /// if that direction has ended or a Unix socket's peer has closed; `Unsupported` for the
-    /// half-close of a named pipe that its server made of byte type, not of message type: it has
-    /// none. Where the stream speaks in frames, what
+    /// Returns the kernel's error; `NotConnected` if the peer has reset the connection, and on
+    /// macOS also if that direction has ended or a Unix socket's peer has closed; `Unsupported` for
+    /// the half-close of a named pipe that its server made of byte type, not of message type: it
+    /// has none. Where the stream speaks in frames, what
     /// [`Framed::shutdown`](crate::framing::Framed::shutdown) says.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         match &self.frames {
@@ -125,7 +125,7 @@ impl Stream {
         }
     }
 
-    /// Half-closes. A peer that has gone needs none: what has become of it shows when it is read.
+    /// Half-closes. If the peer has gone, that shows at the next read.
     #[cfg(feature = "cli")]
     pub(crate) fn half_close(&self) -> io::Result<()> {
         match self.shutdown(Shutdown::Write) {
@@ -137,7 +137,7 @@ impl Stream {
     /// Returns another handle of the same connection: it ends when the last one is dropped.
     ///
     /// # Errors
-    /// What the kernel says; mostly that there is no descriptor left.
+    /// Returns the kernel's error; mostly that there is no descriptor left.
     pub fn try_clone(&self) -> io::Result<Stream> {
         Ok(Stream {
             socket: self.socket.try_clone()?,
@@ -149,7 +149,7 @@ impl Stream {
     /// Sets whether reads and writes that would wait fail with `WouldBlock`. Clones share it.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         self.socket.set_nonblocking(nonblocking)
     }
@@ -158,7 +158,7 @@ impl Stream {
     /// long fails with `WouldBlock` (Unix) or `TimedOut` (Windows).
     ///
     /// # Errors
-    /// `InvalidInput` if it is zero.
+    /// Returns `InvalidInput` if it is zero.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
         sys::unless_ended(self.socket.set_read_timeout(kernel_timeout(timeout)))
@@ -167,7 +167,7 @@ impl Stream {
     /// Returns the timeout of [`set_read_timeout`](Stream::set_read_timeout).
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn read_timeout(&self) -> io::Result<Option<Duration>> {
         self.socket.read_timeout()
     }
@@ -175,7 +175,7 @@ impl Stream {
     /// Returns the timeout of [`set_write_timeout`](Stream::set_write_timeout).
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn write_timeout(&self) -> io::Result<Option<Duration>> {
         self.socket.write_timeout()
     }
@@ -184,7 +184,7 @@ impl Stream {
     /// [`set_read_timeout`](Stream::set_read_timeout) says.
     ///
     /// # Errors
-    /// `InvalidInput` if it is zero.
+    /// Returns `InvalidInput` if it is zero.
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         refuse_zero(timeout)?;
         sys::unless_ended(self.socket.set_write_timeout(kernel_timeout(timeout)))
@@ -194,8 +194,8 @@ impl Stream {
     /// peer's EOF. Drop the stream then.
     ///
     /// # Errors
-    /// `TimedOut` if the peer hasn't ended within `timeout`: nothing more is read from it then.
-    /// What the kernel says of a connection that was broken already.
+    /// Returns `TimedOut` if the peer hasn't ended within `timeout`: nothing more is read from it
+    /// then. What the kernel says of a connection that was broken already.
     pub fn finish(&self, timeout: Duration) -> io::Result<()> {
         self.close_gracefully(timeout).into_result()
     }
@@ -268,7 +268,7 @@ impl Stream {
             None => (&self.socket).read(rest),
         };
         match read {
-            // Windows says TimedOut.
+            // Windows returns `TimedOut`.
             Err(e) if is_timeout(&e) => Err(io::ErrorKind::WouldBlock.into()),
             read => read,
         }
@@ -283,7 +283,7 @@ impl Stream {
         #[cfg(windows)]
         match Waiter::of(&self.address) {
             Waiter::Thread => {
-                // No event comes: the caller tries again.
+                // No event comes, so the caller tries again.
                 std::thread::sleep(timeout.min(BLIND_PAUSE));
                 Ok(true)
             }
@@ -331,7 +331,7 @@ impl Stream {
         }
     }
 
-    /// Returns the socket in it.
+    /// Returns the stream's socket.
     #[cfg(all(unix, any(feature = "tokio", feature = "cli")))]
     pub(crate) fn into_socket(self) -> socket2::Socket {
         self.socket
@@ -352,8 +352,8 @@ impl Stream {
         matches!(self.address, Address::Unix(_)) && self.untaken() == 0
     }
 
-    /// Makes the close a reset, where the family can, so that the peer doesn't take what it has for
-    /// all. Ends a read that waits.
+    /// Has the close reset the connection, where the family can, so that the peer doesn't take what
+    /// it has received for all. Ends a read that waits.
     pub(crate) fn abort(&self) {
         self.reset_at_close();
         self.interrupt(Shutdown::Read);
@@ -381,12 +381,12 @@ impl Stream {
         self.frames.is_some()
     }
 
-    /// Returns how many written bytes a reset now would take away from the peer.
+    /// Returns how many written bytes a reset would discard before the peer has them.
     pub(crate) fn unacknowledged(&self) -> usize {
         match self.address.transport().socket {
             #[cfg(unix)]
             SocketKind::Inet => self.untaken(),
-            // Windows doesn't tell; in other families what was written is at the peer.
+            // Windows doesn't tell; in the other families the peer has what was written.
             _ => 0,
         }
     }

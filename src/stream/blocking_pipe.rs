@@ -33,13 +33,13 @@ pub(super) struct Pipe {
     handle: Arc<OwnedHandle>,
 }
 
-/// What is known of one direction without waiting for its user.
+/// The state of one direction that is known without its lock.
 #[derive(Debug)]
 struct End {
     timeout: Mutex<Option<Duration>>,
-    /// It was shut down.
+    /// Whether the direction was shut down.
     shut: AtomicBool,
-    /// Set when it is shut down.
+    /// The event that is set when it is shut down.
     event: Event,
 }
 
@@ -82,15 +82,15 @@ struct Reading {
 enum Input {
     Idle,
     Pending,
-    /// These of the operation's bytes are to be given out.
+    /// The bytes of the operation that are still to be returned.
     Holds(Range<usize>),
     Ended,
-    /// With this error of the system.
+    /// It has failed with this error of the system.
     Failed(Option<i32>),
 }
 
 impl Reading {
-    /// Goes on as far as it can without waiting. Returns whether there is a result.
+    /// Goes on as far as it can without waiting. Returns whether there is a result now.
     fn advance(&mut self) -> bool {
         let outcome = match self.state {
             Input::Idle => match self.operation.read(BUFFER) {
@@ -242,7 +242,7 @@ impl Pipe {
             return Ok(0);
         }
         let count = bytes.len().min(BUFFER as usize);
-        // One that may be left under way must not end with this thread.
+        // An operation that may be left under way must not end with this thread.
         match deadline.is_some() || self.nonblocking.load(Ordering::Relaxed) {
             true => writing.operation.write_lastingly(&bytes[..count])?,
             false => writing.operation.write(&bytes[..count])?,
@@ -342,7 +342,7 @@ impl Pipe {
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        // With both directions shut down, nothing more is to come of it.
+        // With both directions shut down, nothing is to be waited for.
         if self.read_end.is_shut() && self.write_end.is_shut() {
             return;
         }

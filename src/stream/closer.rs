@@ -32,14 +32,14 @@ pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     }
 }
 
-/// Drops it on a thread of its own, so that one close doesn't wait for another.
+/// Drops a value on a thread of its own, so that one close doesn't wait for another.
 pub(crate) fn close(what: impl Send + 'static) {
     UNDER_WAY.fetch_add(1, Ordering::Relaxed);
     let close = move || {
         drop(what);
         UNDER_WAY.fetch_sub(1, Ordering::Relaxed);
     };
-    // Without a thread it was dropped here.
+    // If there is no thread, it was dropped here.
     if thread::Builder::new()
         .name("closer".into())
         .spawn(close)

@@ -20,16 +20,16 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(128);
 #[derive(Debug)]
 pub(crate) struct GracefulClose {
     state: State,
-    /// When the peer is given up.
+    /// The time at which the peer is given up.
     until: Instant,
 }
 
 #[derive(Debug)]
 enum State {
-    /// The half-close is to be sent.
+    /// The half-close was not sent yet.
     Open,
     Draining,
-    /// What is unread is read out. So many more bytes are read at the most.
+    /// What is unread is read out: so many more bytes at the most.
     Emptying {
         left: usize,
     },
@@ -61,7 +61,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// Returns it as a caller of the public streams reads it.
+    /// Converts it to the result of the public streams.
     pub(crate) fn into_result(self) -> io::Result<()> {
         match self {
             Outcome::PeerEnded => Ok(()),
@@ -72,7 +72,7 @@ impl Outcome {
 }
 
 impl GracefulClose {
-    /// Begins, for a peer that is given up at `until`.
+    /// Begins the close; the peer is given up at `until`.
     pub(crate) fn new(until: Instant) -> GracefulClose {
         GracefulClose {
             state: State::Open,
@@ -126,12 +126,12 @@ impl GracefulClose {
 #[derive(Debug)]
 pub(crate) struct ResetWait {
     pause: Duration,
-    /// When it is reset whatever has been received.
+    /// The time of the reset, whatever has been received.
     until: Instant,
 }
 
 impl ResetWait {
-    /// Begins, for a peer that is reset at `until` at the latest.
+    /// Begins the wait; the peer is reset at `until` at the latest.
     pub(crate) fn new(until: Instant) -> ResetWait {
         ResetWait {
             pause: FIRST_PAUSE,

@@ -8,15 +8,15 @@
 //! What a close does to hyperkit's device depends on the guest (`pci_virtio_sock.c`):
 //!
 //! - A guest that sends is told. The device's next write fails with EPIPE, it shuts both directions
-//!   down, and answers the guest's next packet by a reset, which frees the slot; if no packet comes,
-//!   it does so by itself after 30 s (`SHUTDOWN_RST_DELAY`). So to give up such a drain gives its
-//!   slot back.
+//!   down, and answers the guest's next packet by a reset, which frees the slot; if no packet
+//!   comes, it does so by itself after 30 s (`SHUTDOWN_RST_DELAY`). So to give up such a drain
+//!   gives its slot back.
 //! - A guest that is silent is told of nothing but our half-close, which it knew: its slot is lost
-//!   until it sends or ends. To give up such a drain early would gain nothing, so it keeps the whole
-//!   drain timeout.
-//! - If the guest has closed, and the device still holds more for us than the socket's buffer takes,
-//!   the close kills the VM. While an end is read slowly, the device does hold more. So before it is
-//!   closed, it is read at full speed until nothing is left ([`Pace::Last`]).
+//!   until it sends or ends. To give up such a drain early would gain nothing, so it keeps the
+//!   whole drain timeout.
+//! - If the guest has closed, and the device still holds more for us than the socket's buffer
+//!   takes, the close kills the VM. While an end is read slowly, the device does hold more. So
+//!   before it is closed, it is read at full speed until nothing is left ([`Pace::Last`]).
 
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,7 @@ const PAUSES: Duration = Duration::from_secs(1);
 /// since.
 const HELD: u64 = 1024 * 1024;
 
-/// How long nothing must come for the device to hold nothing. It writes what it holds as soon as
+/// How long nothing must come before the device counts as empty. It writes what it holds as soon as
 /// its thread runs.
 const EMPTY: Duration = Duration::from_millis(50);
 
@@ -54,11 +54,11 @@ pub(crate) const LAST_READS: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pace {
     Full,
-    /// Once at a time, not before then.
+    /// One read at a time, not before then.
     Slow(Instant),
     /// At full speed, until it can be closed.
     Last {
-        /// What had been read by then.
+        /// The number of bytes read when that began.
         from: u64,
         until: Instant,
     },
@@ -74,7 +74,7 @@ pub(crate) enum Reading {
     Later,
 }
 
-/// What a turn of an end has come to.
+/// The result of a turn of an end.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DrainTurn {
     /// What has been received by now.
@@ -112,12 +112,12 @@ pub(crate) enum DrainStep {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Drain {
     pace: Pace,
-    /// What had been received when it began.
+    /// The number of bytes received when it began.
     from: u64,
     received: u64,
     /// The time of the last byte.
     last: Option<Instant>,
-    /// Since when the guest has been sending without a silence.
+    /// The time since which the guest has been sending without a silence.
     sending_since: Option<Instant>,
 }
 
@@ -148,7 +148,7 @@ impl Drain {
         self.last.is_some_and(is_recent)
     }
 
-    /// Takes that the process stood still: the guest may have been unable to end.
+    /// Notes that the process was frozen: the guest may have been unable to end.
     pub(crate) fn note_freeze(&mut self, now: Instant) {
         self.sending_since = self.sending_since.map(|_| now);
         if let Pace::Last { until, .. } = &mut self.pace {
@@ -171,7 +171,7 @@ impl Drain {
         };
     }
 
-    /// Takes what a turn has come to, and returns what follows.
+    /// Takes the result of a turn, and returns what follows.
     pub(crate) fn take_turn(&mut self, turn: DrainTurn, now: Instant) -> DrainStep {
         let DrainTurn {
             received,

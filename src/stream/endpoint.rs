@@ -11,7 +11,7 @@ use crate::address::NpipeAddress;
 use crate::address::{Address, Host, HyperkitAddress, UnixAddress, VsockAddress, VsockMuxAddress};
 use crate::error::{Error, Operation};
 
-/// What it takes to connect to an address.
+/// The way to connect to an address.
 #[derive(Debug)]
 pub(crate) enum Target<'a> {
     Endpoint(Endpoint),
@@ -120,7 +120,7 @@ pub(super) fn is_connected(socket: SockRef<'_>) -> io::Result<bool> {
     }
     match socket.peer_addr() {
         Ok(_) => Ok(true),
-        // macOS, of a peer that has come and gone.
+        // macOS returns this if the peer was connected and has gone.
         Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(false),
         Err(e) => Err(e),

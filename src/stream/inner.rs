@@ -73,7 +73,7 @@ impl Inner {
         }
     }
 
-    /// Peeks. Of a pipe it tells only an EOF from bytes, not which bytes.
+    /// Peeks. For a pipe the result only tells an EOF from bytes, not which bytes.
     #[cfg(feature = "cli")]
     pub(super) fn peek(&self, buffer: &mut [std::mem::MaybeUninit<u8>]) -> io::Result<usize> {
         match self {

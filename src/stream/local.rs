@@ -1,4 +1,4 @@
-//! Sockets of one machine, for an event loop: Unix sockets, those of VMMs among them, and AF_VSOCK.
+//! Unix sockets, those of VMMs among them, and AF_VSOCK sockets, for an event loop.
 
 use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
@@ -47,17 +47,17 @@ pub(crate) struct Local {
     kept: Option<Kept>,
     /// mio has no name for an AF_VSOCK socket, but its Unix stream carries any stream socket.
     stream: mio::net::UnixStream,
-    /// The connect may take a while.
+    /// Whether it is an AF_VSOCK socket, whose connect may take a while.
     is_vsock: bool,
     /// The process that made the other end of a Unix socket, as far as the system tells. macOS
     /// doesn't once that has closed.
     peer: Option<PeerProcess>,
     descriptors: Descriptors,
-    /// Whether its end was read, and whether it was half-closed.
+    /// Whether its EOF was read.
     has_ended: bool,
     is_half_closed: bool,
-    /// The last read ended where descriptors were passed: more may follow, and no event comes for
-    /// it.
+    /// Whether the last read ended where descriptors were passed: more may follow, and no event
+    /// comes for it.
     #[cfg(target_os = "linux")]
     stopped: bool,
 }
@@ -110,7 +110,7 @@ impl Local {
             stream,
             is_vsock: false,
             peer: peer.map(|peer| PeerProcess {
-                // 0: of another PID namespace.
+                // A process of another PID namespace has the number 0.
                 id: peer.process.filter(|process| *process > 0),
                 user: peer.user,
             }),
@@ -148,7 +148,8 @@ impl Local {
             Ok(bytes) => bytes == 0,
             Err(e) => e.kind() != io::ErrorKind::WouldBlock,
         };
-        // One direction after the other: together they fail if one has ended (macOS).
+        // The directions are shut down one after the other: a call for both fails on macOS if one
+        // has ended.
         if !self.is_half_closed {
             let _ = socket.shutdown(Shutdown::Write);
         }
@@ -156,7 +157,7 @@ impl Local {
             true => When::Later,
             false => {
                 let _ = socket.shutdown(Shutdown::Read);
-                // On macOS that alone doesn't keep the peer from writing.
+                // On macOS the shutdown alone doesn't keep the peer from writing.
                 When::Now
             }
         };
@@ -230,7 +231,7 @@ impl Local {
         !self.is_vsock
     }
 
-    /// Calls as mio's `try_io` does.
+    /// Makes a call through mio's `try_io`.
     #[cfg(target_os = "linux")]
     pub(super) fn try_io<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         self.stream.try_io(call)
@@ -340,7 +341,7 @@ fn connect_hyperkit(address: &HyperkitAddress, keeper: Option<&Link>) -> io::Res
     let line = connect_line(vm.cid, address.port.0);
     match stream.write(&line) {
         Ok(n) if n == line.len() => Ok(stream),
-        // The rest would be too late: hyperkit has read what had come, and closed.
+        // The rest of the line would come too late: hyperkit has read the first part, and closed.
         Ok(n) => Err(io::Error::new(
             io::ErrorKind::WriteZero,
             format!(

@@ -16,6 +16,7 @@ pub(crate) mod local;
 #[path = "pipe.rs"]
 pub(crate) mod local;
 pub(crate) mod nonblocking;
+pub(crate) mod peer_names;
 pub(crate) mod socket;
 pub(crate) mod vsock_mux;
 

@@ -20,8 +20,9 @@ use crate::keeper::Link;
 use crate::name::{PeerProcess, SocketName};
 use crate::sys::{self, AsSocket};
 
-/// How often TCP asks a silent peer, and how many questions without an answer end the connection:
-/// after a minute. Of the default keepalive of a minute that makes two.
+/// How often TCP probes a silent peer, and how many probes without an answer end the connection: it
+/// ends after a minute of them, with the default keepalive of a minute two minutes after the last
+/// byte.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 6;
 
@@ -44,8 +45,8 @@ impl Stream {
     /// keeps its socket until then, whatever has become of it.
     ///
     /// # Errors
-    /// `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what the
-    /// kernel says.
+    /// Returns `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what
+    /// the kernel says.
     pub(crate) fn connect(endpoint: &Endpoint, patience: Duration) -> io::Result<Stream> {
         let stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(mio::net::TcpStream::connect(*address)?),
@@ -59,7 +60,7 @@ impl Stream {
     /// connected.
     ///
     /// # Errors
-    /// As those of [`connect`](Stream::connect).
+    /// Returns the errors of [`connect`](Stream::connect).
     #[cfg(unix)]
     pub(crate) fn connect_kept(
         endpoint: &Endpoint,
@@ -80,7 +81,7 @@ impl Stream {
     /// is writable.
     ///
     /// # Errors
-    /// Why it failed.
+    /// Returns why it failed.
     pub(crate) fn connected(&self) -> io::Result<bool> {
         match self {
             Stream::Tcp(stream) => is_connected(SockRef::from(stream)),
@@ -91,7 +92,8 @@ impl Stream {
 
     /// Sets the options that every stream has: see [`set_tcp_options`].
     pub(crate) fn set_options(&self) {
-        // For programs that don't ignore SIGPIPE: accepted sockets don't inherit it there.
+        // This is for programs that don't ignore SIGPIPE. Accepted sockets don't inherit the option
+        // on macOS.
         #[cfg(target_vendor = "apple")]
         let _ = match self {
             Stream::Tcp(stream) => SockRef::from(stream).set_nosigpipe(true),
@@ -142,13 +144,14 @@ impl Stream {
         }
     }
 
-    /// Has TCP ask a peer that has been silent for `time` whether it is still there, or nobody.
+    /// Has TCP ask a peer that has been silent for `time` whether it is still there; `None`: it
+    /// asks none.
     pub(crate) fn set_keepalive(&self, time: Option<Duration>) {
         let Stream::Tcp(stream) = self else {
             return;
         };
         let socket = SockRef::from(stream);
-        // Setting it fails only on a connection that has ended, as the next read says.
+        // Setting it fails only on a connection that has ended, which the next read reports.
         let _ = match time {
             None => socket.set_keepalive(false),
             Some(time) => socket.set_tcp_keepalive(
@@ -182,11 +185,12 @@ impl Stream {
         }
     }
 
-    /// Returns how many written bytes a [`reset`](Stream::reset) now would take away from the peer.
+    /// Returns how many written bytes a [`reset`](Stream::reset) would discard before the peer has
+    /// them.
     pub(crate) fn unacknowledged(&self) -> usize {
         match self {
             Stream::Tcp(stream) => sys::unacknowledged(stream),
-            // What was written is in the peer's own queue. And AF_VSOCK has no reset to send.
+            // What was written is in the peer's own queue, and AF_VSOCK has no reset.
             Stream::Local(_) => 0,
             Stream::Blocking(stream) => stream.unacknowledged(),
         }
@@ -282,7 +286,7 @@ impl Socket for Stream {
 
     const SHORT_WRITE_BLOCKS: bool = sys::KERNEL_EDGES;
 
-    // (macOS' kqueue doesn't tell of urgent data.)
+    // macOS' kqueue doesn't report urgent data.
     #[cfg(target_os = "linux")]
     fn short_read_blocks(&self) -> bool {
         sys::KERNEL_EDGES
@@ -483,7 +487,7 @@ impl Stream {
 /// Has small messages sent at once, for a relay has no reason to wait for more, and turns keepalive
 /// on: a peer that vanished is noticed in the end (after two hours by default).
 pub(crate) fn set_tcp_options(socket: SockRef<'_>) {
-    // Setting them fails only on a connection that has ended, as the next read says.
+    // Setting them fails only on a connection that has ended, which the next read reports.
     let _ = socket.set_tcp_nodelay(true);
     let _ = socket.set_keepalive(true);
 }

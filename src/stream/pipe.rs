@@ -23,14 +23,14 @@ use super::endpoint::Endpoint;
 pub(crate) struct Local {
     pipe: Pipe,
     kind: PipeKind,
-    /// The peer may have something unread.
+    /// Whether the peer may have something unread.
     has_written: bool,
     last: OnceLock<LastWord>,
 }
 
 #[derive(Debug)]
 enum Pipe {
-    /// No loop has it yet.
+    /// No event loop has it yet.
     Free(OwnedHandle),
     Watched(NamedPipe),
     Gone,
@@ -86,7 +86,7 @@ impl Local {
         self.kind.has_half_close
     }
 
-    /// Half-closes, where the pipe can. What the peer writes can only be refused by a close.
+    /// Half-closes, where the pipe can. Only a close can refuse what the peer writes.
     pub(super) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         if how != Shutdown::Read && self.kind.has_half_close && self.last.get().is_none() {
             self.send_last(Last::HalfClose)?;
@@ -109,7 +109,7 @@ impl Local {
             Pipe::Gone => return Ok(()),
         };
         if self.has_written {
-            // Set once: each caller has looked.
+            // It is set once: each caller has checked that it is not.
             let _ = self.last.set(LastWord::begin(pipe, last));
         } else {
             sys::say_at_once(&pipe, last);

@@ -33,7 +33,17 @@ pub(crate) trait Socket {
     /// edges (Windows, mio's `poll`) arm the next edge only when a call has returned `WouldBlock`.
     const SHORT_WRITE_BLOCKS: bool;
 
+    /// Reads once, without waiting.
+    ///
+    /// # Errors
+    /// Returns `WouldBlock` if nothing is there; `Interrupted`, after which the call is made again;
+    /// otherwise an error that ends the input.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Writes once, without waiting.
+    ///
+    /// # Errors
+    /// Returns `WouldBlock` if there is no room; `Interrupted`, after which the call is made again;
+    /// otherwise an error that ends the output.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
     /// Returns whether the last read, if it returned less than was asked for, has taken all there
@@ -53,13 +63,13 @@ pub(crate) trait Socket {
         self.has_splice()
     }
 
-    /// Returns a number below [`COST_CLASSES`]. Of sockets of one class a byte
-    /// costs about the same.
+    /// Returns the socket's cost class, below [`COST_CLASSES`]. A byte costs about the same on all
+    /// sockets of a class.
     fn cost_class(&self) -> usize {
         0
     }
 
-    /// Returns the time by which is measured what calls cost.
+    /// Returns the time of the clock by which the cost of calls is measured.
     fn clock(&self) -> Instant;
 
     /// Reads into an empty pipe. A short read has no meaning.

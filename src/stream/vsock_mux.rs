@@ -31,12 +31,12 @@ impl Handshake {
         }
     }
 
-    /// Goes on as far as the socket lets it. Returns whether the guest has accepted.
+    /// Goes on as far as it can without waiting. Returns whether the guest has accepted.
     ///
     /// # Errors
-    /// `ConnectionRefused` if the VMM ends the connection without an answer: nothing listens on
-    /// that port of the guest. `ConnectionReset` if it resets it: the guest isn't up. `InvalidData`
-    /// for another answer.
+    /// Returns `ConnectionRefused` if the VMM ends the connection without an answer: nothing
+    /// listens on that port of the guest. `ConnectionReset` if it resets it: the guest isn't up.
+    /// `InvalidData` for another answer.
     pub(crate) fn advance(&mut self, socket: &mut impl Socket) -> io::Result<bool> {
         loop {
             let done = if self.sent < self.line.len() {

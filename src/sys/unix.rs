@@ -1,17 +1,19 @@
 //! Linux, macOS and the BSDs.
 
 mod child;
+mod identity;
 mod place;
 mod process;
 mod rights;
+mod socket_path;
+#[cfg(feature = "cli")]
+mod standard;
 mod unconnected;
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::Wanted;
 #[cfg(feature = "cli")]
@@ -20,229 +22,19 @@ pub(crate) use child::{
     Leads, detach_command, end_of_input, hang_up_group, has_group, is_closed_by_peer, kill_group,
     make_terminal, set_nonblocking,
 };
+pub(crate) use identity::Identity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
 pub(crate) use rights::{MOST_SENT, receive, refuse_descriptors, refuses_descriptors, send};
+pub(crate) use socket_path::{
+    SUN_PATH_LEN, abstract_address, check_socket_name, is_socket_alive, set_bound_mode, unix_name,
+    with_short_path,
+};
+#[cfg(feature = "cli")]
+pub(crate) use standard::{standard_input, standard_output, write_error, write_output};
 pub(crate) use unconnected::Unconnected;
-
-/// How many bytes of path fit into `sockaddr_un.sun_path` with the NUL behind them: 108 on Linux
-/// (`unix(7)`), 104 on macOS and the BSDs (`sys/un.h`).
-pub(crate) const SUN_PATH_LEN: usize = if super::AS_ON_LINUX { 108 } else { 104 };
-
-/// The longest name of a socket that [`with_short_path`] can reach in any directory: `sun_path`
-/// less its NUL and less the longest prefix that it puts before the name.
-const LONGEST_NAME: usize = SUN_PATH_LEN - 1 - 32;
-
-/// The identity of a file: its device, inode and time of birth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Identity {
-    device: u64,
-    inode: u64,
-    /// Some file systems give a new file the inode of the one just removed. `None` where it isn't
-    /// kept.
-    born: Option<SystemTime>,
-}
-
-impl Identity {
-    /// Returns the identity of the file at `path`, not following a symbolic link.
-    pub(crate) fn of(path: &Path) -> io::Result<Identity> {
-        Ok(Identity::from(&fs::symlink_metadata(path)?))
-    }
-}
-
-impl Identity {
-    /// Returns the inode.
-    pub(crate) fn inode(&self) -> u64 {
-        self.inode
-    }
-
-    /// Returns it as text for another process: `DEVICE:INODE`, and `:SECONDS:NANOSECONDS` of the
-    /// time of birth since 1970.
-    pub(crate) fn to_text(self) -> String {
-        let Identity {
-            device,
-            inode,
-            born,
-        } = self;
-        match born.and_then(|it| it.duration_since(SystemTime::UNIX_EPOCH).ok()) {
-            Some(born) => {
-                let (seconds, part) = (born.as_secs(), born.subsec_nanos());
-                format!("{device}:{inode}:{seconds}:{part}")
-            }
-            None => format!("{device}:{inode}"),
-        }
-    }
-
-    /// Returns what [`to_text`](Identity::to_text) has written; `None` if it has not.
-    pub(crate) fn from_text(text: &str) -> Option<Identity> {
-        let mut parts = text.split(':').map(|part| part.parse::<u64>().ok());
-        let (device, inode) = (parts.next()??, parts.next()??);
-        let born = match (parts.next(), parts.next()) {
-            (None, None) => None,
-            (Some(seconds), Some(part)) => {
-                let part = u32::try_from(part?).ok().filter(|it| *it < 1_000_000_000)?;
-                Some(SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds?, part))?)
-            }
-            _ => return None,
-        };
-        Some(Identity {
-            device,
-            inode,
-            born,
-        })
-    }
-}
-
-#[cfg(all(test, target_os = "linux"))]
-impl Identity {
-    /// Returns the identity of a file of that number, of a file system that there isn't.
-    pub(crate) fn numbered(inode: u64) -> Identity {
-        Identity {
-            device: 0,
-            inode,
-            born: None,
-        }
-    }
-}
-
-impl From<&fs::Metadata> for Identity {
-    fn from(metadata: &fs::Metadata) -> Identity {
-        Identity {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            born: metadata.created().ok(),
-        }
-    }
-}
-
-/// The same identity as std's metadata give.
-#[cfg(not(target_os = "linux"))]
-impl From<&nix::sys::stat::FileStat> for Identity {
-    #[allow(clippy::unnecessary_cast)]
-    fn from(stat: &nix::sys::stat::FileStat) -> Identity {
-        #[cfg(any(target_vendor = "apple", target_os = "freebsd"))]
-        let born = {
-            let seconds = u64::try_from(stat.st_birthtime).ok();
-            let part = u32::try_from(stat.st_birthtime_nsec).ok();
-            seconds.zip(part).map(|(seconds, part)| {
-                SystemTime::UNIX_EPOCH + Duration::new(seconds, part.min(999_999_999))
-            })
-        };
-        #[cfg(not(any(target_vendor = "apple", target_os = "freebsd")))]
-        let born = None;
-        Identity {
-            device: stat.st_dev as u64,
-            inode: stat.st_ino as u64,
-            born,
-        }
-    }
-}
-
-/// Calls `f` with a path to the same file that fits into a `sockaddr_un`.
-///
-/// A path that fits is passed as it is. The directory of a longer one is reached by a detour: on
-/// Linux through an open descriptor of it (`/proc/self/fd/N`), elsewhere, or without `/proc`,
-/// through a symbolic link in a private directory that is removed again before this returns.
-///
-/// # Errors
-/// `InvalidFilename` if the last component alone is too long; what opening the directory says; what
-/// `f` says.
-pub(crate) fn with_short_path<T>(
-    path: &Path,
-    f: impl FnOnce(&Path) -> io::Result<T>,
-) -> io::Result<T> {
-    if path.as_os_str().len() < SUN_PATH_LEN {
-        return f(path);
-    }
-    check_socket_name(path)?;
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
-        return f(path);
-    };
-    #[cfg(target_os = "linux")]
-    if Path::new("/proc/self/fd").exists() {
-        use std::os::fd::AsRawFd;
-        use std::os::unix::fs::OpenOptionsExt;
-        let directory = fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
-            .open(directory)?;
-        return f(&Path::new(&format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name));
-    }
-    through_link(directory, Path::new(name), f)
-}
-
-/// Checks that [`with_short_path`] can reach the socket, wherever its directory is. No file is
-/// looked at.
-///
-/// # Errors
-/// `InvalidFilename` if the last component of a long path is too long.
-pub(crate) fn check_socket_name(path: &Path) -> io::Result<()> {
-    let length = path.file_name().map_or(0, |name| name.len());
-    if path.as_os_str().len() < SUN_PATH_LEN || length <= LONGEST_NAME {
-        return Ok(());
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidFilename,
-        format!(
-            "the name has {length} bytes, and a socket's name can have {LONGEST_NAME} in a directory with a long path"
-        ),
-    ))
-}
-
-fn through_link<T>(
-    directory: &Path,
-    name: &Path,
-    f: impl FnOnce(&Path) -> io::Result<T>,
-) -> io::Result<T> {
-    let target = fs::canonicalize(directory)?;
-    // Not $TMPDIR: on macOS that is long itself.
-    let private = tempfile::Builder::new()
-        .prefix("hvsock")
-        .tempdir_in("/tmp")?;
-    let link = private.path().join("d");
-    std::os::unix::fs::symlink(target, &link)?;
-    f(&link.join(name))
-}
-
-/// Sets the permissions of the file that a bind of this socket will make, less the umask: Linux
-/// takes them from the socket. Other systems have no way to set them before.
-pub(crate) fn set_bound_mode(socket: &socket2::Socket, mode: u32) {
-    #[cfg(target_os = "linux")]
-    {
-        let mode = nix::sys::stat::Mode::from_bits_truncate(mode);
-        // It is checked again once the file exists.
-        let _ = nix::sys::stat::fchmod(socket, mode);
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (socket, mode);
-    }
-}
-
-/// Returns whether a process has bound the stream socket at `path` and still has it. The process
-/// doesn't notice.
-///
-/// A datagram socket can't be connected to a stream socket: the kernel says so (`EPROTOTYPE`) if
-/// there is one, whatever its backlog holds, and refuses if only the file is left. A stream connect
-/// would be refused by a full backlog, too (macOS), or by a socket that doesn't listen yet.
-///
-/// # Errors
-/// What else the kernel says, such as that there is no file or that it may not be used.
-pub(crate) fn is_socket_alive(path: &Path) -> io::Result<bool> {
-    let asked = with_short_path(path, |short| {
-        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::DGRAM, None)?;
-        socket.connect(&socket2::SockAddr::unix(short)?)
-    });
-    match asked {
-        // Connected: it is a datagram socket that a process has.
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(false),
-        Err(e) if e.raw_os_error() == Some(nix::libc::EPROTOTYPE) => Ok(true),
-        Err(e) => Err(e),
-    }
-}
 
 pub(crate) use std::os::fd::{BorrowedFd as BorrowedSocket, OwnedFd as OwnedSocket};
 
@@ -254,85 +46,6 @@ pub(crate) trait AsSocket {
 impl<T: AsFd> AsSocket for T {
     fn as_socket(&self) -> BorrowedSocket<'_> {
         self.as_fd()
-    }
-}
-
-/// Standard input or output, without std's buffer. It waits though it may have been made
-/// non-blocking by another process.
-#[cfg(feature = "cli")]
-#[derive(Debug)]
-pub(crate) struct Standard(fs::File);
-
-#[cfg(feature = "cli")]
-pub(crate) fn standard_input() -> io::Result<Standard> {
-    let fd = io::stdin().as_fd().try_clone_to_owned()?;
-    Ok(Standard(fd.into()))
-}
-
-#[cfg(feature = "cli")]
-pub(crate) fn standard_output() -> io::Result<Standard> {
-    let fd = io::stdout().as_fd().try_clone_to_owned()?;
-    Ok(Standard(fd.into()))
-}
-
-#[cfg(feature = "cli")]
-impl Standard {
-    fn waiting<T>(
-        &mut self,
-        wanted: Wanted,
-        mut call: impl FnMut(&mut fs::File) -> io::Result<T>,
-    ) -> io::Result<T> {
-        loop {
-            match call(&mut self.0) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    wait(self.0.as_fd(), wanted, Duration::from_secs(3600))?;
-                }
-                done => return done,
-            }
-        }
-    }
-}
-
-#[cfg(feature = "cli")]
-impl io::Read for Standard {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.waiting(Wanted::Readable, |file| file.read(buffer))
-    }
-}
-
-#[cfg(feature = "cli")]
-impl io::Write for Standard {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.waiting(Wanted::Writable, |file| file.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Writes to standard output, past std's buffer and past its lock, on which other threads would
-/// wait with this one. It waits for the reader, as [`Standard`] does.
-#[cfg(feature = "cli")]
-pub(crate) fn write_output(bytes: &[u8]) -> io::Result<usize> {
-    write_waiting(io::stdout().as_fd(), bytes)
-}
-
-/// Writes to standard error as [`write_output`] does to standard output.
-#[cfg(feature = "cli")]
-pub(crate) fn write_error(bytes: &[u8]) -> io::Result<usize> {
-    write_waiting(io::stderr().as_fd(), bytes)
-}
-
-#[cfg(feature = "cli")]
-fn write_waiting(stream: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-    loop {
-        match nix::unistd::write(stream, bytes) {
-            Err(nix::errno::Errno::EAGAIN) => {
-                wait(stream, Wanted::Writable, Duration::from_secs(3600))?;
-            }
-            done => return Ok(done?),
-        }
     }
 }
 
@@ -724,101 +437,10 @@ pub(crate) fn make_room(socket: &socket2::SockRef<'_>) -> bool {
     small
 }
 
-/// Returns the name of a bound Unix socket: its path, or, behind a NUL, its abstract name.
-pub(crate) fn unix_name(address: &std::os::unix::net::SocketAddr) -> Option<Vec<u8>> {
-    use std::os::unix::ffi::OsStrExt;
-    #[cfg(target_os = "linux")]
-    {
-        use std::os::linux::net::SocketAddrExt;
-        if let Some(name) = address.as_abstract_name() {
-            return Some([b"\0", name].concat());
-        }
-    }
-    address
-        .as_pathname()
-        .map(|path| path.as_os_str().as_bytes().to_vec())
-}
-
-/// Returns the address of an abstract Unix socket.
-///
-/// # Errors
-/// `Unsupported` where there are none: they are Linux'; `InvalidInput` if the name is too long.
-pub(crate) fn abstract_address(name: &[u8]) -> io::Result<socket2::SockAddr> {
-    #[cfg(target_os = "linux")]
-    {
-        use std::os::unix::ffi::OsStrExt;
-        let name = [b"\0", name].concat();
-        socket2::SockAddr::unix(std::ffi::OsStr::from_bytes(&name))
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = name;
-        Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "abstract names are Linux'",
-        ))
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
-
-    #[test]
-    fn a_link_reaches_a_socket_in_a_long_directory_and_leaves_nothing() {
-        let root = tempfile::tempdir().unwrap();
-        let deep = root.path().join("d".repeat(120));
-        fs::create_dir(&deep).unwrap();
-        let mut used = PathBuf::new();
-        let listener = through_link(&deep, Path::new("s"), |path| {
-            used = path.to_path_buf();
-            std::os::unix::net::UnixListener::bind(path)
-        })
-        .unwrap();
-        assert!(deep.join("s").exists());
-        assert!(!used.parent().unwrap().exists());
-        let client = with_short_path(&deep.join("s"), |path| {
-            std::os::unix::net::UnixStream::connect(path)
-        });
-        client.unwrap();
-        listener.accept().unwrap();
-    }
-
-    #[test]
-    fn a_live_socket_is_told_from_a_leftover_without_connecting() {
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("s");
-        let error = is_socket_alive(&path).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::NotFound);
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        assert!(is_socket_alive(&path).unwrap());
-        assert_eq!(
-            listener.accept().unwrap_err().kind(),
-            io::ErrorKind::WouldBlock
-        );
-        drop(listener);
-        assert!(!is_socket_alive(&path).unwrap());
-    }
-
-    #[test]
-    fn an_identity_is_the_same_as_text() {
-        let root = tempfile::tempdir().unwrap();
-        let identity = Identity::of(root.path()).unwrap();
-        let text = identity.to_text();
-        assert_eq!(Identity::from_text(&text), Some(identity));
-        let unborn = Identity {
-            born: None,
-            ..identity
-        };
-        assert_eq!(Identity::from_text(&unborn.to_text()), Some(unborn));
-        for wrong in ["", "1", "1:x", "1:2:3", "1:2:3:4000000000000"] {
-            assert_eq!(Identity::from_text(wrong), None, "{wrong}");
-        }
-    }
 
     #[test]
     fn a_small_buffer_is_made_larger_and_a_large_one_is_left() {
@@ -831,13 +453,5 @@ mod tests {
         assert!(socket.send_buffer_size().unwrap() >= ROOM);
         assert!(!make_room(&socket));
         assert_eq!(socket.recv_buffer_size().unwrap(), large);
-    }
-
-    #[test]
-    fn a_name_that_fits_nowhere_is_told_so() {
-        let path = Path::new("/tmp").join("n".repeat(150));
-        let error = with_short_path(&path, |_| Ok(())).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::InvalidFilename);
-        assert!(error.to_string().contains("150 bytes"), "{error}");
     }
 }

@@ -27,8 +27,8 @@ impl Listener {
     /// Listens on `address`; a Unix socket is its owner's alone.
     ///
     /// # Errors
-    /// As those of [`crate::Listener::bind_with_mode`]; `Unsupported` for an address in frames.
-    /// Also if it is called outside of a runtime with I/O.
+    /// Returns the errors of [`crate::Listener::bind_with_mode`]; `Unsupported` for an address in
+    /// frames. Also if it is called outside of a runtime with I/O.
     pub fn bind(address: &Address) -> Result<Listener> {
         let fail = |e| Error::new(Operation::Listen, address, e);
         refuse_frames(address.is_framed()).map_err(fail)?;
@@ -45,7 +45,7 @@ impl Listener {
     /// chose.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn local_addr(&self) -> io::Result<SocketName> {
         self.inner.local_addr()
     }
@@ -53,7 +53,7 @@ impl Listener {
     /// Waits for a connection. Nothing is lost if the wait is broken off.
     ///
     /// # Errors
-    /// As those of [`crate::Listener::accept`].
+    /// Returns the errors of [`crate::Listener::accept`].
     pub async fn accept(&self) -> Result<(Stream, SocketName)> {
         loop {
             let ready = sys::any_ready(&self.watched, Interest::READABLE).await;
@@ -67,7 +67,7 @@ impl Listener {
     /// Polls for a connection. Only the task that polled last is woken for the next one.
     ///
     /// # Errors
-    /// As those of [`crate::Listener::accept`].
+    /// Returns the errors of [`crate::Listener::accept`].
     pub fn poll_accept(&self, context: &mut Context<'_>) -> Poll<Result<(Stream, SocketName)>> {
         for watched in &self.watched {
             while let Poll::Ready(ready) = watched.poll_read_ready(context) {

@@ -93,8 +93,8 @@ impl Stream {
     /// threads, and the handshake of vsock-mux is awaited.
     ///
     /// # Errors
-    /// As those of [`crate::Stream::connect_timeout`]; `Unsupported` for an address in frames. Also
-    /// if it is called outside of a runtime with I/O and time.
+    /// Returns the errors of [`crate::Stream::connect_timeout`]; `Unsupported` for an address in
+    /// frames. Also if it is called outside of a runtime with I/O and time.
     pub async fn connect(address: &Address) -> Result<Stream> {
         Stream::connect_timeout(address, CONNECT_TIMEOUT).await
     }
@@ -102,7 +102,7 @@ impl Stream {
     /// Connects to `address`, within `timeout`, as [`connect`](Stream::connect) does.
     ///
     /// # Errors
-    /// As there; `TimedOut` if `timeout` has passed.
+    /// Returns the same errors; `TimedOut` if `timeout` has passed.
     pub async fn connect_timeout(address: &Address, timeout: Duration) -> Result<Stream> {
         let fail = |e| explain(address, e);
         refuse_frames(address.is_framed()).map_err(fail)?;
@@ -119,7 +119,7 @@ impl Stream {
     /// Returns the name of this end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// Returns the kernel's error.
     pub fn local_addr(&self) -> io::Result<SocketName> {
         let name = self.socket.get_ref().local_addr()?;
         Ok(SocketName::of(&name))
@@ -128,7 +128,7 @@ impl Stream {
     /// Returns the name of the other end, as far as its family has one.
     ///
     /// # Errors
-    /// What the kernel says: that there is no connection any more, for example.
+    /// Returns the kernel's error: that there is no connection any more, for example.
     pub fn peer_addr(&self) -> io::Result<SocketName> {
         let name = self.socket.get_ref().peer_addr()?;
         Ok(SocketName::of(&name))
@@ -138,8 +138,8 @@ impl Stream {
     /// peer's EOF. What is left to do is to drop it.
     ///
     /// # Errors
-    /// `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken from it.
-    /// What the kernel says of a connection that was broken already.
+    /// Returns `TimedOut` if the peer hasn't ended within `timeout`: then nothing more is taken
+    /// from it. What the kernel says of a connection that was broken already.
     pub async fn finish(&mut self, timeout: Duration) -> io::Result<()> {
         let mut close = GracefulClose::new(after(Instant::now(), timeout));
         let mut rest = [0; 16 * 1024];

@@ -24,7 +24,7 @@ pub(crate) struct Seen {
     /// The bytes that come back of those that are sent to an echo, and nothing after its end.
     echoed: usize,
     /// What a server says that speaks first and ends.
-    farewell: String,
+    end: String,
     /// What one says that answers a second after all has come.
     late: Option<String>,
 }
@@ -36,7 +36,7 @@ impl Seen {
         Seen {
             refused: Vec::new(),
             echoed: LENGTH,
-            farewell: "bye\n".to_owned(),
+            end: "bye\n".to_owned(),
             late: (late == Late::Answered).then(|| format!("{LENGTH} have come")),
         }
     }
@@ -92,7 +92,7 @@ pub(crate) fn look(front: Place, back: Place, late: Late) -> Seen {
     let echoed = received.len() + client.read_to_end_or_reset().len();
     served.recv_timeout(PATIENCE).unwrap();
     let served = serve(back, |mut client| client.write_all(b"bye\n").unwrap());
-    let farewell = front.connect().rest();
+    let end = front.connect().rest();
     served.recv_timeout(PATIENCE).unwrap();
     let late = (late == Late::Answered).then(|| {
         let served = serve(back, |mut client| {
@@ -112,7 +112,7 @@ pub(crate) fn look(front: Place, back: Place, late: Late) -> Seen {
     Seen {
         refused,
         echoed,
-        farewell,
+        end,
         late,
     }
 }

@@ -68,7 +68,7 @@ pub(crate) struct Others<'a> {
     /// Clients that came when it was gone, and were held until it was back.
     pub(crate) held: AtomicU64,
     /// Held for writing while no byte may move.
-    pub(crate) quiet: RwLock<()>,
+    pub(crate) stillness: RwLock<()>,
     /// The long streams are to end.
     pub(crate) end: AtomicBool,
 }
@@ -98,7 +98,7 @@ impl Others<'_> {
             while !self.end.load(Ordering::SeqCst) {
                 let bytes = pattern(rng.u64(..), rng.usize(1..60_000));
                 {
-                    let _moving = self.quiet.read().unwrap();
+                    let _moving = self.stillness.read().unwrap();
                     client::echo(&mut conn, &bytes, false)?;
                     count.moved(bytes.len(), bytes.len());
                 }

@@ -112,7 +112,7 @@ fn a_month_in_small() {
         passing: [hvsock::more(&places), hvsock::added(&places)].map(|it| (it, Count::default())),
         gone: false.into(),
         held: 0.into(),
-        quiet: Default::default(),
+        stillness: Default::default(),
         end: false.into(),
     };
     let mut month = Month {
@@ -301,7 +301,7 @@ impl Month<'_> {
     /// With no clients but the streams, which pause: nothing is left of those who were there, and all is accounted for.
     fn at_rest(&mut self) -> Result<(), String> {
         self.machine.as_mut().expect("it runs").check()?;
-        let _quiet = self.others.quiet.write().unwrap();
+        let _stillness = self.others.stillness.write().unwrap();
         self.known("all have gone", |status| status.live() == STREAMS)?;
         self.account(STREAMS)?;
         let proxy = &self.hvsock.proxy;

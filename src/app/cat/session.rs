@@ -1,7 +1,8 @@
 //! One connection between standard input and standard output, or those of a program.
 //!
-//! A thread carries each direction, so that neither ever waits for the other; this one waits for what they tell. Each
-//! direction ends by itself: EOF on standard input becomes a half-close, and what comes is written to its end.
+//! A thread carries each direction, so that neither ever waits for the other; this one waits for
+//! what they tell. Each direction ends by itself: EOF on standard input becomes a half-close, and
+//! what comes is written to its end.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -13,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use tracing::info;
 
-use crate::address::Refusal;
 use crate::app::serve::{self, LOOK};
 use crate::dial;
 use crate::lock::lock;
@@ -25,8 +25,8 @@ use super::near::{BUFFER, Chunks, Near, Output};
 /// How long a wait may be of which nothing but an event is expected.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by EOF, some 50 µs after
-/// the dial, and behind our half-close that would look like an empty answer.
+/// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by
+/// EOF, some 50 µs after the dial, and behind our half-close that would look like an empty answer.
 const HOLD: Duration = Duration::from_millis(10);
 
 /// A wait at the end is told of if it is longer.
@@ -58,7 +58,8 @@ struct Shared {
 }
 
 impl Session<'_> {
-    /// Carries until both directions have ended, or one has failed; the connection is ended as the peer needs it.
+    /// Carries until both directions have ended, or one has failed; the connection is ended as the
+    /// peer needs it.
     pub(super) fn run(self) -> Outcome {
         let shared = Shared {
             stream: Arc::clone(&self.stream),
@@ -151,8 +152,8 @@ impl Session<'_> {
                     if received != moved.0 || sent.is_none() {
                         moved = (received, Instant::now());
                     } else if moved.1.elapsed() >= self.drain {
-                        // The half-close that was kept back may be what the peer waits for. Without one, its silence
-                        // is all that it will say.
+                        // The half-close that was kept back may be what the peer waits for. Without
+                        // one, its silence is all that it will say.
                         if !self.stream.has_half_close() {
                             return Ok(());
                         }
@@ -168,7 +169,8 @@ impl Session<'_> {
                 SessionEvent::PeerEnded(count) => {
                     *peer_ended = true;
                     let half_closed = shared.half_closed.load(Ordering::Relaxed);
-                    if count == 0 && address.transport().refusal == Refusal::Eof && !half_closed {
+                    if count == 0 && address.transport().refusal.by_eof().is_some() && !half_closed
+                    {
                         return Err(dial::refused_by_eof(address).into());
                     }
                     self.near.end_output();
@@ -177,7 +179,7 @@ impl Session<'_> {
                     }
                 }
                 SessionEvent::ReceiveFailed(0, _)
-                    if address.transport().refusal == Refusal::Eof =>
+                    if address.transport().refusal.by_eof().is_some() =>
                 {
                     *peer_ended = true;
                     return Err(dial::refused_by_eof(address).into());
@@ -203,7 +205,8 @@ impl Session<'_> {
         }
     }
 
-    /// Ends a connection in the middle: what was sent is never made to look complete where the family can tell.
+    /// Ends a connection in the middle: what was sent is never made to look complete where the
+    /// family can tell.
     fn leave(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
@@ -233,7 +236,8 @@ impl Session<'_> {
     }
 }
 
-/// Carries what comes to standard output; when that can't be, discards it until the session is over.
+/// Carries what comes to standard output; when that can't be, discards it until the session is
+/// over.
 fn receive(shared: &Shared, output: Output, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     let mut output = match output {
@@ -287,7 +291,7 @@ fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn 
         }
     }
     let address = stream.address();
-    if address.transport().refusal == Refusal::Eof {
+    if address.transport().refusal.by_eof().is_some() {
         thread::sleep(HOLD.saturating_sub(connected.elapsed()));
     }
     if !stream.half_close_ends_both() {

@@ -67,25 +67,25 @@ mod system {
 
     /// A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
-        tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
     }
 
     pub(super) fn reloading() {
         match NotifyState::monotonic_usec_now() {
-            Ok(now) => tell(&[NotifyState::Reloading, now]),
+            Ok(now) => notify(&[NotifyState::Reloading, now]),
             Err(e) => tracing::warn!("cannot tell the service manager that the file is read: {e}"),
         }
     }
 
     pub(super) fn stopping(status: String) {
-        tell(&[NotifyState::Stopping, NotifyState::Status(&status)]);
+        notify(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     }
 
     /// Whether another process is the service now: what this one does is its own affair.
     static HANDED_OVER: AtomicBool = AtomicBool::new(false);
 
     pub(super) fn handed_over(process: u32) {
-        tell(&[NotifyState::MainPid(process)]);
+        notify(&[NotifyState::MainPid(process)]);
         HANDED_OVER.store(true, Ordering::Release);
     }
 
@@ -93,7 +93,7 @@ mod system {
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 
-    fn tell(what: &[NotifyState<'_>]) {
+    fn notify(what: &[NotifyState<'_>]) {
         if std::env::var_os("NOTIFY_SOCKET").is_none() || HANDED_OVER.load(Ordering::Acquire) {
             return;
         }
@@ -103,11 +103,11 @@ mod system {
 
     /// Says so once if it can't be told.
     fn send(message: &[u8]) -> io::Result<usize> {
-        static COMPLAINT: Once = Once::new();
+        static WARNED: Once = Once::new();
         let text = String::from_utf8_lossy(message);
         let sent = sd_notify::notify(&[NotifyState::Custom(&text)]);
         if let Err(e) = &sent {
-            COMPLAINT.call_once(|| {
+            WARNED.call_once(|| {
                 tracing::warn!("cannot tell the service manager ($NOTIFY_SOCKET): {e}");
             });
         }
@@ -128,7 +128,7 @@ mod system {
         let feed = move || {
             loop {
                 match handle.answers_within(every) {
-                    true => tell(&[NotifyState::Watchdog]),
+                    true => notify(&[NotifyState::Watchdog]),
                     false => tracing::error!(
                         "a worker hasn't answered for {} ms; the watchdog isn't told that all is well",
                         every.as_millis()

@@ -458,7 +458,7 @@ impl Running {
             .look_again(&self.file, &Places::from_env())
             .ok()?;
         let summary = self.apply(&mut state, wanted, Occasion::Retry);
-        (!summary.is_quiet()).then_some(summary)
+        (!summary.is_empty()).then_some(summary)
     }
 
     /// Makes the proxy carry what is wanted.

@@ -56,7 +56,7 @@ impl Failed {
 
 impl Summary {
     /// Whether all is as it was.
-    pub(super) fn is_quiet(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         let Summary {
             added,
             changed,

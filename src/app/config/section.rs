@@ -129,7 +129,7 @@ impl<'a, 'i> Section<'a, 'i> {
         self.source.complain(line, text);
     }
 
-    /// Takes a key's value as `read` understands it; of one that it doesn't, its complaint is noted.
+    /// Takes a key's value as `read` understands it; if it can not be understood, says so.
     pub(super) fn take<T>(
         &mut self,
         key: &'static str,

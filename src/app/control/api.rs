@@ -558,7 +558,7 @@ impl Api {
         let Some(wire) = &mut *finishing else {
             return false;
         };
-        let is_told = wire.tell(&self.handle, self.ended()).is_ok();
+        let is_told = wire.send_progress(&self.handle, self.ended()).is_ok();
         if !is_told {
             *finishing = None;
         }

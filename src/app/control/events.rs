@@ -184,12 +184,12 @@ impl Events {
             if events.count.load(Ordering::Relaxed) > 0
                 && let Some(told) = Told::of(event)
             {
-                events.tell(told);
+                events.send(told);
             }
         })
     }
 
-    fn tell(&self, what: Told) {
+    fn send(&self, what: Told) {
         let line = Line {
             time: SystemTime::now(),
             what,

@@ -473,7 +473,7 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Us
         Ok(Answer::None) => Check::failed(
             name,
             format_args!("no answer within {seconds} s: paused, asleep or still booting"),
-            "wait, or wake it; if it stays so, restart the VM. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 places",
+            "wait, or wake it; if it stays so, restart the VM. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 slots",
         ),
         Ok(Answer::NotTaken) => Check::failed(
             name,

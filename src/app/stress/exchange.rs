@@ -4,7 +4,6 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::address::Refusal;
 use crate::app::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
 use crate::sys::Wanted;
@@ -271,7 +270,7 @@ impl Exchange<'_> {
     }
 
     fn ended(&self) -> String {
-        if self.done.received == 0 && self.stream.address().transport().refusal == Refusal::Eof {
+        if self.done.received == 0 && self.stream.address().transport().refusal.by_eof().is_some() {
             return crate::dial::refused_by_eof(self.stream.address()).to_string();
         }
         "the server ended it early".to_owned()

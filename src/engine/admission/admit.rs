@@ -1,4 +1,4 @@
-//! What is asked of a gate: dials, probes, places in its queue, and reservations.
+//! The requests to a gate: dials, probes, the queueing of clients, and reservations.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -46,7 +46,7 @@ impl Gate {
         if state.is_hanging(now) {
             return Err(Admission::Full(Full::Hangs));
         }
-        // If there is a single slot, none is reserved for probes.
+        // A VM with a single slot reserves none for probes, so its probe may exceed the cap.
         let is_exempt = holder == Holder::Probes && state.quotas.cap() <= 1;
         if state.quotas.free_for(holder) == 0 && !is_exempt {
             state.wanted_at = Some(now);
@@ -96,7 +96,7 @@ impl Gate {
         }
     }
 
-    /// Counts a slot, and makes it.
+    /// Takes a slot of a holder, or queues for one.
     pub(super) fn make_slot(
         self: &Arc<Gate>,
         state: &mut State,

@@ -34,12 +34,12 @@ pub(super) const LONGEST_PATIENCE: Duration = Duration::from_secs(3600);
 /// the device's 512.
 pub(super) const LOST_PROBES: u64 = 64;
 
-/// The part of a VM's slots that drains of guests which go on sending may have while clients wait: a
-/// tenth.
+/// The part of a VM's slots that drains of guests which go on sending may have while clients wait:
+/// a tenth.
 const FOR_DRAINS: usize = 10;
 
-/// From how many slots on that are taken a refusal may be the device's, which has none left. With
-/// hardly any taken it is the guest's.
+/// The number of taken slots from which on a refusal may be the device's, which has none left. With
+/// fewer taken it is the guest's.
 const MANY_SLOTS: usize = 10;
 
 /// The part of a VM's slots that the guest's dials leave for those of the host: a ninth, 100 of
@@ -151,9 +151,9 @@ pub(crate) struct Gate {
 }
 
 pub(super) struct State {
-    /// The gate's.
+    /// The gate's identifier.
     pub(super) id: GateId,
-    /// The gate's.
+    /// The gate's traits.
     pub(super) traits: &'static VmTraits,
     pub(super) health: Health,
     pub(super) epoch: u64,
@@ -166,8 +166,8 @@ pub(super) struct State {
     pub(super) guest_forwards: usize,
     /// The guest's dials that are served now.
     pub(super) guests: usize,
-    /// How many of the guest's dials were not served since the VM is known, and whether the log says
-    /// so.
+    /// How many of the guest's dials were not served since the VM is known, and whether the log
+    /// says so.
     pub(super) turned_away: u64,
     pub(super) has_told_turned_away: bool,
     /// The slots that were admitted and have not become a dial yet.
@@ -354,7 +354,7 @@ impl Gate {
         self.log_change(news, None);
     }
 
-    /// Takes that a look at the VM has failed: nothing was learnt.
+    /// Notes that a look at the VM has failed, so that another one may be made.
     pub(crate) fn end_look(&self) {
         self.state().is_looking = false;
     }
@@ -402,7 +402,8 @@ impl Gate {
         state.wake();
     }
 
-    /// Returns how many of the latest dials the guest has not answered, where that is a bound.
+    /// Returns how many of the latest dials the guest has not answered, where that number is
+    /// limited.
     pub(super) fn unanswered(&self) -> u64 {
         if !self.traits.needs_pacing {
             return 0;
@@ -477,8 +478,8 @@ impl State {
         Some(self.quotas.cap()).filter(|cap| *cap < GateLimits::UNLIMITED.live)
     }
 
-    /// Returns whether a look can tell something that is not known. Where only dials tell, it is one
-    /// itself: then it is made only while there is no such VM, so that no guest gets it.
+    /// Returns whether a look can tell something that is not known. Where only dials tell, the look
+    /// is a dial: it is made only while there is no such VM, so that no guest gets it.
     fn is_worth_a_look(&self) -> bool {
         match self.traits.seen_by {
             SeenBy::Files => true,

@@ -17,7 +17,7 @@ use crate::error::counted;
 use tracing::warn;
 
 use super::gate::{Full, Gate, State};
-use super::quotas::Holder;
+use super::quotas::{Holder, ReachedLimit};
 use super::slot::{Slot, Stage};
 use crate::engine::id::ForwardId;
 
@@ -40,8 +40,8 @@ pub(crate) enum NotServed {
     GuestQuota(usize),
     /// The forward has so many: the rest of the guest's quota is for the other forwards.
     ForwardQuota(usize),
-    /// The forward has so many, which is the most that its rule allows.
-    Forward(usize),
+    /// The forward has the most that its rule allows.
+    Forward(ReachedLimit),
 }
 
 impl fmt::Display for NotServed {
@@ -59,21 +59,18 @@ impl fmt::Display for NotServed {
                     "the VM's guest has made {made} to this forward, and more are reserved for others"
                 )
             }
-            NotServed::Forward(n) => {
-                let open = counted(*n as u64, "connection");
-                write!(f, "this forward has {open} open, and more are not allowed")
-            }
+            NotServed::Forward(limit) => limit.fmt(f),
         }
     }
 }
 
 impl Gate {
     /// Takes a slot for a dial that the guest has made to `forward`, and decides whether it is
-    /// served. `limit` is the most connections that its rule allows, if it has as many.
+    /// served. `limit` is that of its rule, if it is reached.
     pub(crate) fn accept(
         self: &Arc<Gate>,
         forward: ForwardId,
-        limit: Option<usize>,
+        limit: Option<ReachedLimit>,
         now: Instant,
     ) -> Guest {
         if self.is_seen_by_dials() {
@@ -82,7 +79,7 @@ impl Gate {
         let mut state = self.state();
         let holder = Holder::Forward(forward);
         let served = match limit {
-            Some(most) => Err(NotServed::Forward(most)),
+            Some(limit) => Err(NotServed::Forward(limit)),
             None => state.serves_guest(holder),
         };
         let slot = match served {
@@ -113,7 +110,7 @@ impl State {
         if self.quotas.free_for(holder) == 0 {
             return Err(NotServed::Full(self.why_full(holder)));
         }
-        // What it has reserved it gets.
+        // The slots that it has reserved are its own, whatever the quota says.
         if self.quotas.has_unused(holder) {
             return Ok(());
         }

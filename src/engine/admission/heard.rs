@@ -23,7 +23,7 @@ impl LastHeard {
         at == 0 || self.number(now) >= at + STEP.as_millis() as u64
     }
 
-    /// Notes that something has come.
+    /// Notes that something has come from the guest.
     pub(crate) fn note(&self, now: Instant) {
         self.at.fetch_max(self.number(now), Ordering::Relaxed);
     }

@@ -4,8 +4,10 @@
 //! Only counts are kept here; the gate decides which client waits, and for how long.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use crate::engine::id::ForwardId;
+use crate::error::counted;
 
 /// A party that slots are counted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,6 +22,17 @@ pub(crate) enum Holder {
     Predecessor,
     /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
     Lost,
+}
+
+/// The most connections that a forward may have, which it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReachedLimit(pub(crate) usize);
+
+impl fmt::Display for ReachedLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let open = counted(self.0 as u64, "connection");
+        write!(f, "this forward has {open} open, and more are not allowed")
+    }
 }
 
 /// The slots of a VM that another process has.
@@ -78,14 +91,17 @@ impl Quotas {
         self.cap = cap;
     }
 
+    /// Returns how many slots are taken.
     pub(crate) fn live(&self) -> usize {
         self.live
     }
 
+    /// Returns how many free slots are reserved.
     pub(crate) fn kept(&self) -> usize {
         self.kept
     }
 
+    /// Changes a holder's quota, and all sums with it.
     fn change(&mut self, holder: Holder, change: impl FnOnce(&mut Quota)) {
         let quota = self.quotas.entry(holder).or_default();
         let (unused, live, reserved) = (quota.unused(), quota.live, quota.reserved);
@@ -109,7 +125,8 @@ impl Quotas {
         quota.is_some_and(|quota| quota.unused() > 0)
     }
 
-    /// Reserves slots for a holder. If there are too few, returns how many can be reserved.
+    /// Reserves slots for a holder in place of those that it has reserved before. If there are too
+    /// few, returns how many can be reserved.
     pub(crate) fn reserve(&mut self, holder: Holder, slots: usize) -> Result<(), usize> {
         let own = self.quotas.get(&holder).map_or(0, |quota| quota.reserved);
         let left = self.cap.saturating_sub(self.reserved - own);
@@ -120,12 +137,12 @@ impl Quotas {
         Ok(())
     }
 
-    /// Bounds how many slots a holder may have at a time.
+    /// Limits how many slots a holder may have at a time.
     pub(crate) fn set_limit(&mut self, holder: Holder, most: Option<usize>) {
         self.change(holder, |quota| quota.most = most);
     }
 
-    /// Ends a holder's reservation and its bound.
+    /// Ends a holder's reservation and its limit.
     pub(crate) fn release(&mut self, holder: Holder) {
         self.change(holder, |quota| {
             quota.reserved = 0;
@@ -133,10 +150,12 @@ impl Quotas {
         });
     }
 
+    /// Takes a slot, whether one is free or not.
     pub(crate) fn take(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.live += 1);
     }
 
+    /// Gives a slot back.
     pub(crate) fn give_back(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.live = quota.live.saturating_sub(1));
     }
@@ -149,10 +168,11 @@ impl Quotas {
         }
     }
 
-    /// Returns a holder's bound, if it has reached it.
-    pub(crate) fn reached_limit(&self, holder: Holder) -> Option<usize> {
+    /// Returns a holder's limit, if it has reached it.
+    pub(crate) fn reached_limit(&self, holder: Holder) -> Option<ReachedLimit> {
         let quota = self.quotas.get(&holder)?;
-        quota.most.filter(|most| quota.live >= *most)
+        let most = quota.most.filter(|most| quota.live >= *most);
+        most.map(ReachedLimit)
     }
 
     /// Returns how many free slots are reserved for other holders.
@@ -167,10 +187,12 @@ impl Quotas {
         queued < self.free_for(holder)
     }
 
+    /// Counts a client that waits for a slot.
     pub(crate) fn queue(&mut self, holder: Holder) {
         self.change(holder, |quota| quota.queued += 1);
     }
 
+    /// Counts a client that waits no more.
     pub(crate) fn unqueue(&mut self, holder: Holder) {
         self.change(holder, |quota| {
             quota.queued = quota.queued.saturating_sub(1)
@@ -256,18 +278,18 @@ mod tests {
     }
 
     #[test]
-    fn a_bounded_holder_gets_no_more_though_others_do() {
+    fn a_limited_holder_gets_no_more_though_others_do() {
         let mut quotas = Quotas::new(10);
         quotas.set_limit(NOISY, Some(2));
         quotas.take(NOISY);
         assert_eq!(quotas.reached_limit(NOISY), None);
         assert!(quotas.free_for(NOISY) > 0);
         quotas.take(NOISY);
-        assert_eq!(quotas.reached_limit(NOISY), Some(2));
+        assert_eq!(quotas.reached_limit(NOISY), Some(ReachedLimit(2)));
         assert_eq!((quotas.free_for(NOISY), quotas.free_for(DOCKER)), (0, 8));
         quotas.give_back(NOISY);
         assert!(quotas.free_for(NOISY) > 0);
-        // The bound outlives the last connection, until it is released.
+        // The limit outlives the last connection, until it is released.
         quotas.give_back(NOISY);
         quotas.take(NOISY);
         quotas.take(NOISY);

@@ -1,9 +1,9 @@
-//! The slots of a VM that two processes share for a while: one that has handed its listeners over and
-//! lets its connections finish, and its successor.
+//! The slots of a VM that two processes share for a while: one that has handed its listeners over
+//! and lets its connections finish, and its successor.
 //!
 //! The device counts the connections of both. So the old one tells the new one how many slots it
-//! may still use, takes no more than those, and the new one leaves them out. What is lost stays lost
-//! when the old one has ended.
+//! may still use, takes no more than those, and the new one leaves them out. What is lost stays
+//! lost when the old one has ended.
 
 use super::gate::Gate;
 use super::quotas::Holder;
@@ -14,7 +14,7 @@ pub(crate) use super::quotas::OtherSlots;
 pub(crate) enum Remainder {
     /// What it uses, and half of what is free: both processes accept for a moment.
     HalfOfFree,
-    /// What its connections and its waiting clients use. No others come.
+    /// What its connections and its waiting clients use: it accepts no others.
     Used,
 }
 
@@ -36,7 +36,7 @@ impl Gate {
             Remainder::HalfOfFree => kept += whole.saturating_sub(kept) / 2,
             Remainder::Used => {
                 state.quotas.end_reservations();
-                // One for the probe that may be needed.
+                // One slot is for the probe that may be needed.
                 kept += usize::from(kept > lost);
             }
         }
@@ -57,7 +57,8 @@ impl Gate {
         }
     }
 
-    /// Leaves out the slots that another process has now. Those it had before come back.
+    /// Counts the slots that another process has now as taken, in place of those that it had
+    /// before.
     pub(crate) fn leave_out(&self, now: OtherSlots) {
         let mut state = self.state();
         let before = std::mem::replace(&mut state.others, now);
@@ -69,7 +70,7 @@ impl Gate {
         state.wake();
     }
 
-    /// Takes the end of that process, whose lost slots stay lost.
+    /// Notes that the other process has ended. The slots that it has lost stay lost.
     pub(crate) fn forget_other(&self) {
         let lost = self.state().others.lost;
         self.leave_out(OtherSlots { used: 0, lost });

@@ -50,12 +50,12 @@ impl Gate {
         if lasts < ASKED_AFTER {
             state.silence.is_probe_missing = false;
         }
-        // A probe that is lost keeps the time of the next one.
+        // This is so as well of a probe that was lost, until the next one may go.
         let is_probed = state.next_probe.is_some();
         let is_asked = is_probed || is_stopped || state.silence.is_probe_missing;
         let epoch = state.epoch;
         match state.silence.reported {
-            // What is known of the VM is that it is gone, or another one.
+            // The report is about a VM that is gone, or was replaced by another one.
             Some((_, of)) if is_gone || of != epoch => state.silence.reported = None,
             Some((since, _)) if lasts < SILENT_AFTER => {
                 state.silence.reported = None;

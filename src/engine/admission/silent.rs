@@ -5,8 +5,7 @@ use std::time::Instant;
 /// What is known of a guest's silence.
 #[derive(Debug, Default)]
 pub(super) struct Silence {
-    /// The number and the time of a dial: of the oldest one that is not answered, unless this one
-    /// is.
+    /// The number and the time of the oldest dial that is not answered. It may be answered by now.
     pub(super) oldest: Option<(u64, Instant)>,
     /// Whether no probe could be sent.
     pub(super) is_probe_missing: bool,

@@ -31,23 +31,23 @@ pub(crate) struct Slot {
 pub(crate) enum DrainEnd {
     /// It has lasted long enough.
     Due,
-    /// It is in the way, if it is: clients wait, and it is one of the oldest beyond the part of the
-    /// slots that drains may have.
+    /// It may be in the way: it is given up if clients wait, and it is one of the oldest of the
+    /// drains that are more than their part of the slots.
     InTheWay,
 }
 
 /// How far a slot has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// Waits for a free slot.
+    /// No slot is taken yet: a client waits for one.
     Queued,
-    /// Is taken; the dial may be made.
+    /// The slot is taken; the dial may be made.
     Admitted,
-    /// Is taken by the dial of this number.
+    /// The dial of this number has the slot.
     Dialled(u64),
-    /// Is taken by a dial from the guest that is served.
+    /// A dial of the guest has it, and is served.
     Accepted,
-    /// Is taken by a dial from the guest that is not served.
+    /// A dial of the guest has it, and is not served.
     TurnedAway,
 }
 
@@ -57,7 +57,7 @@ impl Slot {
         self.stage != Stage::Queued
     }
 
-    /// Returns whether it is that of a guest's dial which is not served.
+    /// Returns whether the slot is that of a guest's dial which is not served.
     pub(crate) fn is_turned_away(&self) -> bool {
         self.stage == Stage::TurnedAway
     }
@@ -80,7 +80,7 @@ impl Slot {
         if state.epoch == self.epoch {
             state.pending = state.pending.saturating_sub(1);
         } else {
-            // It was admitted to another VM; this one has the dial now.
+            // The slot was taken of another VM; this one has got the dial.
             self.epoch = state.epoch;
             state.quotas.take(self.holder);
         }
@@ -168,8 +168,9 @@ impl Slot {
         is_so && (state.epoch != self.epoch || state.keep_pace(now).is_ok())
     }
 
-    /// Notes that the connection is closed though its guest has not ended it, and may never do: then
-    /// the device's slot is taken as long as the VM lives, where it [can be](Slot::can_be_lost).
+    /// Notes that the connection is closed though its guest has not ended it, and may never do:
+    /// then the device's slot is taken as long as the VM lives, where it [can
+    /// be](Slot::can_be_lost).
     pub(crate) fn lose(&mut self) {
         self.is_lost = self.can_be_lost();
     }
@@ -183,7 +184,7 @@ impl Slot {
     /// Returns whether the guest has answered this dial, or a later one. If it was refused, the EOF
     /// can be read now.
     pub(crate) fn is_answered(&self) -> bool {
-        // An answer of another VM says nothing, nor does the end of this one.
+        // The number of a dial to an earlier VM may be answered by a later one.
         let is_same = self.gate.state().epoch == self.epoch;
         let answered = self.gate.answered.load(Ordering::Relaxed);
         is_same && self.number().is_some_and(|number| number <= answered)
@@ -201,7 +202,7 @@ impl Drop for Slot {
             return;
         }
         let answered = self.gate.answered.load(Ordering::Relaxed);
-        // A lost probe does not make room for another before its time.
+        // A lost probe keeps the next one waiting for the whole patience.
         let is_lost = self.number().is_some_and(|number| number > answered);
         if self.holder == Holder::Probes && !is_lost {
             state.next_probe = None;

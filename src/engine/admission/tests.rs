@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::gate::{BURST, INTERVAL, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, WANTED};
-use super::quotas::Holder;
+use super::quotas::{Holder, ReachedLimit};
 use super::*;
 use crate::address::{AnyVm, HyperkitVm};
 use crate::engine::health::{VmIdentity, VmLook};
@@ -428,8 +428,9 @@ fn a_guests_dial_is_served_only_if_there_is_a_slot_and_gets_what_is_reserved() {
         Err(NotServed::Full(full))
     );
     assert_eq!(
-        gate.accept(OTHER, Some(2), Instant::now()).served,
-        Err(NotServed::Forward(2))
+        gate.accept(OTHER, Some(ReachedLimit(2)), Instant::now())
+            .served,
+        Err(NotServed::Forward(ReachedLimit(2)))
     );
 }
 

@@ -106,12 +106,15 @@ impl<S: ConnectionSocket> Connection<S> {
                 continue;
             };
             match self.go_on_closing_end(side, closing, cx) {
-                IsClosed::No(closing, at) => {
+                Step::Open {
+                    closing,
+                    check_at: at,
+                } => {
                     ends[side] = Some(closing);
                     check_at = check_at.into_iter().chain(at).min();
                 }
-                IsClosed::Yes => {}
-                IsClosed::GivenUp => settled = Some(after(now, SETTLING)),
+                Step::Closed => {}
+                Step::GivenUp => settled = Some(after(now, SETTLING)),
             }
         }
         let State::Closing {
@@ -156,13 +159,13 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Goes on with one end, in the way in which it is closed.
+    /// Goes on with the close of one end.
     fn go_on_closing_end(
         &mut self,
         side: Side,
         closing: Closing<S>,
         cx: &mut Context<'_, S>,
-    ) -> IsClosed<S> {
+    ) -> Step<S> {
         let Closing { end, how } = closing;
         match how {
             How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
@@ -192,10 +195,10 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut dial: Box<Dial>,
         cx: &mut Context<'_, S>,
-    ) -> IsClosed<S> {
+    ) -> Step<S> {
         if let Ok(false) = dial.shake_hands(&mut end.socket) {
             let how = How::ShakeHands(dial);
-            return IsClosed::No(Closing { end, how }, None);
+            return Closing { end, how }.wait_until(None);
         }
         // If there is no connection after all, the drain reads its end.
         end.shutdown_write();
@@ -210,7 +213,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut wait: ResetWait,
         cx: &mut Context<'_, S>,
-    ) -> IsClosed<S> {
+    ) -> Step<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
         self.note_answer(side, &end, before, cx);
@@ -222,11 +225,11 @@ impl<S: ConnectionSocket> Connection<S> {
         match check_at {
             None => {
                 cx.request(Action::Reset(end.socket));
-                IsClosed::Yes
+                Step::Closed
             }
             at => {
                 let how = How::Reset(wait);
-                IsClosed::No(Closing { end, how }, at)
+                Closing { end, how }.wait_until(at)
             }
         }
     }
@@ -238,7 +241,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut drain: Drain,
         cx: &mut Context<'_, S>,
-    ) -> IsClosed<S> {
+    ) -> Step<S> {
         let now = cx.now;
         if cx.resumed_at == Some(now) {
             drain.note_freeze(now);
@@ -258,13 +261,13 @@ impl<S: ConnectionSocket> Connection<S> {
         self.note_answer(side, &end, before, cx);
         if end.input_ended() {
             self.close_socket(side, end, cx);
-            return IsClosed::Yes;
+            return Step::Closed;
         }
         let turn = DrainTurn {
             received: end.received(),
             was_read,
             is_readable: end.is_readable(),
-            // A client is drained for a few seconds at most, and no drain delays the stop.
+            // A client is drained for a few seconds only, and a stop must not be delayed.
             may_slow: cx.phase == Phase::Running && self.forward.needs_graceful_close(side),
         };
         let mut next = drain.take_turn(turn, now);
@@ -293,8 +296,8 @@ impl<S: ConnectionSocket> Connection<S> {
         let at = match next {
             DrainStep::Close => {
                 return match self.give_up(side, end, Gone::Sending, cx) {
-                    true => IsClosed::GivenUp,
-                    false => IsClosed::Yes,
+                    true => Step::GivenUp,
+                    false => Step::Closed,
                 };
             }
             DrainStep::Again => {
@@ -308,7 +311,7 @@ impl<S: ConnectionSocket> Connection<S> {
             DrainStep::Wait | DrainStep::Paused => None,
         };
         let how = How::Drain(drain);
-        IsClosed::No(Closing { end, how }, at)
+        Closing { end, how }.wait_until(at)
     }
 
     /// Closes by force an end that is not ended yet, after reading out what is unread. Returns
@@ -441,13 +444,26 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 }
 
-/// Whether an end is closed now.
-enum IsClosed<S> {
-    /// It is not. It goes on at that time, or after an event.
-    No(Closing<S>, Option<Instant>),
-    Yes,
+/// What has become of an end in a step of its close.
+enum Step<S> {
+    /// It is open still. The next step is due at that time, or after an event.
+    Open {
+        closing: Closing<S>,
+        check_at: Option<Instant>,
+    },
+    Closed,
     /// It was closed by force, and its guest is told.
     GivenUp,
+}
+
+impl<S> Closing<S> {
+    /// Returns that the end is open still, and when the next step is due.
+    fn wait_until(self, check_at: Option<Instant>) -> Step<S> {
+        Step::Open {
+            closing: self,
+            check_at,
+        }
+    }
 }
 
 /// What a guest does whose connection is closed by force.

@@ -1,43 +1,26 @@
-//! The beginning of a connection: its client was accepted, its target is resolved, admitted by the
-//! VM's gate and connected, or the client is refused.
+//! The dial of a connection: its target is resolved, admitted by the VM's gate and connected.
 //!
-//! Names, gates and connects belong to the loop; this room only requests them and takes their
-//! results.
+//! Names, gates and connects belong to the loop; they are only requested here, and their results
+//! are taken.
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::debug;
-
-use crate::address::Refusal;
 use crate::dial::{self, Begun, Dial, Next, Race};
 use crate::engine::Phase;
-use crate::engine::admission::{Full, Gate, NotServed, Slot};
+use crate::engine::admission::{Full, Gate, Slot};
 use crate::engine::end_reason::{EndReason, RefusalReason};
-use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
-use crate::engine::id::ConnectionId;
-use crate::engine::observer::What;
 use crate::engine::relay::{End, Readiness, Side};
-use crate::engine::routes::{ListenerName, PeerNames, Route};
-use crate::error::{Error, Operation, counted};
-use crate::name::{Peer, SocketName};
+use crate::error::{Error, Operation};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
-use crate::time::after;
+use crate::stream::peer_names::{ListenerName, PeerNames};
 
 use super::action::{Action, Context};
-use super::closing_end::Closing;
 use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
-use super::state::{Connection, Retries, State};
-
-/// The pause before the target of a held client is dialled again. It doubles with each dial, up to
-/// [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+use super::state::{Connection, State};
 
 /// A socket that was created and has begun to connect.
 #[derive(Debug)]
@@ -45,116 +28,13 @@ pub(crate) struct Dialled<S> {
     pub(crate) socket: S,
     /// The identity of the VM, if the target is one that has a file.
     pub(crate) identity: Option<VmIdentity>,
-    /// Whether the process that began to listen had ended by then.
+    /// Whether the process that began to listen had ended before the connect.
     pub(crate) has_listener_ended: bool,
     /// Whether the poller could register the socket.
     pub(crate) watched: io::Result<()>,
 }
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a connection of an accepted socket; [`begin`](Connection::begin) must follow. `slots`
-    /// are that of a guest's dial, and that which is queued at the target's VM.
-    pub(crate) fn for_client(
-        name: ConnectionId,
-        forward: Arc<Forward>,
-        socket: S,
-        peer: SocketName,
-        slots: [Option<Slot>; 2],
-        now: Instant,
-    ) -> Connection<S> {
-        let mut client = End::new(socket);
-        client.latch(Readiness {
-            readable: client.socket.is_settled(),
-            ..Readiness::default()
-        });
-        let peer = Peer {
-            name: peer,
-            process: client.socket.peer_process(),
-        };
-        let patience = forward
-            .rule
-            .hold_time()
-            .unwrap_or(forward.rule.timeouts.dial);
-        let state = State::waiting(client, Dial::new(after(now, patience)));
-        let retries = forward.rule.hold_time().map(|_| Retries {
-            pause: FIRST_PAUSE,
-            redial: None,
-            last: None,
-        });
-        let mut connection = Connection::new(Some(name), forward, peer, state, now);
-        if let Some(guest) = &slots[Side::Client] {
-            // A dial from the guest is a sign that it runs.
-            guest.note_answer(now);
-        }
-        connection.slots = slots;
-        connection.retries = retries;
-        connection.debug(|| debug!("accepted"));
-        connection.notify(What::Accepted);
-        connection
-    }
-
-    /// Begins to dial the target. `watched` says whether the poller could register the client,
-    /// `served` whether the client, if it is a guest, has a part in its VM's slots.
-    pub(crate) fn begin(
-        &mut self,
-        watched: io::Result<()>,
-        served: Result<(), NotServed>,
-        cx: &mut Context<'_, S>,
-    ) {
-        // Guests find the port bound until the very end, but are not served any more.
-        let is_closed = match cx.phase {
-            Phase::Running => self.forward.is_cut(),
-            Phase::Stopping => self.forward.needs_graceful_close(Side::Client),
-            Phase::Cutting => true,
-        };
-        match watched {
-            Err(e) => {
-                let error = Error::new(Operation::Accept, &self.forward.rule.listen, e);
-                self.refuse(&error, RefusalReason::Other, cx);
-            }
-            Ok(()) if is_closed => {
-                self.end_because(match cx.phase {
-                    Phase::Running => EndReason::Removed,
-                    Phase::Stopping | Phase::Cutting => EndReason::Stopped,
-                });
-                self.refuse_cut_off(cx);
-            }
-            Ok(()) if served.is_err() => self.turn_away(served, cx),
-            Ok(()) if !self.forward.rule.admits(&self.peer.name) => self.refuse_stranger(cx),
-            Ok(()) if !self.note_client(cx) => self.refuse_loop(cx),
-            Ok(()) if self.is_one_too_many() => self.refuse_too_many(cx),
-            Ok(()) if self.expects_header() => self.begin_reading_header(cx),
-            Ok(()) => self.begin_dial(cx),
-        }
-    }
-
-    /// Ends a guest's dial that is not served.
-    fn turn_away(&mut self, served: Result<(), NotServed>, cx: &mut Context<'_, S>) {
-        if let Err(why) = served {
-            let cause = io::Error::other(why.to_string());
-            let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
-            self.refuse(&error, RefusalReason::Full, cx);
-        }
-    }
-
-    /// Notes that the client may be a socket that this process dialled. Returns false if the
-    /// connection closes a loop of forwards.
-    fn note_client(&mut self, cx: &mut Context<'_, S>) -> bool {
-        let State::Waiting { client, .. } = &self.state else {
-            return true;
-        };
-        let (forward, peer) = (self.forward.id, self.peer.name);
-        if peer == SocketName::Unnamed {
-            let is_ours = || client.socket.is_from_this_process();
-            return cx.routes.admit_unnamed_client(forward, is_ours, cx.now);
-        }
-        let ends = || PeerNames::of_accepted(client.socket.local_name()?, peer);
-        let mut route = Route::default();
-        let is_acyclic = cx.routes.admit_client(ends, forward, &mut route);
-        self.route = route.into_box();
-        is_acyclic
-    }
-
     /// Notes that the dialled socket may lead to a listener of this process. Returns false if that
     /// closes a loop of forwards.
     pub(super) fn note_dial(&mut self, cx: &mut Context<'_, S>) -> bool {
@@ -172,7 +52,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 let here = server.socket.local_name();
                 if let Some(ends) = here.and_then(|here| PeerNames::of_dialled(here, endpoint)) {
                     if race.earlier().next().is_none() {
-                        // Those of dials that have failed.
+                        // The names of the attempts that have failed.
                         routes.forget_dialled(&mut route);
                     }
                     routes.note_dial(forward, ends, &mut route);
@@ -190,57 +70,13 @@ impl<S: ConnectionSocket> Connection<S> {
         is_acyclic
     }
 
-    /// Refuses a client whose connection would loop.
-    fn refuse_loop(&mut self, cx: &mut Context<'_, S>) {
-        let why = "it leads back to a forward of this hvsock that its client has come through";
-        let error = Error::new(
-            Operation::Connect,
-            &self.forward.rule.connect,
-            io::Error::other(why),
-        );
-        let error = error.with_remedy("have the forward lead elsewhere");
-        self.refuse(&error, RefusalReason::Other, cx);
-    }
-
-    /// Refuses a client that has come from where none may come from.
-    fn refuse_stranger(&mut self, cx: &mut Context<'_, S>) {
-        let client = self.peer.name.without_port();
-        let cause = io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            format!("{client} may not come: it is not in the rule's `from`"),
-        );
-        let error = Error::new(Operation::Accept, &self.forward.rule.listen, cause);
-        self.refuse(&error, RefusalReason::NotAllowed, cx);
-    }
-
-    /// Returns whether the target bounds its connections, and has as many already: a client that
-    /// can't be made to wait in a backlog, such as a guest, is accepted nevertheless.
-    fn is_one_too_many(&self) -> bool {
-        let rule = &self.forward.rule;
-        let is_bounded = rule.connect.transport().connections.is_some();
-        // This one is counted.
-        let live = self.forward.tally.live.load(Ordering::Relaxed);
-        let most = rule.most_connections().filter(|_| is_bounded);
-        most.is_some_and(|most| live > most as u64)
-    }
-
-    fn refuse_too_many(&mut self, cx: &mut Context<'_, S>) {
-        let rule = &self.forward.rule;
-        let most = rule.most_connections().unwrap_or_default();
-        let open = counted(most as u64, "connection");
-        let why = format!("this forward has {open} open, and more are not allowed");
-        let error = Error::new(Operation::Connect, &rule.connect, io::Error::other(why));
-        let error = error.with_remedy("allow it more connections");
-        self.refuse(&error, RefusalReason::Full, cx);
-    }
-
     /// Begins to dial the target, for the first time or again.
     pub(super) fn begin_dial(&mut self, cx: &mut Context<'_, S>) {
         let State::Waiting { dial, .. } = &mut self.state else {
             return;
         };
         if let Some(retries) = &mut self.retries {
-            retries.redial = None;
+            retries.note_dial();
         }
         let deadline = dial.deadline();
         let target = &self.forward.rule.connect;
@@ -474,7 +310,7 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         match begun {
             Begun::Connected
-                if self.retries.is_some() && target.transport().refusal == Refusal::Eof =>
+                if self.retries.is_some() && self.forward.refusal_by_eof().is_some() =>
             {
                 self.begin_proving(deadline, cx);
             }
@@ -603,10 +439,7 @@ impl<S: ConnectionSocket> Connection<S> {
             && dial::is_worth_retrying(&error)
             && !is_ending
         {
-            let redial = (now + retries.pause).min(dial.deadline());
-            retries.pause = (retries.pause * 2).min(LONGEST_PAUSE);
-            retries.redial = Some(redial);
-            retries.last = Some((error, reason));
+            let redial = retries.take_failure(error, reason, dial.deadline(), now);
             *dial = Dial::new(dial.deadline());
             *full = None;
             // The client stays in the queue for a slot, and keeps nothing of this dial.
@@ -622,123 +455,5 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         }
         self.refuse(&error, reason, cx);
-    }
-
-    /// Refuses a client whose dial timeout has passed.
-    pub(super) fn time_out(&mut self, cx: &mut Context<'_, S>) {
-        let target = &self.forward.rule.connect;
-        let late = |why: String| io::Error::new(io::ErrorKind::TimedOut, why);
-        let full = match &self.state {
-            State::Waiting { full, .. } => *full,
-            _ => None,
-        };
-        let last = self
-            .retries
-            .as_mut()
-            .and_then(|retries| retries.last.take());
-        let (error, reason) = match (&self.state, full, last) {
-            (_, Some(full), _) => {
-                let reason = match full {
-                    Full::Unanswered(_) | Full::Hangs => RefusalReason::DialTimeout,
-                    Full::Live { .. } | Full::Reserved(_) => RefusalReason::Full,
-                };
-                let error = Error::new(Operation::Connect, target, late(full.to_string()));
-                (error, reason)
-            }
-            (State::Proving { .. }, ..) => {
-                let cause = late("the guest doesn't answer".to_owned());
-                let error = Error::new(Operation::Connect, target, cause);
-                let error = error.with_remedy("is it booting, paused or asleep?");
-                (error, RefusalReason::DialTimeout)
-            }
-            (_, None, Some(last)) => last,
-            (state, None, None) => {
-                let cause = late("no connection within the dial timeout".to_owned());
-                let error = match state {
-                    State::Connecting { .. } => dial::explain(target, cause),
-                    _ => Error::new(Operation::Connect, target, cause),
-                };
-                self.forward
-                    .note_failed_dial(RefusalReason::DialTimeout, &error, cx.now);
-                (error, RefusalReason::DialTimeout)
-            }
-        };
-        self.refuse(&error, reason, cx);
-    }
-
-    /// Refuses a client because the proxy is stopping, its forward was removed, or it was closed.
-    pub(super) fn refuse_cut_off(&mut self, cx: &mut Context<'_, S>) {
-        let why = match self.why {
-            Some(EndReason::ClosedOnRequest) => "it was closed while it was being connected",
-            Some(EndReason::Removed) => "its forward was removed",
-            _ => "the proxy is stopping",
-        };
-        let cause = io::Error::new(io::ErrorKind::ConnectionAborted, why);
-        let error = Error::new(Operation::Connect, &self.forward.rule.connect, cause);
-        self.refuse(&error, RefusalReason::Other, cx);
-    }
-
-    /// Ends a connection that could not be made, and reports why.
-    pub(super) fn refuse(&mut self, error: &Error, reason: RefusalReason, cx: &mut Context<'_, S>) {
-        self.abandon_race(cx);
-        let (mut client, server) = match self.take_state() {
-            State::Waiting { client, .. } => (client, None),
-            State::Connecting {
-                client,
-                server,
-                race,
-            } if race.dial.is_shaking_hands()
-                || self.forward.needs_graceful_close(Side::Server) =>
-            {
-                (client, Some(Closing::dialled(server, race.dial)))
-            }
-            State::Connecting { client, server, .. } => {
-                self.close_socket(Side::Server, server, cx);
-                (client, None)
-            }
-            State::Proving {
-                client,
-                server,
-                dial,
-                ..
-            } => (client, Some(Closing::dialled(server, dial))),
-            other => return self.state = other,
-        };
-        self.end_because(EndReason::Refused(reason));
-        self.note_refusal(error, reason, cx.now);
-        // Rule 3 of a good neighbour: a guest that can't be served is not closed at once.
-        let client = if self.forward.needs_graceful_close(Side::Client) && !client.is_dead() {
-            client.shutdown_write();
-            Some(Closing::drain(client))
-        } else {
-            cx.request(Action::Reset(client.socket));
-            None
-        };
-        self.begin_closing([client, server], cx);
-    }
-
-    /// Ends the connection after its client has gone while the target was being connected.
-    pub(super) fn close_without_client(&mut self, cx: &mut Context<'_, S>) {
-        self.end_because(EndReason::ClientGaveUp);
-        self.abandon_race(cx);
-        let (client, server) = match self.take_state() {
-            State::Connecting {
-                client,
-                server,
-                race,
-            } if race.dial.is_shaking_hands() => (client, Closing::dialled(server, race.dial)),
-            State::Proving {
-                client,
-                server,
-                dial,
-                ..
-            } => (client, Closing::dialled(server, dial)),
-            state => {
-                self.state = state;
-                return self.close(cx);
-            }
-        };
-        self.close_socket(Side::Client, client, cx);
-        self.begin_closing([None, Some(server)], cx);
     }
 }

@@ -9,7 +9,7 @@ use crate::engine::relay::{Ending, Side};
 use crate::engine::rule::Timeouts;
 use crate::time::after;
 
-/// The time since which no byte has moved on a connection.
+/// The time since which no byte has moved on a connection, and that of its half-close.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Idle {
     /// The time of the last byte delivered, or of the connection's opening.

@@ -14,6 +14,7 @@
 //! out in their order, and the result is handed back through the `take_` method that the action's
 //! doc names.
 
+mod accepting;
 mod action;
 mod closing;
 mod closing_end;
@@ -24,8 +25,10 @@ mod program;
 mod proving;
 mod proxied;
 mod racing;
+mod refusing;
 mod relaying;
 mod report;
+mod retries;
 mod socket;
 mod state;
 #[cfg(all(test, target_os = "linux"))]

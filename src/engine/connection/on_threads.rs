@@ -22,7 +22,7 @@ const CHECKS: u32 = 4;
 const CUT_PAUSE: Duration = Duration::from_millis(10);
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Takes that no threads could be started; both sockets were reset.
+    /// Takes the error of threads that could not be started; both sockets were reset.
     pub(crate) fn take_threads_failure(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
         let error = Error::new(Operation::Run, "a connection's thread", error);
         self.end_because(EndReason::Refused(RefusalReason::Other));
@@ -53,8 +53,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         // Invariant 9: the threads were frozen as well. They read what has arrived before a timeout
         // is believed.
-        let resumed_at = cx.resumed_at.is_some_and(|at| cx.now < after(at, time));
-        if resumed_at || !self.cut_if_idle(cx) {
+        let was_frozen = cx.resumed_at.is_some_and(|at| cx.now < after(at, time));
+        if was_frozen || !self.cut_if_idle(cx) {
             self.wake_by(after(cx.now, time));
         }
     }

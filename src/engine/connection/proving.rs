@@ -4,7 +4,7 @@
 //! When a probe may be sent, and where to, is decided by the gate and the loop.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
@@ -17,12 +17,12 @@ use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
 use super::closing_end::Closing;
 use super::dialling::Dialled;
-use super::relaying::{Acceptance, REFUSAL_WAIT};
+use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a probe of a socket that was dialled at a port on which nobody listens. The guest's
+    /// Makes a probe of a socket that was dialled at a port on which no_client listens. The guest's
     /// refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn for_probe(
@@ -50,11 +50,11 @@ impl<S: ConnectionSocket> Connection<S> {
             until,
             settled: None,
         };
-        let nobody = Peer {
+        let no_client = Peer {
             name: SocketName::Unnamed,
             process: None,
         };
-        let mut connection = Connection::new(None, forward, nobody, state, now);
+        let mut connection = Connection::new(None, forward, no_client, state, now);
         connection.is_inherited = is_inherited;
         connection.slots[Side::Server] = Some(slot);
         connection
@@ -87,15 +87,16 @@ impl<S: ConnectionSocket> Connection<S> {
         is_proving.then(|| slot.is_some_and(Slot::is_answered))
     }
 
-    /// Takes that no probe can be sent. The absence of a refusal then has to suffice: a guest that
+    /// Ends the proof after a moment without a refusal, since no probe can be sent. A guest that
     /// runs refuses within less time.
     pub(crate) fn prove_by_silence(&mut self, cx: &mut Context<'_, S>) {
+        let refusal = self.forward.refusal_by_eof();
         if let State::Proving {
             until: until @ None,
             ..
         } = &mut self.state
         {
-            *until = Some(cx.now + REFUSAL_WAIT);
+            *until = Some(cx.now + refusal.map_or(Duration::ZERO, |it| it.wait));
             self.wake_at = *until;
         }
     }

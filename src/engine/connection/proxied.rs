@@ -1,5 +1,5 @@
-//! The PROXY protocol at both sides of a connection: a client that is a proxy says first who its
-//! own client is; and the target is told first who the client is.
+//! The PROXY protocol at both sides of a connection: a client that is a proxy names its own client
+//! first, and the target is told first who the client is.
 
 use std::io;
 use std::time::{Duration, Instant};

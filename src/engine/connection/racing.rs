@@ -7,8 +7,8 @@ use std::io;
 
 use crate::dial::Race;
 use crate::engine::relay::{End, Readiness};
-use crate::engine::routes::PeerNames;
 use crate::stream::endpoint::Endpoint;
+use crate::stream::peer_names::PeerNames;
 
 use super::action::{Action, Context};
 use super::dialling::Dialled;
@@ -40,7 +40,7 @@ impl<S: ConnectionSocket> Connection<S> {
                     cx.request(Action::Discard(oldest.socket));
                     self.note_failed(&oldest.endpoint, cx);
                 }
-                // Of TCP it is known only by the accept whether it closes a loop.
+                // Whether a TCP connection closes a loop is known only when it is accepted.
                 self.note_dial(cx);
             }
             failed => {
@@ -55,8 +55,8 @@ impl<S: ConnectionSocket> Connection<S> {
         self.wait_for_answers(cx);
     }
 
-    /// Looks which of the earlier attempts have an answer. The first that has succeeded takes the
-    /// place of the latest one.
+    /// Finds the earlier attempts that have an answer. The first that has succeeded takes the place
+    /// of the latest one.
     pub(super) fn look_at_earlier(&mut self, cx: &mut Context<'_, S>) {
         let Some((server, race)) = self.race() else {
             return;
@@ -125,8 +125,8 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.forward.addresses().note_failure(address, cx.now);
             }
         }
-        // What the events of others have latched is not true of it, and what was latched for it may
-        // be lost: it is looked what there is.
+        // The events that were latched may have been about the other sockets of the race, so all is
+        // assumed to be ready.
         server.restart_latch(Readiness {
             readable: true,
             writable: true,
@@ -159,7 +159,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 }
 
-/// Makes an end of a socket that is asked, whatever the events say, whether it is connected.
+/// Makes an end that counts as writable, so that its socket is asked whether it is connected.
 fn checked<S: ConnectionSocket>(socket: S) -> End<S> {
     let mut end = End::new(socket);
     end.latch(Readiness {

@@ -4,11 +4,8 @@
 //! The copying itself is [`relay`](crate::engine::relay)'s; here are its limits and what follows
 //! from its end.
 
-use std::time::Duration;
-
 use tracing::debug;
 
-use crate::address::Refusal;
 use crate::engine::counters::add_one;
 use crate::engine::end_reason::EndReason;
 use crate::engine::observer::What;
@@ -23,16 +20,6 @@ use super::state::{Connection, State};
 
 /// The bytes that one connection may move in each direction before the others have their turn.
 const BUDGET: usize = 256 * 1024;
-
-/// How long a half-close to a guest that has sent nothing yet is held back. hyperkit refuses with
-/// an EOF, some 50 µs after the dial: an EOF before our half-close is a refusal, one after it is an
-/// empty answer.
-pub(super) const REFUSAL_WAIT: Duration = Duration::from_millis(10);
-
-/// How much can lie unread between us and a guest that has not accepted. If more was delivered, it
-/// has accepted. (hyperkit asks for socket buffers of 256 KiB, `DEFAULT_WRITE_BUF_LENGTH`; kernels
-/// double it.)
-const UNREAD: u64 = 1024 * 1024;
 
 /// Whether the target has taken the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,11 +66,12 @@ impl<S: ConnectionSocket> Connection<S> {
         let mut pair = Pair::new(client, server);
         self.give_header(&header, &mut pair, cx.pool);
         let mut refusal_wait = None;
-        let refusal = self.forward.rule.connect.transport().refusal;
-        if refusal == Refusal::Eof && acceptance == Acceptance::Unknown {
-            pair.expect_refusal_by_eof(UNREAD);
+        if let Some(refusal) = self.forward.refusal_by_eof()
+            && acceptance == Acceptance::Unknown
+        {
+            pair.expect_refusal_by_eof(refusal.unread);
             pair.withhold_half_close(Side::Client);
-            refusal_wait = Some(cx.now + REFUSAL_WAIT);
+            refusal_wait = Some(cx.now + refusal.wait);
         }
         if let Some((buffer, len)) = first {
             pair.give(Side::Server, buffer, len);
@@ -119,13 +107,13 @@ impl<S: ConnectionSocket> Connection<S> {
         else {
             return;
         };
-        let signs = |pair: &Pair<_>| {
+        let activity = |pair: &Pair<_>| {
             Side::BOTH.map(|side| {
                 let end = &pair.ends[side];
                 (end.received(), end.input_ended())
             })
         };
-        let before = signs(pair);
+        let before = activity(pair);
         let mut turn = pair.turn(cx.pool, BUDGET);
         if let Some(until) = *refusal_wait
             && pair.is_withholding_half_close(Side::Client)
@@ -160,7 +148,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 .count_delivered(side, delivered - self.counted[side]);
             self.counted[side] = delivered;
         }
-        let seen = signs(pair);
+        let seen = activity(pair);
         for side in Side::BOTH {
             match &self.slots[side] {
                 Some(slot) if has_vm_ended[side] && side == Side::Server => slot.note_vm_end(now),
@@ -193,8 +181,8 @@ impl<S: ConnectionSocket> Connection<S> {
                 }
             }
             // A half-close that is held back may wait for an end that never comes: that peer may
-            // not pass on its own end, or may wait for ours. As long as bytes move there is
-            // something to wait for.
+            // not pass on its own end, or may wait for ours. It is waited for as long as bytes
+            // move.
             Turn::Wait
                 if pair.is_ending()
                     || pair.is_withholding_half_close(Side::Client)

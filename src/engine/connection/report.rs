@@ -64,8 +64,8 @@ impl<S: Socket> Connection<S> {
         let is_turned_away = self.slots[Side::Client]
             .as_ref()
             .is_some_and(Slot::is_turned_away);
-        // The absence of a target was logged when it was noticed, and that a guest dials too much
-        // by the gate.
+        // The absence of a target was logged when it was noticed; the gate has logged that a guest
+        // dials too much.
         if reason == RefusalReason::Absent || is_turned_away {
             return self.debug(|| debug!("refused a client of {}: {text}", forward.rule.listen));
         }

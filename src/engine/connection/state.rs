@@ -2,23 +2,23 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::dial::{Dial, Race};
 use crate::engine::admission::quotas::Holder;
 use crate::engine::admission::{Full, Slot};
-use crate::engine::end_reason::{EndReason, RefusalReason};
+use crate::engine::end_reason::EndReason;
 use crate::engine::forward::Forward;
 use crate::engine::id::ConnectionId;
 use crate::engine::relay::{End, Pair, Readiness, Side};
 use crate::engine::routes::Route;
-use crate::error::Error;
 use crate::name::Peer;
 use crate::stream::socket::Socket;
 
 use super::action::{Action, Context};
 use super::closing_end::Closing;
 use super::idle::Idle;
+use super::retries::Retries;
 use super::socket::ConnectionSocket;
 #[cfg(all(test, target_os = "linux"))]
 use super::transitions;
@@ -43,8 +43,8 @@ pub(crate) struct Connection<S: Socket> {
     /// What the client has said of its own client, if it is a proxy.
     pub(super) proxied: Option<Box<Proxied>>,
     pub(super) idle: Idle,
-    /// Whether another process serves the target's socket than the one that began to listen.
-    /// Nothing can be learnt of it.
+    /// Whether another process serves the target's socket than the one that began to listen. The
+    /// system doesn't name it, so nothing is known of its end.
     pub(super) is_inherited: bool,
     /// The bytes of each side that the counters include already.
     pub(super) counted: [u64; 2],
@@ -143,17 +143,6 @@ pub(crate) enum Program {
     Awaited(Instant),
     /// It has ended, or nothing will be heard of it.
     Ended,
-}
-
-/// The retries for a client that is held while its target is absent.
-#[derive(Debug)]
-pub(crate) struct Retries {
-    /// The pause after the next dial.
-    pub(super) pause: Duration,
-    /// The time of the next dial, if none is in progress.
-    pub(crate) redial: Option<Instant>,
-    /// The error of the last dial.
-    pub(super) last: Option<(Error, RefusalReason)>,
 }
 
 /// What is known of a client that comes by way of a proxy.

@@ -43,8 +43,8 @@ impl<T> FreeList<T> {
     }
 }
 
-/// What decides which carrier is the cheaper one, but for the machine: what the sockets cost, and
-/// how much comes at a time.
+/// The kind of a flow, as far as it decides which carrier is the cheaper one on a machine: what the
+/// sockets cost, and how much comes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FlowKind {
     /// The [`Socket::cost_class`](crate::stream::socket::Socket::cost_class) of the source and of

@@ -65,6 +65,23 @@ pub(crate) enum CloseMode {
     Reset,
 }
 
+impl CloseMode {
+    /// Returns how the end of `side` is to be closed. `sent` is what its peer was sent: all, with
+    /// the EOF, or something that broke off. `input` is how that peer's own data has ended, if it
+    /// has.
+    pub(crate) fn choose(side: Side, sent: Ending, input: Option<Ending>) -> CloseMode {
+        match (sent, input) {
+            (Ending::Whole, Some(_)) => CloseMode::Close,
+            (Ending::Whole, None) if side == Side::Client => CloseMode::Linger,
+            // It is gone itself: nobody would read a reset.
+            (Ending::BrokenOff, Some(Ending::BrokenOff)) => CloseMode::Close,
+            (Ending::Whole, None) | (Ending::BrokenOff, Some(Ending::Whole) | None) => {
+                CloseMode::Reset
+            }
+        }
+    }
+}
+
 /// What an EOF means: see [`Pair::doubt_end`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
@@ -98,8 +115,8 @@ enum State {
     Open,
     /// The EOF was passed on.
     Finished,
-    /// An error ended the direction; what the source still sends is read and dropped, so that its
-    /// end is noticed.
+    /// An error has ended the direction. What the source still sends is read and dropped, so that
+    /// its end is noticed.
     Broken,
 }
 
@@ -149,7 +166,7 @@ impl Size {
 /// The bytes that a flow has delivered in a turn, and through what.
 #[derive(Debug, Default)]
 struct Moved {
-    /// Of which kind the flow was when the turn began: what passes in the turn is counted as that.
+    /// The kind of the flow when the turn began, as which all that passes in the turn is counted.
     kind: Option<FlowKind>,
     bytes: [u64; 2],
     /// What was filled or emptied.
@@ -179,12 +196,13 @@ impl<P: Pipe> Flow<P> {
         }
     }
 
+    /// Ends the direction after an error, with what its carrier holds (invariant 4).
     fn break_off(&mut self, pool: &mut Pool<P>) {
         self.carrier.clear(pool);
         self.state = State::Broken;
     }
 
-    /// Returns of which kind the flow is, if its bytes may pass through a pipe.
+    /// Returns the kind of the flow, if its bytes may pass through a pipe.
     fn kind<S: Socket<Pipe = P>>(
         &self,
         source: &End<S>,
@@ -288,6 +306,7 @@ impl<P: Pipe> Flow<P> {
                     }
                 }
                 Half::Closed if self.is_withheld || self.doubt => return false,
+                // Invariant 3: the carrier is empty here, so the last byte was delivered.
                 Half::Closed => {
                     sink.shutdown_write();
                     self.state = State::Finished;
@@ -498,13 +517,16 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how `side` is to be closed after [`Turn::Done`], or when the pair is cut off before.
     pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
-        let end = &self.ends[side];
-        match self.flows[side.other()].state {
-            State::Finished if end.input_ended() => CloseMode::Close,
-            State::Finished if side == Side::Client => CloseMode::Linger,
-            _ if end.is_dead() => CloseMode::Close,
-            _ => CloseMode::Reset,
-        }
+        let sent = match self.flows[side.other()].state {
+            State::Finished => Ending::Whole,
+            State::Open | State::Broken => Ending::BrokenOff,
+        };
+        let input = match self.ends[side].input {
+            Half::Open => None,
+            Half::Closed => Some(Ending::Whole),
+            Half::Failed(_) => Some(Ending::BrokenOff),
+        };
+        CloseMode::choose(side, sent, input)
     }
 
     /// Takes the pair apart.

@@ -4,10 +4,10 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(unix), allow(dead_code))]
 pub(crate) enum FileState {
-    /// There, or there is none to look for.
+    /// The file is there, or there is none to look for.
     Ours,
-    /// Removed: no client can find the socket any more.
+    /// It was removed: no client can find the socket any more.
     Missing,
-    /// Replaced: another file has its name.
+    /// It was replaced: another file has its name.
     Taken,
 }

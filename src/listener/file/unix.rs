@@ -56,7 +56,7 @@ impl SocketFile {
             Ok(now) if now == self.identity => FileState::Ours,
             Ok(_) => FileState::Taken,
             Err(e) if e.kind() == io::ErrorKind::NotFound => FileState::Missing,
-            // What can't be seen can't be restored.
+            // A file that can't be looked at can't be restored.
             Err(_) => FileState::Ours,
         }
     }
@@ -79,10 +79,10 @@ impl SocketFile {
         self.is_left.store(true, Ordering::Relaxed);
     }
 
-    /// Gives it another name in its directory, in the place of what has that name.
+    /// Renames the file within its directory, replacing what has the new name.
     ///
     /// # Errors
-    /// What the system says; it keeps its name then.
+    /// Returns the system's error; the file keeps its name then.
     pub(crate) fn rename(mut self, path: &Path) -> io::Result<SocketFile> {
         let name = path.file_name().unwrap_or_default();
         Place::of(&self.path)?.rename(self.identity, name)?;
@@ -95,7 +95,8 @@ impl SocketFile {
         let place = Place::of(&self.path)?;
         let FileAccess { mode, owner, group } = access;
         if !place.is_owned(owner, group)? {
-            // Neither the old group nor the new one may do meanwhile what is the other's.
+            // The old group must not get the new one's permissions meanwhile, nor the new group the
+            // old one's.
             place.set_mode(self.identity, mode & 0o700)?;
             place.set_owner(self.identity, owner, group)?;
         }
@@ -113,13 +114,14 @@ impl Drop for SocketFile {
     }
 }
 
-/// Binds a socket to `path`, and gives its file that owner, group and permissions; errors speak of `subject`.
+/// Binds a socket to `path`, and gives its file that owner, group and permissions; errors speak of
+/// `subject`.
 ///
 /// A file in the way is replaced only if it is a socket that no process has bound.
 ///
 /// # Errors
-/// `AddrInUse` if one has; `AlreadyExists` if the file in the way is no socket; what the kernel
-/// says otherwise.
+/// Returns `AddrInUse` if one has; `AlreadyExists` if the file in the way is no socket; what the
+/// kernel says otherwise.
 pub(crate) fn bind(
     subject: impl std::fmt::Display,
     path: &Path,
@@ -150,7 +152,7 @@ pub(crate) fn bind(
     })?;
     let bind = |short: &Path| {
         let socket = Socket::new(Domain::UNIX, kind, None)?;
-        // Before a peer can send: what it accepts inherits it.
+        // This is set before a peer can send, and is inherited by what the socket accepts.
         sys::refuse_descriptors(&socket);
         sys::set_bound_mode(&socket, mode);
         socket.bind(&SockAddr::unix(short)?)?;
@@ -233,7 +235,7 @@ fn remove_dead_socket(path: &Path) -> io::Result<()> {
             Err(io::Error::new(io::ErrorKind::AddrInUse, why))
         }
         Ok(false) => {
-            // The file that was found dead, and no other.
+            // Only the file that was found dead is removed.
             place.remove(identity)
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),

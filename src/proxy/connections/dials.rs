@@ -19,6 +19,7 @@ use crate::proxy::shared::TurnContext;
 const FULL_LOOK: Duration = Duration::from_millis(50);
 
 impl<D: Driver> Connections<D> {
+    /// Queues a connection for a slot of its VM.
     pub(super) fn queue_dial(
         &mut self,
         id: Id,
@@ -28,8 +29,8 @@ impl<D: Driver> Connections<D> {
         let Some(gate) = &forward.gates[Side::Server] else {
             return;
         };
-        // If there are queues of other forwards, they have their turns first.
-        let is_only_forward = self.dials.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
+        // If the gate has queues already, they have their turns first.
+        let is_first_queue = self.dials.iter().all(|it| !Arc::ptr_eq(&it.gate, gate));
         let its = |queue: &DialQueue| Arc::ptr_eq(&queue.forward, forward);
         match self.dials.iter().position(its) {
             Some(queue) => self.dials[queue].waiting.push_back(id),
@@ -40,11 +41,12 @@ impl<D: Driver> Connections<D> {
                 next: cx.now,
             }),
         }
-        if is_only_forward {
+        if is_first_queue {
             self.dial_turns(cx);
         }
     }
 
+    /// Returns the time at which a gate is to be asked again.
     pub(super) fn next_dial(&self) -> Option<Instant> {
         self.dials.iter().map(|queue| queue.next).min()
     }

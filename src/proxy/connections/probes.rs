@@ -23,11 +23,11 @@ use crate::proxy::shared::TurnContext;
 const PROBE_LOOK: Duration = Duration::from_secs(1);
 
 impl<D: Driver> Connections<D> {
-    /// Dials a port on which nobody listens. The guest's refusal says that it runs, and has taken
-    /// all earlier dials.
+    /// Sends a probe: dials a port on which nobody listens. However long the answer takes, the
+    /// probe is not given up, since it may come at any time.
     ///
-    /// However long the answer takes, a probe is never given up, since it may come at any time.
-    /// Returns false if the probe could not be sent now.
+    /// Returns false if it could not be sent and may be tried later. Returns true as well if the
+    /// dial shows that there is no VM: then no answer is waited for any more.
     pub(super) fn send_probe(
         &mut self,
         slot: Slot,
@@ -73,8 +73,8 @@ impl<D: Driver> Connections<D> {
         true
     }
 
-    /// Asks a guest that has been silent for long whether it runs. This happens once in a silence;
-    /// so the search for a forward may grow with their number.
+    /// Sends a probe to a guest that has been silent for long. This happens once in a silence, so
+    /// the search for a forward may grow with their number.
     pub(in crate::proxy) fn probe_silent_vm(
         &mut self,
         gate: &Arc<Gate>,
@@ -91,7 +91,7 @@ impl<D: Driver> Connections<D> {
         let wake = cx.shared.inboxes[cx.index].slot_waker();
         let is_sent = match gate.admit_probe(cx.now, cx.index, wake) {
             Admission::Go(slot) | Admission::Probe(slot) => self.send_probe(slot, &forward, cx),
-            // It is tried again when the VM is looked at next.
+            // The next look at the VM tries again.
             Admission::At(_) => return,
             Admission::Full(_) => false,
         };
@@ -120,6 +120,7 @@ impl<D: Driver> Connections<D> {
         }
     }
 
+    /// Returns the time at which a probe is to be looked after.
     pub(super) fn next_probe(&self) -> Option<Instant> {
         self.probes.iter().map(|probes| probes.next).min()
     }

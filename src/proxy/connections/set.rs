@@ -238,6 +238,7 @@ impl<D: Driver> Connections<D> {
         self.run_actions(cx);
     }
 
+    /// Carries out the actions that were requested, in their order.
     fn run_actions(&mut self, cx: &mut TurnContext<'_, D>) {
         // Actions that are requested while one is carried out come after the earlier ones.
         if std::mem::replace(&mut self.runs_actions, true) {
@@ -249,6 +250,7 @@ impl<D: Driver> Connections<D> {
         self.runs_actions = false;
     }
 
+    /// Carries out one action, and hands its result to the connection.
     fn run_action(&mut self, id: Id, action: Action<D::Stream>, cx: &mut TurnContext<'_, D>) {
         let action = match action {
             // These are carried out even if the connection is gone.
@@ -355,6 +357,7 @@ impl<D: Driver> Connections<D> {
         self.call(id, cx, |it, to| it.take_dialled(dialled, to));
     }
 
+    /// Hands the progress of relay threads to their connection.
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
             self.call(id, cx, |it, to| it.take_progress(progress, to));

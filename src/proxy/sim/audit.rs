@@ -82,8 +82,8 @@ fn is_no_later(until: Option<Duration>, before: Option<Option<Duration>>, phase:
 #[derive(Debug, Default)]
 pub(super) struct Audit {
     pulses: BTreeMap<Key, Pulse>,
-    /// When what is being left was begun to be.
-    leaves: BTreeMap<Key, Duration>,
+    /// The times at which the closes of connections began.
+    began_to_close: BTreeMap<Key, Duration>,
     /// When it is to be closed, if its peers have not ended by then.
     closing: BTreeMap<Key, Option<Duration>>,
     /// Forwards that have found what they reserve.
@@ -165,7 +165,7 @@ impl Audit {
         self.slots.look_at(worker, world);
         let now = world.now();
         let index = worker.index;
-        let (mut timers, mut open, mut leaving) = (0, BTreeMap::new(), BTreeMap::new());
+        let (mut timers, mut open, mut began) = (0, BTreeMap::new(), BTreeMap::new());
         let mut closing = BTreeMap::new();
         let has_slept = worker.has_slept();
         let (mut proving, mut probes, mut let_in) = (BTreeMap::new(), 0, 0);
@@ -206,9 +206,9 @@ impl Audit {
                         && (ends[Side::Client].is_some() || conn.slots[Side::Client].is_none());
                     assert!(
                         has_left || settled.is_some(),
-                        "a socket is closed, and keeps its place in its VM"
+                        "a socket is closed, and keeps its slot in its VM"
                     );
-                    leaving.insert(key, *self.leaves.get(&key).unwrap_or(&now));
+                    began.insert(key, *self.began_to_close.get(&key).unwrap_or(&now));
                     let until = until.map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(
@@ -239,8 +239,8 @@ impl Audit {
         self.pulses.retain(|key, _| !mine.contains(key));
         self.check_cuts(&before, &open, now);
         self.pulses.extend(open);
-        self.leaves.retain(|key, _| !mine.contains(key));
-        self.leaves.extend(leaving);
+        self.began_to_close.retain(|key, _| !mine.contains(key));
+        self.began_to_close.extend(began);
         self.closing.retain(|key, _| !mine.contains(key));
         self.closing.extend(closing);
         self.probes.insert(index, probes);
@@ -336,7 +336,7 @@ impl Audit {
             !forgotten,
             "a listener wants a turn, and is not queued for one"
         );
-        if world.keeps_places.get() {
+        if world.keeps_slots.get() {
             let probes: usize = self.probes.values().sum();
             self.check_reserved_slots(worker, probes > 0, world.instant());
         }
@@ -449,7 +449,7 @@ impl Audit {
                         !until.is_some_and(late),
                         "a connection was to be closed at {until:?}"
                     );
-                    let since = self.leaves.get(&key).copied().unwrap_or(now);
+                    let since = self.began_to_close.get(&key).copied().unwrap_or(now);
                     let stop = self.stop.filter(|_| phase > Phase::Running);
                     let last = stop.map(|at| at.max(since) + LAST_LEAVES);
                     assert!(

@@ -90,19 +90,19 @@ fn server(address: &str, service: Service) -> ServerPlan {
 }
 
 /// A client of the rule of that number, at the beginning.
-fn client(plan: &Plan, rule: usize, manner: Manner, is_polite: bool) -> ClientPlan {
+fn client(plan: &Plan, rule: usize, manner: Manner, is_orderly: bool) -> ClientPlan {
     ClientPlan {
         at: Duration::ZERO,
         rule,
         place: place_of(&plan.rules[rule].rule.listen),
         manner,
-        is_polite,
+        is_orderly,
         seed: 7,
     }
 }
 
-fn polite() -> Manner {
-    let mut manner = Manner::polite(100, 40);
+fn orderly() -> Manner {
+    let mut manner = Manner::orderly(100, 40);
     manner.patience = Some(Duration::from_secs(5_000));
     manner
 }
@@ -149,19 +149,19 @@ fn a_target_that_hangs_leaves_slots_for_the_host() {
     let mut vm = vm("/sim/vm", 2);
     vm.connections = Some(9);
     for _ in 0..12 {
-        let mut manner = polite();
+        let mut manner = orderly();
         (manner.ends, manner.patience) = (Ends::Never, Some(ms(20_000)));
         let dial = VmAct::Dial {
             rule: 0,
             port: 1000,
             manner,
-            is_polite: false,
+            is_orderly: false,
         };
         vm.acts.push((Duration::ZERO, dial));
     }
     plan.vms = vec![vm];
     for _ in 0..4 {
-        let mut late = client(&plan, 1, polite(), true);
+        let mut late = client(&plan, 1, orderly(), true);
         late.at = ms(500);
         plan.clients.push(late);
     }
@@ -180,7 +180,7 @@ fn drains_are_not_in_the_way_of_clients() {
     vm.ports = vec![(20, 0, Service::SendsOn)];
     plan.vms = vec![vm];
     for n in 0..24 {
-        let mut manner = polite();
+        let mut manner = orderly();
         manner.says = 0;
         manner.ends = Ends::Never;
         manner.vanishes = Some((8, Exit::Reset));
@@ -208,10 +208,10 @@ fn a_forward_is_removed_while_its_listener_is_bound_again() {
     play(plan);
 }
 
-/// A connection of our own is accepted though all places are taken: the one that it belongs to has
+/// A connection of our own is accepted though all slots are taken: the one that it belongs to has
 /// a place, and would wait for ever.
 #[test]
-fn a_chain_of_forwards_takes_no_more_places_than_there_are() {
+fn a_chain_of_forwards_takes_no_more_slots_than_there_are() {
     let mut plan = plan(&[
         ("tcp://127.0.0.1:1000", "tcp://chain:1001"),
         ("tcp://127.0.0.1:1001", "tcp://127.0.0.1:200"),
@@ -223,7 +223,7 @@ fn a_chain_of_forwards_takes_no_more_places_than_there_are() {
     plan.names = vec![("chain".to_owned(), to)];
     plan.servers = vec![server("tcp://127.0.0.1:200", Service::Echo)];
     for rule in [0, 0, 0, 2, 2, 2] {
-        let client = client(&plan, rule, polite(), true);
+        let client = client(&plan, rule, orderly(), true);
         plan.clients.push(client);
     }
     play(plan);
@@ -245,12 +245,12 @@ fn a_chain_from_a_vm_to_itself_ends() {
     let dial = VmAct::Dial {
         rule: 0,
         port: 1000,
-        manner: polite(),
-        is_polite: false,
+        manner: orderly(),
+        is_orderly: false,
     };
     vm.acts.push((Duration::ZERO, dial));
     plan.vms = vec![vm];
-    let mut late = client(&plan, 1, polite(), true);
+    let mut late = client(&plan, 1, orderly(), true);
     late.at = ms(10_000);
     plan.clients.push(late);
     play(plan);
@@ -270,8 +270,8 @@ fn a_guest_waits_at_a_socket_that_was_bound_again() {
             let dial = VmAct::Dial {
                 rule: 0,
                 port: 1000,
-                manner: polite(),
-                is_polite: false,
+                manner: orderly(),
+                is_orderly: false,
             };
             vm.acts.push((ms(1_000), dial));
         }
@@ -293,7 +293,7 @@ fn a_guest_has_slept_as_long_as_the_proxy() {
     plan.rules[0].rule.timeouts.drain = ms(40);
     plan.vms = vec![vm("/sim/vm", 1)];
     for exit in [Exit::Close, Exit::Reset, Exit::Reset, Exit::Reset] {
-        let mut manner = polite();
+        let mut manner = orderly();
         manner.vanishes = Some((0, exit));
         let client = client(&plan, 0, manner, false);
         plan.clients.push(client);
@@ -320,7 +320,7 @@ fn a_proof_that_no_descriptor_is_left_for_is_tried_again_later() {
     (vm.unanswered, vm.slow) = (1, ms(40));
     plan.vms = vec![vm];
     for rule in [0, 1, 1, 1, 1] {
-        let client = client(&plan, rule, polite(), false);
+        let client = client(&plan, rule, orderly(), false);
         plan.clients.push(client);
     }
     plan.acts = vec![
@@ -348,7 +348,7 @@ fn a_vm_dies_before_its_connection_is_carried() {
             plan.acts = vec![(ms(1), Act::Stall(0, ms(2_000)))];
         }
         plan.vms = vec![vm];
-        let mut manner = polite();
+        let mut manner = orderly();
         // More than is taken before it is carried.
         manner.says = 5_000;
         let client = client(&plan, 0, manner, is_inherited);
@@ -370,9 +370,9 @@ fn a_lost_proof_keeps_no_client_out() {
         (ms(1_000), VmAct::Resume),
     ];
     plan.vms = vec![vm];
-    let mut first = client(&plan, 0, polite(), false);
+    let mut first = client(&plan, 0, orderly(), false);
     first.manner.patience = Some(ms(2_000));
-    let mut second = client(&plan, 0, polite(), true);
+    let mut second = client(&plan, 0, orderly(), true);
     second.at = ms(40_000);
     plan.clients = vec![first, second];
     // Nor is it counted as one of them.
@@ -389,7 +389,7 @@ fn a_client_of_a_removed_rule_that_is_accepted_late_is_cut_off() {
         ("unix:///sim/other", "tcp://127.0.0.1:200"),
     ]);
     plan.servers = vec![server("tcp://127.0.0.1:200", Service::NeverReads)];
-    let mut manner = polite();
+    let mut manner = orderly();
     (manner.ends, manner.patience) = (Ends::Never, Some(ms(60_000)));
     for _ in 0..4 {
         let mut late = client(&plan, 0, manner.clone(), false);
@@ -458,7 +458,7 @@ fn a_listener_that_can_not_be_watched_is_logged_once() {
 #[test]
 fn a_guest_that_falls_silent_is_logged_once() {
     let silent_client = |plan: &Plan| {
-        let mut client = client(plan, 0, polite(), false);
+        let mut client = client(plan, 0, orderly(), false);
         (client.manner.ends, client.manner.patience) = (Ends::Never, Some(ms(100_000)));
         client.at = ms(2_000);
         client
@@ -470,7 +470,7 @@ fn a_guest_that_falls_silent_is_logged_once() {
     let mut plan = plan(&[("tcp://127.0.0.1:1000", "hyperkit://:20/sim/vm")]);
     plan.clients = (0..3).map(|_| silent_client(&plan)).collect();
     plan.acts = vec![(ms(110_000), Act::Look)];
-    let mut quiet = plan.clone();
+    let mut idle = plan.clone();
 
     let mut vm = vm("/sim/vm", 0);
     vm.acts = vec![(ms(1_000), VmAct::Pause), (ms(80_000), VmAct::Resume)];
@@ -480,7 +480,7 @@ fn a_guest_that_falls_silent_is_logged_once() {
 
     let mut vm = self::vm("/sim/vm", 0);
     vm.ports = vec![(20, 0, Service::NeverReads)];
-    quiet.vms = vec![vm];
-    let log = log_of(quiet);
+    idle.vms = vec![vm];
+    let log = log_of(idle);
     assert_eq!(lines(&log), [0, 0], "{log}");
 }

@@ -35,7 +35,7 @@ pub(super) enum Service {
 }
 
 impl Service {
-    /// Whether a polite client gets its answer from it, whole.
+    /// Whether a orderly client gets its answer from it, whole.
     pub(super) fn serves(self) -> bool {
         matches!(
             self,
@@ -45,7 +45,7 @@ impl Service {
 
     pub(super) fn manner(self, rng: &mut Rng) -> Manner {
         let piece = [40, 64, 1_000, 5_000][rng.usize(..4)];
-        let mut manner = Manner::polite(0, piece);
+        let mut manner = Manner::orderly(0, piece);
         manner.ends = Ends::AfterOther;
         if rng.u8(..4) == 0 {
             manner.pause = Duration::from_micros(rng.u64(1..3_000));
@@ -86,7 +86,7 @@ pub(super) struct ClientPlan {
     pub(super) rule: usize,
     pub(super) place: Place,
     pub(super) manner: Manner,
-    pub(super) is_polite: bool,
+    pub(super) is_orderly: bool,
     pub(super) seed: u64,
 }
 
@@ -123,7 +123,7 @@ impl Client {
             .connect(&self.plan.place, Owner::Actor(self.me));
         match connected {
             Ok(socket) => {
-                stage.tell(|| {
+                stage.log(|| {
                     format!(
                         "client {} connects to rule {} ({socket:?}): {:?}",
                         self.me, self.plan.rule, self.plan.manner
@@ -149,12 +149,12 @@ impl Client {
         patience.is_some_and(|time| stage.now() >= self.plan.at + time)
     }
 
-    /// Nobody has accepted it; of one that was in a hurry that says nothing.
+    /// Notes that nobody has accepted the client. A timeout of a client that is rude says nothing.
     fn turn_away(&mut self, error: &io::Error, stage: &Rc<Stage>) {
         let (me, rule, now) = (self.me, self.plan.rule, stage.now());
-        stage.tell(|| format!("client {me} can't connect: {error}"));
+        stage.log(|| format!("client {me} can't connect: {error}"));
         let is_late = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
-        if self.plan.is_polite || !is_late {
+        if self.plan.is_orderly || !is_late {
             stage.judge().turned_away(rule, error, now);
         }
         self.step = Step::Gone;
@@ -174,9 +174,9 @@ impl Client {
                 let now = stage.now();
                 let role = Role::Client(self.plan.rule);
                 let born = stage.kernel().born(socket);
-                let is_polite = self.plan.is_polite;
-                let voice = stage.judge().voice(role, candour, is_polite, born);
-                stage.tell(|| format!("client {} is connected: voice {voice}", self.me));
+                let is_orderly = self.plan.is_orderly;
+                let voice = stage.judge().voice(role, candour, is_orderly, born);
+                stage.log(|| format!("client {} is connected: voice {voice}", self.me));
                 let rng = self.rng.fork();
                 let talk = Talk::new(socket, voice, self.plan.manner.clone(), rng, now);
                 self.step = Step::Talking(Box::new(talk));
@@ -216,7 +216,7 @@ impl Actor for Client {
                 let again = talk.act(stage);
                 if talk.is_over() {
                     let (voice, finish) = (talk.voice, talk.finish);
-                    stage.tell(|| format!("client {} (voice {voice}): {finish:?}", self.me));
+                    stage.log(|| format!("client {} (voice {voice}): {finish:?}", self.me));
                     self.step = Step::Gone;
                 }
                 again
@@ -304,7 +304,7 @@ impl Server {
         let role = Role::Service(self.plan.target);
         let born = stage.kernel().born(socket);
         let voice = stage.judge().voice(role, candour, false, born);
-        stage.tell(|| {
+        stage.log(|| {
             let (target, service) = (self.plan.target, self.plan.service);
             format!("target {target} ({service:?}) accepts {socket:?}: voice {voice}")
         });
@@ -325,7 +325,7 @@ impl Actor for Server {
         if let (Some(at), Some(key)) = (self.plan.shuts, self.listener)
             && now >= at
         {
-            stage.tell(|| format!("target {} shuts", self.plan.target));
+            stage.log(|| format!("target {} shuts", self.plan.target));
             stage.kernel().close_listener(key);
             (self.listener, self.has_shut) = (None, true);
         }
@@ -333,7 +333,7 @@ impl Actor for Server {
         for (talk, again) in &mut self.talks {
             *again = talk.act(stage);
             if let Some(finish) = talk.finish {
-                stage.tell(|| format!("voice {} of a service: {finish:?}", talk.voice));
+                stage.log(|| format!("voice {} of a service: {finish:?}", talk.voice));
             }
         }
         self.talks.retain(|(talk, _)| !talk.is_over());

@@ -15,7 +15,6 @@ use crate::engine::forward::Forward;
 use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::relay::Side;
-use crate::engine::routes::ListenerName;
 use crate::engine::rule::Rule;
 use crate::error::{Error, Operation, Result};
 use crate::hyperkit;
@@ -25,6 +24,7 @@ use crate::name::{PeerProcess, SocketName};
 use crate::proxy::driver::Lent;
 use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
 use crate::stream::endpoint::Endpoint;
+use crate::stream::peer_names::ListenerName;
 use crate::stream::socket::{Pipe, Socket};
 
 use super::kernel::{ListenerKey, Owner, Place, SocketId};
@@ -154,7 +154,7 @@ impl Drop for SimListener {
         );
         self.world.kernel().close_listener(self.key);
         self.world
-            .tell(|| format!("the proxy closes {:?}", self.key));
+            .log(|| format!("the proxy closes {:?}", self.key));
         if let (false, Place::Path(path)) = (self.leaves_file, self.place()) {
             remove_file(&self.world, self.key, &path);
         }
@@ -251,7 +251,7 @@ impl SimDriver {
 
 fn bind(world: &Rc<SimWorld>, address: &Address) -> Result<SimListener> {
     let bound = world.kernel().listen(&place_of(address), Owner::Proxy);
-    world.tell(|| format!("the proxy binds {address}: {bound:?}"));
+    world.log(|| format!("the proxy binds {address}: {bound:?}"));
     match bound {
         Ok(key) => Ok(SimListener {
             world: Rc::clone(world),

@@ -41,7 +41,7 @@ pub(super) struct Record {
     pub(super) role: Role,
     pub(super) candour: Candour,
     /// Of a client: it is to get all that its service says, if nothing stands in the way.
-    pub(super) is_polite: bool,
+    pub(super) is_orderly: bool,
     said: u64,
     heard: u64,
     heard_voice: Option<Voice>,
@@ -57,7 +57,7 @@ pub(super) struct Record {
     pub(super) finish: Option<Finish>,
 }
 
-/// What may keep a polite client from its answer.
+/// What may keep a orderly client from its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Hazard {
     /// For the clients of that rule.
@@ -141,13 +141,13 @@ impl Judge {
         &mut self,
         role: Role,
         candour: Candour,
-        is_polite: bool,
+        is_orderly: bool,
         born: Duration,
     ) -> Voice {
         self.records.push(Record {
             role,
             candour,
-            is_polite,
+            is_orderly,
             said: 0,
             heard: 0,
             heard_voice: None,
@@ -417,7 +417,7 @@ impl Judge {
         hazards.any(|(at, hazard)| *at <= until && stands(hazard))
     }
 
-    /// What polite clients may expect, if nothing stood in their way: a whole answer, and that all
+    /// What orderly clients may expect, if nothing stood in their way: a whole answer, and that all
     /// they said was heard.
     pub(super) fn check_served(&self) {
         for (voice, record) in (0..).zip(&self.records) {
@@ -425,7 +425,7 @@ impl Judge {
                 continue;
             };
             let ended = record.ended.unwrap_or(Duration::MAX);
-            if !record.is_polite || self.is_endangered(rule, ended) {
+            if !record.is_orderly || self.is_endangered(rule, ended) {
                 continue;
             }
             assert_eq!(
@@ -524,7 +524,7 @@ impl Judge {
                 self.ledger.comes_under(name.into(), &conn.forward);
             }
             if before != state {
-                world.tell(|| {
+                world.log(|| {
                     let name = conn.name.map_or("probe".into(), |name| {
                         format!("connection {}", u64::from(name))
                     });

@@ -97,7 +97,7 @@ impl Operator {
     }
 
     fn carry_out(&mut self, act: &Act, stage: &Rc<Stage>) {
-        stage.tell(|| format!("operator: {act:?}"));
+        stage.log(|| format!("operator: {act:?}"));
         match *act {
             Act::Remove(rule, grace) => self.remove(rule, grace, stage),
             Act::Add(rule) => self.add(rule, stage),
@@ -184,10 +184,10 @@ impl Operator {
         stage.judge().audit.removed(id.0, Duration::MAX);
         stage.judge().ledger.unbound(id.0);
         stage.judge().cuts(rule);
-        let keeps = stage.world.keeps_places.replace(false);
+        let keeps = stage.world.keeps_slots.replace(false);
         let removed = self.controller.remove(id, grace);
-        stage.world.keeps_places.set(keeps);
-        stage.tell(|| format!("operator: rule {rule} is removed: {removed:?}"));
+        stage.world.keeps_slots.set(keeps);
+        stage.log(|| format!("operator: rule {rule} is removed: {removed:?}"));
         self.rules[rule].1 = None;
         check_answered(&removed, stage);
         // A worker that gave no answer begins to count when it goes on.
@@ -212,11 +212,11 @@ impl Operator {
         if self.rules[rule].1.is_some() {
             return;
         }
-        let keeps = stage.world.keeps_places.replace(false);
+        let keeps = stage.world.keeps_slots.replace(false);
         let added = self.controller.add(self.rules[rule].0.clone());
-        stage.world.keeps_places.set(keeps);
+        stage.world.keeps_slots.set(keeps);
         check_answered(&added, stage);
-        stage.tell(|| format!("operator: rule {rule} is added: {added:?}"));
+        stage.log(|| format!("operator: rule {rule} is added: {added:?}"));
         match added {
             Ok(id) => {
                 self.rules[rule].1 = Some(id);
@@ -266,10 +266,10 @@ impl Operator {
         let before = stage.now();
         stage.judge().leads(rule, before, target);
         stage.judge().ledger.unbound(id.0);
-        let keeps = stage.world.keeps_places.replace(false);
+        let keeps = stage.world.keeps_slots.replace(false);
         let replaced = self.controller.replace(id, new.clone());
         stage.judge().audit.unsettles(id.0);
-        stage.world.keeps_places.set(keeps);
+        stage.world.keeps_slots.set(keeps);
         if let Err(e) = &replaced
             && !e.to_string().contains("it has begun")
         {
@@ -277,7 +277,7 @@ impl Operator {
             stage.judge().leads_alone(rule, now, self.targets[rule]);
         }
         check_answered(&replaced, stage);
-        stage.tell(|| format!("operator: rule {rule} is replaced: {replaced:?}"));
+        stage.log(|| format!("operator: rule {rule} is replaced: {replaced:?}"));
         if replaced.is_ok() {
             let now = stage.now();
             stage.judge().leads_alone(rule, now, target);
@@ -304,7 +304,7 @@ impl Operator {
         };
         stage.judge().closed.insert(it.id.into());
         let closed = self.controller.close(it.id);
-        stage.tell(|| format!("operator: {:?} is closed: {closed:?}", it.id));
+        stage.log(|| format!("operator: {:?} is closed: {closed:?}", it.id));
         check_answered(&closed, stage);
         if let Ok(status) = closed {
             assert_eq!(status.id, it.id);
@@ -325,7 +325,7 @@ impl Operator {
             assert!(counters.live <= counters.accepted, "{counters:?}");
         }
         let connections = self.controller.connections();
-        stage.tell(|| format!("operator: sees {} connections", connections.len()));
+        stage.log(|| format!("operator: sees {} connections", connections.len()));
     }
 }
 
@@ -389,7 +389,7 @@ impl Actor for Stopper {
         if self.stops.front().is_some_and(|(at, _)| *at <= now)
             && let Some((_, grace)) = self.stops.pop_front()
         {
-            stage.tell(|| format!("the proxy is told to stop within {grace:?}"));
+            stage.log(|| format!("the proxy is told to stop within {grace:?}"));
             stage.judge().hazard(now, Hazard::All);
             // What is handed to a worker that has ended meanwhile is left.
             stage.end_stalls();

@@ -109,7 +109,7 @@ fn some_service(rng: &mut Rng, habits: &Habits, is_calm: bool) -> Service {
     }
 }
 
-/// A client's manner; polite, if it is to be and its service serves such.
+/// A client's manner; orderly, if it is to be and its service serves such.
 fn some_manner(
     rng: &mut Rng,
     target: &Target,
@@ -123,8 +123,8 @@ fn some_manner(
     };
     let most = 30_000.min(60 * habits.capacity.min(habits.window));
     let piece = one(rng, &[1, 16, 500, 4_000]).max(most / 150);
-    let mut manner = Manner::polite(size, piece);
-    let polite = match target.service {
+    let mut manner = Manner::orderly(size, piece);
+    let orderly = match target.service {
         Some(_) if from_mux && target.ends_both => false,
         Some(Service::Source(_)) => {
             if !from_mux && rng.bool() {
@@ -138,7 +138,7 @@ fn some_manner(
     if rng.u8(..4) == 0 {
         manner.pause = one(rng, &[ms(1), ms(20)]);
     }
-    if polite && (is_calm || rng.u8(..3) > 0) {
+    if orderly && (is_calm || rng.u8(..3) > 0) {
         manner.patience = Some(Duration::from_secs(5_000));
         return (manner, true);
     }
@@ -464,7 +464,7 @@ impl Plan {
                 Address::VsockMux(mux) => !mux.half_close,
                 _ => false,
             };
-            let (manner, is_polite) = some_manner(rng, target, &self.habits, mux, is_calm);
+            let (manner, is_orderly) = some_manner(rng, target, &self.habits, mux, is_calm);
             let end = one(rng, &[ms(0), ms(5), ms(3_000)]);
             let at = some_time(rng, end);
             let vm = match &plan.listen {
@@ -476,7 +476,7 @@ impl Plan {
                         rule,
                         place: place_of(listen),
                         manner,
-                        is_polite,
+                        is_orderly,
                         seed: rng.u64(..),
                     });
                     continue;
@@ -488,7 +488,7 @@ impl Plan {
                     rule,
                     port,
                     manner,
-                    is_polite,
+                    is_orderly,
                 };
                 vm.acts.push((at, act));
             }
@@ -592,7 +592,7 @@ impl Plan {
         for n in 0..6 {
             // Some before it, so that another worker has fewer.
             let at = if n < 3 { at - ms(10) } else { at + later };
-            let mut manner = Manner::polite(some_size(rng, &self.habits), 500);
+            let mut manner = Manner::orderly(some_size(rng, &self.habits), 500);
             (manner.ends, manner.patience) = (Ends::Never, Some(ms(40_000)));
             let seed = rng.u64(..);
             self.clients.push(ClientPlan {
@@ -600,7 +600,7 @@ impl Plan {
                 rule,
                 place: place.clone(),
                 manner,
-                is_polite: false,
+                is_orderly: false,
                 seed,
             });
         }
@@ -629,12 +629,12 @@ impl Plan {
     /// Whether no limit and no lack of descriptors keeps a client from being accepted.
     pub(super) fn has_room(&self) -> bool {
         let bound = |it: &RulePlan| it.rule.connections.is_some();
-        let has_places = self.limits.connections >= 100 && !self.rules.iter().any(bound);
-        has_places && self.habits.descriptors >= 500
+        let has_slots = self.limits.connections >= 100 && !self.rules.iter().any(bound);
+        has_slots && self.habits.descriptors >= 500
     }
 
     /// Whether what is reserved is there for whom it is reserved for.
-    pub(super) fn keeps_places(&self) -> bool {
+    pub(super) fn keeps_slots(&self) -> bool {
         let is_free =
             |it: &RulePlan| !it.rule.listen.transport().needs_graceful_close && it.target.is_some();
         let takes =
@@ -687,9 +687,9 @@ impl Plan {
         self.vms.iter().any(|vm| vm.acts.iter().any(dies))
     }
 
-    /// How many clients of a VM are let in: those that there are places for, where one rule leads
+    /// How many clients of a VM are let in: those that there are slots for, where one rule leads
     /// there (clients are queued per rule) and none is made to, unless some come before or are held,
-    /// or what had places is gone.
+    /// or what had slots is gone.
     pub(super) fn most_in(&self) -> Option<usize> {
         let is_free = |it: &RulePlan| {
             let is_held = it.rule.wait.is_some();

@@ -124,12 +124,12 @@ impl Run {
     }
 }
 
-fn set(plan: &Plan, tells: bool) -> Run {
+fn set(plan: &Plan, logs: bool) -> Run {
     let mut rng = Rng::with_seed(plan.seed ^ 0x5EED);
     let mut kernel = Kernel::new(plan.habits.clone(), plan.workers, rng.fork());
     kernel.silent.extend(plan.silent.iter().cloned());
     kernel.cids.insert(5);
-    let stage = Stage::new(kernel, plan.workers, rng.fork(), tells);
+    let stage = Stage::new(kernel, plan.workers, rng.fork(), logs);
     set_stage(Some(Rc::clone(&stage)));
     stage
         .world
@@ -138,7 +138,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
         .extend(plan.names.iter().cloned());
     stage.world.housekeeper.set(plan.housekeeper);
     stage.world.has_room.set(plan.has_room());
-    stage.world.keeps_places.set(plan.keeps_places());
+    stage.world.keeps_slots.set(plan.keeps_slots());
     stage.world.proves_within.set(plan.proves_within());
     stage.world.most_in.set(plan.most_in());
     stage.world.vm_connections.set(plan.vm_connections());
@@ -178,7 +178,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
             (it.rule.clone(), id)
         })
         .collect();
-    stage.tell(|| {
+    stage.log(|| {
         format!(
             "{} workers, {:?}, {:?}",
             plan.workers, plan.limits, plan.habits
@@ -190,7 +190,7 @@ fn set(plan: &Plan, tells: bool) -> Run {
         }
     }
     for (number, rule) in plan.rules.iter().enumerate() {
-        stage.tell(|| {
+        stage.log(|| {
             let Rule {
                 listen, connect, ..
             } = &rule.rule;
@@ -397,7 +397,7 @@ fn check_counts(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Si
                 .count_some("dials of guests turned away", turned_away);
             // One is for proofs.
             assert!(vm.reserved <= reserved + 1, "reserved: {}", vm.reserved);
-            assert_eq!(vm.connections, 0, "places in the VM of {}", forward.listen);
+            assert_eq!(vm.connections, 0, "slots in the VM of {}", forward.listen);
         }
     }
 }
@@ -480,11 +480,11 @@ pub(super) fn keep_panics() {
 }
 
 /// Plays a plan; what came of it, and its story if that is to be told.
-fn play_through(plan: &Plan, tells: bool) -> (Result<Outcome, String>, Vec<String>) {
+fn play_through(plan: &Plan, logs: bool) -> (Result<Outcome, String>, Vec<String>) {
     PANIC.with(|it| *it.borrow_mut() = Some(String::new()));
     let mut there = None;
     let played = catch_unwind(AssertUnwindSafe(|| {
-        let run = set(plan, tells);
+        let run = set(plan, logs);
         let run = there.insert(run);
         play(plan, run);
     }));
@@ -513,7 +513,7 @@ pub(super) fn run(plan: &Plan) -> Result<Outcome, String> {
     play_through(plan, false).0
 }
 
-fn run_and_tell(plan: &Plan) -> (Result<Outcome, String>, Vec<String>) {
+fn run_and_log(plan: &Plan) -> (Result<Outcome, String>, Vec<String>) {
     play_through(plan, true)
 }
 
@@ -631,9 +631,9 @@ fn play_all(schedules: u64, seed: u64, threads: usize) -> (Sum, Option<u64>) {
     (sum.into_inner().unwrap(), first.into_inner().unwrap())
 }
 
-/// Tells a run that fails, made as small as it can be; with `HVSOCK_SIM_SHRINK=no` only why it
+/// Describes a run that fails, made as small as it can be; with `HVSOCK_SIM_SHRINK=no` only why it
 /// does.
-fn tell(seed: u64) -> String {
+fn describe_failure(seed: u64) -> String {
     let plan = Plan::draw(seed);
     if std::env::var("HVSOCK_SIM_SHRINK").is_ok_and(|it| it == "no") {
         let why = run(&plan).err().unwrap_or_default();
@@ -641,7 +641,7 @@ fn tell(seed: u64) -> String {
     }
     let before = plan.size();
     let least = shrink(&plan);
-    let (outcome, story) = run_and_tell(&least);
+    let (outcome, story) = run_and_log(&least);
     let why = outcome.err().unwrap_or_default();
     format!(
         "seed {seed} fails; of {before} clients and acts {} are left:\n{}\n{}",
@@ -697,7 +697,7 @@ fn schedules() {
     let begun = Instant::now();
     let (sum, failed) = play_all(schedules, seed, threads);
     if let Some(seed) = failed {
-        panic!("{}", tell(seed));
+        panic!("{}", describe_failure(seed));
     }
     report(&sum, schedules, seed, begun.elapsed());
 }
@@ -709,7 +709,7 @@ fn a_seed_replays_its_run() {
     for seed in 0..20 {
         let plan = Plan::draw(seed);
         let stories = [(); 2].map(|()| {
-            let (outcome, story) = run_and_tell(&plan);
+            let (outcome, story) = run_and_log(&plan);
             outcome.unwrap_or_else(|why| panic!("seed {seed}: {why}"));
             story
         });

@@ -27,7 +27,7 @@ use super::world::World;
 const MOST_STEPS: u64 = 100_000;
 const STEPS_A_SECOND: u64 = 1_000;
 
-/// A wait that takes so much longer tells that the process stood still.
+/// A wait that takes so much longer means that the process stood still.
 const FREEZE: Duration = Duration::from_millis(500);
 
 /// So many turns of a worker without progress, at one time, are a spin; and so many of all workers,
@@ -94,9 +94,9 @@ pub(super) fn this_stage() -> Rc<Stage> {
 }
 
 impl Stage {
-    pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, tells: bool) -> Rc<Stage> {
+    pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, logs: bool) -> Rc<Stage> {
         Rc::new(Stage {
-            world: Rc::new(World::new(kernel, workers, rng, tells)),
+            world: Rc::new(World::new(kernel, workers, rng, logs)),
             seats: RefCell::default(),
             wakes: (0..workers).map(|_| Arc::default()).collect(),
             cast: RefCell::default(),
@@ -117,8 +117,8 @@ impl Stage {
     }
 
     /// Adds a line to the story, if one is told.
-    pub(super) fn tell(&self, line: impl FnOnce() -> String) {
-        self.world.tell(line);
+    pub(super) fn log(&self, line: impl FnOnce() -> String) {
+        self.world.log(line);
     }
 
     pub(super) fn judge(&self) -> RefMut<'_, Judge> {
@@ -385,7 +385,7 @@ impl Stage {
             let mail = self.world.take_mail(index);
             drop(mail);
             shared.note_worker_end(index, &Ok(()));
-            self.tell(|| format!("worker {index} has ended"));
+            self.log(|| format!("worker {index} has ended"));
             return;
         }
         seat.wait = seat.worker.next_wait();

@@ -95,8 +95,8 @@ pub(super) struct Manner {
 }
 
 impl Manner {
-    /// One that says so much and ends when it has said it, hears all, and is in no hurry to leave.
-    pub(super) fn polite(says: u64, piece: usize) -> Manner {
+    /// One that says so much and ends when it has said it, reads all, and ends late.
+    pub(super) fn orderly(says: u64, piece: usize) -> Manner {
         Manner {
             says,
             answers: false,

@@ -57,7 +57,7 @@ pub(super) enum VmAct {
         rule: usize,
         port: u32,
         manner: Manner,
-        is_polite: bool,
+        is_orderly: bool,
     },
 }
 
@@ -210,7 +210,7 @@ impl Vm {
     fn carry_out(&mut self, act: VmAct, stage: &Rc<Stage>) {
         let (vm, now) = (self.me, stage.now());
         if !matches!(act, VmAct::Dial { .. }) {
-            stage.tell(|| format!("VM {vm}: {act:?}"));
+            stage.log(|| format!("VM {vm}: {act:?}"));
             self.endanger(stage);
         }
         match act {
@@ -261,8 +261,8 @@ impl Vm {
                 rule,
                 port,
                 manner,
-                is_polite,
-            } => self.dial_host(rule, port, manner, is_polite, stage),
+                is_orderly,
+            } => self.dial_host(rule, port, manner, is_orderly, stage),
         }
     }
 
@@ -305,7 +305,7 @@ impl Vm {
         rule: usize,
         port: u32,
         manner: Manner,
-        is_polite: bool,
+        is_orderly: bool,
         stage: &Rc<Stage>,
     ) {
         let path = match self.plan.kind {
@@ -327,8 +327,10 @@ impl Vm {
         match connected {
             Ok(socket) => {
                 let role = Role::Client(rule);
-                let voice = stage.judge().voice(role, Candour::Conceals, is_polite, now);
-                stage.tell(|| {
+                let voice = stage
+                    .judge()
+                    .voice(role, Candour::Conceals, is_orderly, now);
+                stage.log(|| {
                     format!("VM {}: the guest dials rule {rule} ({socket:?}): voice {voice}, {manner:?}", self.me)
                 });
                 let talk = Talk::new(socket, voice, manner, self.rng.fork(), now);
@@ -347,7 +349,7 @@ impl Vm {
                     rule,
                     port,
                     manner,
-                    is_polite,
+                    is_orderly,
                 };
                 self.pending.push((again, act));
             }
@@ -366,7 +368,7 @@ impl Vm {
         };
         let now = stage.now();
         if self.slots.len() >= self.plan.slots {
-            stage.tell(|| format!("VM {}: no slot for {socket:?}", self.me));
+            stage.log(|| format!("VM {}: no slot for {socket:?}", self.me));
             stage.judge().count("clients of a VM without a slot");
             self.endanger(stage);
             stage.kernel().close(socket);
@@ -492,7 +494,7 @@ impl Vm {
             return;
         };
         let Some((_, target, service)) = self.plan.ports.iter().find(|it| it.0 == port) else {
-            stage.tell(|| format!("VM {}: the guest refuses port {port} ({socket:?})", self.me));
+            stage.log(|| format!("VM {}: the guest refuses port {port} ({socket:?})", self.me));
             stage.kernel().close(socket);
             self.slots.swap_remove(index);
             return;
@@ -508,7 +510,7 @@ impl Vm {
         let role = Role::Service(*target);
         let born = stage.kernel().born(socket);
         let voice = stage.judge().voice(role, Candour::Conceals, false, born);
-        stage.tell(|| {
+        stage.log(|| {
             format!(
                 "VM {}: the guest takes port {port} ({socket:?}): voice {voice}, {service:?}",
                 self.me
@@ -559,7 +561,7 @@ impl Vm {
                 let over = talk.is_over();
                 if over {
                     let (voice, finish) = (talk.voice, talk.finish);
-                    stage.tell(|| format!("voice {voice} in a guest: {finish:?}"));
+                    stage.log(|| format!("voice {voice} in a guest: {finish:?}"));
                 }
                 if ends_both && !over && talk.heard_end {
                     // What the guest has not said by now is lost.

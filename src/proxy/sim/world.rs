@@ -68,7 +68,7 @@ pub(super) struct World<S, L> {
     pub(super) has_room: Cell<bool>,
     /// What is reserved is not taken by guests, nor by what comes from another rule, and not being
     /// changed.
-    pub(super) keeps_places: Cell<bool>,
+    pub(super) keeps_slots: Cell<bool>,
     /// How many clients of a VM are let in, where that is certain.
     pub(super) most_in: Cell<Option<usize>>,
     /// How many connections a VM may have, where that stays so.
@@ -102,7 +102,7 @@ fn identity(inode: u64) -> Identity {
 }
 
 impl<S, L> World<S, L> {
-    pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, tells: bool) -> World<S, L> {
+    pub(super) fn new(kernel: Kernel, workers: usize, rng: Rng, logs: bool) -> World<S, L> {
         World {
             kernel: RefCell::new(kernel),
             mail: RefCell::new((0..workers).map(|_| Vec::new()).collect()),
@@ -118,11 +118,11 @@ impl<S, L> World<S, L> {
             may_hang: Cell::new(false),
             has_lost_files: Cell::new(false),
             has_room: Cell::new(false),
-            keeps_places: Cell::new(false),
+            keeps_slots: Cell::new(false),
             is_cleared: Cell::new(false),
             stopped: RefCell::default(),
             transitions: RefCell::default(),
-            story: RefCell::new(tells.then(Vec::new)),
+            story: RefCell::new(logs.then(Vec::new)),
         }
     }
 
@@ -148,7 +148,7 @@ impl<S, L> World<S, L> {
     }
 
     /// Adds a line to the story, if one is told.
-    pub(super) fn tell(&self, line: impl FnOnce() -> String) {
+    pub(super) fn log(&self, line: impl FnOnce() -> String) {
         if let Ok(mut story) = self.story.try_borrow_mut()
             && let Some(story) = &mut *story
         {
@@ -265,6 +265,6 @@ impl<S, L> World<S, L> {
 
     /// Takes a dial of the proxy.
     pub(super) fn dialled(&self, socket: SocketId, place: &Place) {
-        self.tell(|| format!("the proxy dials {place:?} ({socket:?})"));
+        self.log(|| format!("the proxy dials {place:?} ({socket:?})"));
     }
 }

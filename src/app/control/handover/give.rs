@@ -145,7 +145,7 @@ impl Finishing {
     ///
     /// # Errors
     /// That it has ended, or takes nothing.
-    pub(in crate::app::control) fn tell(
+    pub(in crate::app::control) fn send_progress(
         &mut self,
         handle: &Handle,
         ended: Vec<Ended>,

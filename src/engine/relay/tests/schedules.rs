@@ -18,13 +18,13 @@ const SEEDS: Range<u64> = 0..3000;
 const STEPS: usize = 200_000;
 
 #[test]
-fn polite_pairs_over_kernel_edges() {
-    each_seed(|seed| Schedule::<true>::new(seed, Manners::Polite).run());
+fn orderly_pairs_over_kernel_edges() {
+    each_seed(|seed| Schedule::<true>::new(seed, Manners::Orderly).run());
 }
 
 #[test]
-fn polite_pairs_over_emulated_edges() {
-    each_seed(|seed| Schedule::<false>::new(seed, Manners::Polite).run());
+fn orderly_pairs_over_emulated_edges() {
+    each_seed(|seed| Schedule::<false>::new(seed, Manners::Orderly).run());
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn each_seed(schedule: impl Fn(u64)) {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Manners {
     /// Both peers send all, half-close, and read to EOF.
-    Polite,
+    Orderly,
     /// They do what they like.
     Rude,
 }
@@ -142,7 +142,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         if hold.is_some() {
             bench.pair.withhold_half_close(Side::Client);
         }
-        // A polite server that answers nothing and doesn't wait for the request would be taken for
+        // A orderly server that answers nothing and doesn't wait for the request would be taken for
         // a refusal.
         let unread = (manners == Manners::Rude && rng.u8(..3) == 0).then(|| rng.u64(..200));
         if let Some(unread) = unread {
@@ -160,7 +160,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     fn run(mut self) {
         let done = self.relay();
-        if self.manners == Manners::Polite {
+        if self.manners == Manners::Orderly {
             assert!(done);
             assert_eq!(self.bench.close_modes(), [CloseMode::Close; 2]);
         }
@@ -194,7 +194,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 assert_eq!(sink.heard, source.sent);
             }
             let stays = !sink.gone && !sink.deaf;
-            if manners == Manners::Polite || (side == Side::Client && answered && stays) {
+            if manners == Manners::Orderly || (side == Side::Client && answered && stays) {
                 assert!(sink.saw_eof, "{side:?} never read EOF");
             }
             if side == Side::Server && ended.refused {
@@ -222,7 +222,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             if self.bench.last == Turn::Done {
                 return true;
             }
-            if self.is_quiet() {
+            if self.is_idle() {
                 if self.bench.pair.is_withholding_half_close(Side::Client) {
                     self.release();
                     continue;
@@ -247,7 +247,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
         self.bench.latch(side, event);
     }
 
-    fn is_quiet(&mut self) -> bool {
+    fn is_idle(&mut self) -> bool {
         let busy = |wire: &Rc<RefCell<Wire>>| wire.borrow().is_busy();
         !self.bench.wires.iter().any(busy)
             && !self.bench.ready
