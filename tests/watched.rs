@@ -128,7 +128,7 @@ fn no_forward_leads_there_and_check_says_so() {
     for (cids, part) in [
         ("[]", "it names no guest"),
         ("[3, \"10.0.0.0/8\"]", "10.0.0.0/8 is no CID"),
-        ("[\"three\"]", "is none"),
+        ("[\"three\"]", "is no address, network or CID"),
         ("[-1]", "is no CID"),
         ("true", "a list"),
     ] {
