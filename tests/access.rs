@@ -80,7 +80,7 @@ fn a_line_tells_of_each_connection_how_it_went_and_why_it_ended() {
     let (client, mut server) = scene.pair();
     let peer = client.local_addr().unwrap();
     client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(server.read(&mut [0]).unwrap(), 0);
+    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop((server, client));
     let line = scene.hvsock.complains("closed");
     let connect = text(&scene.dir.path().join("server")).to_owned();
@@ -99,7 +99,7 @@ fn a_line_tells_of_each_connection_how_it_went_and_why_it_ended() {
 
     let (mut client, server) = scene.pair();
     drop(server);
-    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(client);
     scene.hvsock.complains("why=server closed");
 
@@ -175,7 +175,7 @@ fn a_forward_that_is_removed_and_a_vm_that_dies_are_told_apart() {
     let mut open = client();
     vm.signal("KILL");
     // No reset can tell a client of a Unix socket of it.
-    assert_eq!(open.read(&mut [0]).unwrap(), 0);
+    assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(open);
     hvsock.complains("why=VM gone");
     assert_eq!(vm.exit_code(), None);
@@ -184,7 +184,7 @@ fn a_forward_that_is_removed_and_a_vm_that_dies_are_told_apart() {
     let mut open = client();
     let removed = run(&["remove", "0", "--grace=0", "--control", text(&control)]);
     assert!(removed.status.success());
-    assert_eq!(open.read(&mut [0]).unwrap(), 0);
+    assert_eq!(open.read_to_end(&mut Vec::new()).unwrap(), 0);
     hvsock.complains("why=forward removed");
 }
 
@@ -235,7 +235,7 @@ fn a_reload_switches_the_access_log() {
         let client = unix_client(&listen);
         let (mut accepted, _) = server.accept().unwrap();
         client.shutdown(Shutdown::Both).unwrap();
-        assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+        assert_eq!(accepted.read_to_end(&mut Vec::new()).unwrap(), 0);
     };
     let reload = |head: &str, told: &str| {
         write(head);

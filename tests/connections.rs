@@ -166,7 +166,7 @@ fn states_are_told_in_words() {
     let table = scene.asked(&["connections"]).1;
     assert!(table.contains("half-closed by client"), "{table}");
     drop(accepted);
-    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(client);
     eventually("it is gone", || scene.connections().is_empty());
 
@@ -294,7 +294,7 @@ fn why_a_connection_ended_is_told() {
         assert_eq!(code, Some(0), "{err}");
         serde_json::from_str::<Vec<Value>>(&out).unwrap()
     };
-    assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+    assert_eq!(accepted.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(accepted);
     eventually("it has ended", || ended().len() == 1);
     let add = ["add", "--name", "nobody", "tcp://127.0.0.1:0"];

@@ -240,7 +240,7 @@ fn every_call_does_what_it_says() {
     let late = json!({"listen": "tcp://127.0.0.1:0", "connect": scene.echo()}).to_string();
     assert_eq!(scene.call("POST", "/v1/forwards", &late).0, 503);
     client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
     assert_eq!(scene.hvsock.exit_code(), Some(0));
     assert!(!scene.control().exists());
 }

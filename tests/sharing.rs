@@ -129,7 +129,7 @@ fn guests_take_places_and_never_wait_for_one() {
     assert_eq!(status(&proxy, 1).vm.unwrap().connections, 2);
     // Those beyond are ended at once.
     for _ in 0..2 {
-        assert_eq!(vm.dial(1).unwrap().read(&mut [0]).unwrap(), 0);
+        assert_eq!(vm.dial(1).unwrap().read_to_end(&mut Vec::new()).unwrap(), 0);
     }
     assert_eq!(status(&proxy, 1).state, ForwardState::Listening);
     drop((guests, servers));

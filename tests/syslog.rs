@@ -78,7 +78,7 @@ fn messages_arrive_framed_and_in_order() {
     sending.join().unwrap();
     syslog.signal("TERM");
     assert_eq!(syslog.exit_code(), Some(0));
-    assert_eq!(collector.read(&mut [0]).unwrap(), 0);
+    assert_eq!(collector.read_to_end(&mut Vec::new()).unwrap(), 0);
     assert!(!dir.path().join("log").exists());
 }
 

@@ -104,7 +104,7 @@ fn the_wire_is_as_ocaml_hvsock_has_it() {
     (&framed).write_all(&[7; 4097]).unwrap();
     framed.shutdown(Shutdown::Both).unwrap();
     framed.shutdown(Shutdown::Both).unwrap();
-    assert_eq!((&framed).read(&mut [0]).unwrap(), 0);
+    assert_eq!((&framed).read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(framed);
     let mut wire = Vec::new();
     server.read_to_end(&mut wire).unwrap();
@@ -120,7 +120,7 @@ fn the_wire_is_as_ocaml_hvsock_has_it() {
     let (client, mut server) = pair();
     server.write_all(&[0xad, 0xde, 0xad, 0xde]).unwrap();
     let mut framed = Framed::new(client);
-    assert_eq!(framed.read(&mut [0]).unwrap(), 0);
+    assert_eq!(framed.read_to_end(&mut Vec::new()).unwrap(), 0);
     assert_eq!(kind(framed.write(b"late")), io::ErrorKind::BrokenPipe);
     framed.close().unwrap();
     assert_eq!(server.read(&mut wire).unwrap(), 4);

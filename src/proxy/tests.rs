@@ -164,7 +164,7 @@ fn bytes_and_half_closes_go_through_and_are_counted() {
         ..Counters::default()
     };
     assert_eq!(it.counters(), expected);
-    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    assert_eq!(client.read_to_end(&mut Vec::new()).unwrap(), 0);
 }
 
 /// Returns the counts after one connection whose client has ended first.
@@ -213,7 +213,7 @@ fn a_polled_side_and_a_blocking_one_can_be_combined() {
         let (it, listener) = mixed(waiters.0, waiters.1);
         let (mut client, mut server) = it.pair(&listener);
         client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(server.read(&mut [0]).unwrap(), 0);
+        assert_eq!(server.read_to_end(&mut Vec::new()).unwrap(), 0);
         let much: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
         let answer = thread::scope(|scope| {
             scope.spawn(|| {
@@ -432,7 +432,7 @@ fn a_client_that_leaves_at_once_is_an_empty_connection() {
     client.shutdown(Shutdown::Write).unwrap();
     drop(client);
     let mut server = patient(listener.accept().unwrap().0);
-    assert_eq!(server.read(&mut [0]).unwrap(), 0);
+    assert_eq!(server.read_to_end(&mut Vec::new()).unwrap(), 0);
     drop(server);
     it.wait_for(|counters| counters.accepted == 1 && counters.live == 0);
 }

@@ -597,7 +597,7 @@ mod tests {
             .unwrap();
         let theirs = listener.accept().unwrap().0;
         theirs.shutdown(Shutdown::Write).unwrap();
-        assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+        assert_eq!((&ours).read_to_end(&mut Vec::new()).unwrap(), 0);
         assert!(ours.has_peer());
         let theirs = socket2::Socket::from(theirs);
         theirs.set_linger(Some(Duration::ZERO)).unwrap();

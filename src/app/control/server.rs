@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc::{Sender, channel};
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::{sleep, timeout};
@@ -113,16 +114,21 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
     runtime.block_on(async {
         let mut open = JoinSet::new();
         let mut all = Vec::new();
+        let (at_work, mut all_done) = channel(1);
         for door in doors {
             let clients = Arc::new(Mutex::new(Clients::new(door.endpoint.demand)));
             all.push(Arc::clone(&clients));
-            open.spawn(Acceptor::new(door, Arc::clone(&api), clients).accept_all());
+            let at_work = AtWork(at_work.clone());
+            open.spawn(Acceptor::new(door, Arc::clone(&api), clients, at_work).accept_all());
         }
+        drop(at_work);
         let events = Arc::clone(&api.events);
         // That its sender is dropped is what is waited for.
         let _ = stopped.await;
         // First the listeners and their files: whoever sees none may take their place.
         open.shutdown().await;
+        // The process could otherwise end before a file is removed that is being looked at or made.
+        let _ = timeout(REMOVAL, all_done.recv()).await;
         events.close();
         let all: Vec<Clients> = all
             .iter()
@@ -141,6 +147,21 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
     runtime.shutdown_background();
 }
 
+/// What a call on another thread has until all that it has made or used is dropped. Nothing is sent.
+#[derive(Clone)]
+struct AtWork(#[expect(dead_code)] Sender<()>);
+
+impl AtWork {
+    /// Calls what may block, on another thread.
+    fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<(T, AtWork)> {
+        let at_work = self.clone();
+        spawn_blocking(move || (call(), at_work))
+    }
+}
+
 /// Who takes a socket's clients in, and looks after the socket.
 struct Acceptor {
     endpoint: Arc<Endpoint>,
@@ -156,11 +177,14 @@ struct Acceptor {
     look_at: Instant,
     watch: FileWatch,
     /// One who looks at the socket's file; what it has made, if that was removed.
-    look: Option<JoinHandle<(FileWatch, Option<Listener>)>>,
+    look: Option<JoinHandle<(Look, AtWork)>>,
+    at_work: AtWork,
 }
 
+type Look = (FileWatch, Option<Listener>);
+
 impl Acceptor {
-    fn new(door: Door, api: Arc<Api>, clients: Arc<Mutex<Clients>>) -> Acceptor {
+    fn new(door: Door, api: Arc<Api>, clients: Arc<Mutex<Clients>>, at_work: AtWork) -> Acceptor {
         Acceptor {
             endpoint: door.endpoint,
             listener: door.listener,
@@ -172,6 +196,7 @@ impl Acceptor {
             look_at: Instant::now(),
             watch: FileWatch::default(),
             look: None,
+            at_work,
         }
     }
 
@@ -203,7 +228,7 @@ impl Acceptor {
         let own = self.open_own_door().await;
         self.endpoint.mark_closed();
         if let Some(door) = own {
-            let own = Acceptor::new(door, self.api, self.clients);
+            let own = Acceptor::new(door, self.api, self.clients, self.at_work);
             Box::pin(own.accept_all()).await;
         }
     }
@@ -218,7 +243,8 @@ impl Acceptor {
             let address = place::address(&place::own_path(std::process::id()));
             Door::open(Service::Control, &address, Demand::OwnAccord)
         };
-        spawn_blocking(open).await.ok()?.ok()
+        let (opened, _) = self.at_work.call(open).await.ok()?;
+        opened.ok()
     }
 
     /// Says something once.
@@ -249,9 +275,10 @@ impl Acceptor {
 
     async fn bind_again(&mut self) {
         let endpoint = Arc::clone(&self.endpoint);
-        let made = spawn_blocking(move || endpoint.bind()).await;
+        let made = self.at_work.call(move || endpoint.bind()).await;
+        let made = made.map_or_else(|e| Err(fail(io::Error::other(e))), |(made, _)| made);
         let address = &self.endpoint.address;
-        match made.unwrap_or_else(|e| Err(fail(io::Error::other(e)))) {
+        match made {
             Ok(listener) => {
                 info!("listening on {address} now");
                 self.listen_on(listener);
@@ -317,7 +344,7 @@ impl Acceptor {
     async fn look_after_file(&mut self) {
         if let Some(look) = self.look.take_if(|look| look.is_finished()) {
             // It doesn't panic; if it did, it would begin anew.
-            let (watch, made) = look.await.unwrap_or_default();
+            let (watch, made) = look.await.map(|(look, _)| look).unwrap_or_default();
             self.watch = watch;
             if let Some(made) = made {
                 self.replace(made);
@@ -331,7 +358,7 @@ impl Acceptor {
             self.look_at = now + WATCH;
             let (listener, endpoint) = (Arc::clone(listener), Arc::clone(&self.endpoint));
             let mut watch = std::mem::take(&mut self.watch);
-            self.look = Some(spawn_blocking(move || {
+            self.look = Some(self.at_work.call(move || {
                 let state = || listener.file_state();
                 let made = watch.look(&endpoint.address, state, || endpoint.bind());
                 (watch, made)
