@@ -28,8 +28,10 @@ use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
 pub(crate) use process::Process;
 pub(crate) use rights::{MOST_SENT, receive, refuse_descriptors, refuses_descriptors, send};
+#[cfg(feature = "cli")]
+pub(crate) use socket_path::SUN_PATH_LEN;
 pub(crate) use socket_path::{
-    SUN_PATH_LEN, abstract_address, check_socket_name, is_socket_alive, set_bound_mode, unix_name,
+    abstract_address, check_socket_name, is_socket_alive, set_bound_mode, unix_name,
     with_short_path,
 };
 #[cfg(feature = "cli")]
