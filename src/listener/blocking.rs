@@ -22,8 +22,8 @@ pub(crate) type Wish = (Option<String>, Address);
 /// ```
 /// use hvsock::{Listener, Stream};
 ///
-/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?; // or vsock://:1024,
-/// unix:///path, …
+/// // Or vsock://:1024, unix:///path, …
+/// let listener = Listener::bind(&"tcp://127.0.0.1:0".parse()?)?;
 /// let client = Stream::connect(listener.address())?;
 /// let (stream, peer) = listener.accept()?;
 /// assert_eq!(peer, client.local_addr()?);

@@ -541,7 +541,7 @@ fn reserve_at_vm(
     }
 }
 
-/// Returns the path of the socket at which a VM, as [`canonical`] has it, is dialled.
+/// Returns the path of the socket at which a VM, whose path is canonical, is dialled.
 #[cfg(all(unix, feature = "cli"))]
 fn socket_of(vm: &AnyVm) -> Option<PathBuf> {
     match vm {
