@@ -861,6 +861,39 @@ fn a_guest_that_is_led_there_all_the_same_is_not_let_in() {
 }
 
 #[test]
+fn what_is_added_has_the_options_that_are_given_and_else_those_of_the_process() {
+    let scene = Scene::with(&["--dial-timeout", "7", "--idle-timeout", "90"]);
+    let path = scene.control();
+    let add = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(["add", "--json", "--control", text(&path)]);
+        command.args(arguments);
+        said(&output(command))
+    };
+    let options = [
+        "--from=127.0.0.0/8,::1",
+        "--connections=2",
+        "--dial-timeout=30", // What it is for a process that isn't told.
+        "--proxy-protocol=v2",
+        "--name=told",
+    ];
+    let (code, told, why) = add(&[&options[..], &["tcp://127.0.0.1:0", "/a"]].concat());
+    assert_eq!(code, Some(0), "{why}");
+    let told: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["rule"]["from"], json!(["127.0.0.0/8", "::1"]));
+    assert_eq!(told["rule"]["connections"], 2);
+    assert_eq!(told["rule"]["proxy_protocol"], "v2");
+    assert_eq!(told["rule"]["timeouts"]["dial"], 30.0);
+    assert_eq!(told["rule"]["timeouts"]["idle"], 90.0);
+    let (_, untold, _) = add(&["tcp://127.0.0.1:0", "/b"]);
+    let untold: Value = serde_json::from_str(&untold).unwrap();
+    assert_eq!(untold["rule"]["from"], json!([]));
+    assert_eq!(untold["rule"]["timeouts"]["dial"], 7.0);
+    let (code, _, why) = add(&["--from=everywhere", "tcp://127.0.0.1:0", "/c"]);
+    assert!(code == Some(2) && why.contains("everywhere"), "{why}");
+}
+
+#[test]
 fn the_commands_show_add_remove_and_stop() {
     let mut scene = Scene::with(&["--no-keeper"]);
     let (path, dir) = (scene.control(), scene.dir.path().to_owned());

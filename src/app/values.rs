@@ -329,7 +329,13 @@ pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
     let Some((first, last)) = range.split_once('-') else {
         return whole();
     };
-    if host.contains(['/', '\\']) || !is_number(first) || !is_number(last) {
+    if host.contains(['/', '\\']) || !is_number(first) {
+        return whole();
+    }
+    if last.is_empty() {
+        return Err(format!("the range {range} has no end; write {first}-LAST"));
+    }
+    if !is_number(last) {
         return whole();
     }
     let number = |text: &str| text.parse().map_err(|_| format!("{text} is no port"));
@@ -340,6 +346,11 @@ pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
     if last - first >= MOST_PORTS {
         return Err(format!(
             "the range {range} has more than {MOST_PORTS} ports"
+        ));
+    }
+    if first == 0 && last > 0 {
+        return Err(format!(
+            "the range {range} begins with port 0, which stands for a free port; begin with another"
         ));
     }
     let before = &text[..text.len() - range.len()];

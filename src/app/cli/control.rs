@@ -9,6 +9,7 @@ use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
 use super::console::{complain, print, print_json, print_text};
+use super::given::GivenOptions;
 use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
@@ -222,12 +223,13 @@ fn ago(then: SystemTime, now: SystemTime) -> String {
 /// Add forwards to an hvsock that runs
 #[derive(Args, Debug)]
 #[command(
-    after_help = "It is written as for `hvsock forward` and `hvsock expose`. What is there already, exactly so, is left as it is.
+    after_help = "It is written as for `hvsock forward` and `hvsock expose`. What is there already, exactly so, is left as it is. An option that isn't given is as the hvsock that runs has it.
 
 Examples:
   hvsock add --name web tcp://127.0.0.1:8080 /run/web.sock
   hvsock add --vm docker -L 8080:80 -L 2222:22
-  hvsock add --name agent --vm docker -R 5000:./agent.sock"
+  hvsock add --name agent --vm docker -R 5000:./agent.sock
+  hvsock add --from 192.168.7.0/24 --connections 20 'tcp://*:8081' tcp://127.0.0.1:80"
 )]
 pub(super) struct Add {
     /// What the forward is called, by `hvsock remove` for example
@@ -250,8 +252,10 @@ pub(super) struct Add {
     /// Guest to host, as for `hvsock expose`
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET", requires = "vm", value_parser = arguments::remotes())]
     remote: Vec<Remotes>,
+    #[command(flatten)]
+    options: GivenOptions,
     /// Print what the control socket says, as it is
-    #[arg(long)]
+    #[arg(long, help_heading = None)]
     json: bool,
     #[command(flatten)]
     which: Which,
@@ -275,11 +279,15 @@ impl Add {
         }
         let path = self.which.path();
         for rule in rules {
-            let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
-            let (listen, connect) = (rule.listen.to_string(), rule.connect.to_string());
-            let from = &options["from"];
-            let body =
-                json!({"name": self.name, "listen": listen, "connect": connect, "from": from});
+            let mut body = self.options.0.clone();
+            if !rule.from.is_empty() && !body.contains_key("from") {
+                let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
+                body.insert("from".to_owned(), options["from"].clone());
+            }
+            body.insert("name".to_owned(), json!(self.name));
+            body.insert("listen".to_owned(), json!(rule.listen.to_string()));
+            body.insert("connect".to_owned(), json!(rule.connect.to_string()));
+            let body = serde_json::Value::from(body);
             let answer = ask(&path, "POST", "/v1/forwards", &body.to_string());
             let answer = answer.map_err(|why| name_occupant(why, &rule.listen))?;
             if self.json {

@@ -23,6 +23,8 @@ mod events;
 mod expose;
 mod forward;
 #[cfg(unix)]
+mod given;
+#[cfg(unix)]
 mod keepers;
 mod kept;
 mod man;

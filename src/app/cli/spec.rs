@@ -232,6 +232,8 @@ mod tests {
             ("8000-8010:80", "11 ports on one side, 1 port on the other"),
             ("8010-8000:10-20", "goes down; write 8000-8010"),
             ("0-60000:0-60000", "more than 4096 ports"),
+            ("0-2:80-82", "begins with port 0"),
+            ("18200-:8000-8002", "has no end; write 18200-LAST"),
             ("/run/s:80-81", "1 port on one side, 2 ports on the other"),
             ("65535-65536:1-2", "larger than 65535"),
         ] {
