@@ -229,7 +229,7 @@ Examples:
   hvsock add --name web tcp://127.0.0.1:8080 /run/web.sock
   hvsock add --vm docker -L 8080:80 -L 2222:22
   hvsock add --name agent --vm docker -R 5000:./agent.sock
-  hvsock add --from 192.168.7.0/24 --connections 20 'tcp://*:8081' tcp://127.0.0.1:80"
+  hvsock add --from 192.168.7.0/24 'tcp://*:8081' tcp://127.0.0.1:80"
 )]
 pub(super) struct Add {
     /// What the forward is called, by `hvsock remove` for example
