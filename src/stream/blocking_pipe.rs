@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-#[cfg(feature = "cli")]
 use crate::lock::lock;
+#[cfg(feature = "cli")]
 use crate::sys::Wanted;
 use crate::sys::{self, Event, Last, LastWord, Operation, PipeKind};
 use crate::time::after;
