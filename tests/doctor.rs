@@ -149,16 +149,19 @@ fn full_slots_are_no_answer_of_the_guest() {
         assert!(line.contains(part), "{line}");
     }
     let asked = ["--control", text(&control), "--port", "7"];
-    let report = examine(&state, &asked);
-    report.says("guest", "failed", "all its slots are taken");
-    report.says("guest", "failed", "12 of them");
-    report.says("port 7 (0x7)", "skipped", "all slots of the VM are taken");
-    let guest = report.check("guest");
-    let shows = format!("`hvsock connections --pid {}`", hvsock.child.0.id());
-    assert!(
-        guest["remedy"].as_str().unwrap().contains(&shows),
-        "{guest}"
-    );
+    // Else it looks like a refusal by the guest.
+    if tells_unread() {
+        let report = examine(&state, &asked);
+        report.says("guest", "failed", "all its slots are taken");
+        report.says("guest", "failed", "12 of them");
+        report.says("port 7 (0x7)", "skipped", "all slots of the VM are taken");
+        let guest = report.check("guest");
+        let shows = format!("`hvsock connections --pid {}`", hvsock.child.0.id());
+        assert!(
+            guest["remedy"].as_str().unwrap().contains(&shows),
+            "{guest}"
+        );
+    }
     clients.truncate(4);
     eventually("slots are free", || vm.counters().live_slots == 4);
     let report = examine(&state, &asked);

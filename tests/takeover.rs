@@ -1201,8 +1201,9 @@ fn an_upgrade_that_fails_is_told_of_with_its_reason_by_both() {
         assert_eq!(scene.pid(), pid);
         why
     };
+    let real = program.canonicalize().unwrap();
     fs::remove_file(&program).unwrap();
-    let why = fails(&["can't be started", text(&program), "install it there"]);
+    let why = fails(&["can't be started", text(&real), "install it there"]);
     assert!(!why.contains("the new one"), "it never was: {why}");
     for (script, parts) in [
         (
