@@ -132,6 +132,7 @@ mod tests {
                 }
             }
         }
-        assert!(refused > 100, "{refused} values were refused");
+        // There are fewer commands on Windows.
+        assert!(refused > 50, "{refused} values were refused");
     }
 }

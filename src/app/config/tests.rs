@@ -264,6 +264,7 @@ fn vms_are_found_or_told_of() {
 
 /// What is listed is read all the same.
 #[test]
+#[cfg(unix)]
 fn forwards_without_names_are_told_of_with_all_that_is_wrong_with_them() {
     let text = "[[forward]]\nlisten = 70000\nconnect = 9\n\n\
         [[forward]]\nname = \"web\"\nlisten = 1\nport = 0\nvm = \"nosuch\"\n";
@@ -285,6 +286,7 @@ fn forwards_without_names_are_told_of_with_all_that_is_wrong_with_them() {
 }
 
 #[test]
+#[cfg(unix)]
 fn notes_are_told_beside_mistakes() {
     let text = "[vm.unused]\nat = \"/nonexistent/vm\"\n[forward.a]\nlisten = 1\n\
         connect = \"/nonexistent/there/s\"\n[forward.b]\nlisten = 70000\nconnect = 9\n";
@@ -295,8 +297,7 @@ fn notes_are_told_beside_mistakes() {
         its.map(|it| it.line.as_ref().unwrap().number).collect()
     };
     assert_eq!(told(Weight::Mistake), [7], "{list:?}");
-    let notes: &[usize] = if cfg!(unix) { &[1, 2, 5] } else { &[1] };
-    assert_eq!(told(Weight::Note), notes, "{list:?}");
+    assert_eq!(told(Weight::Note), [1, 2, 5], "{list:?}");
 }
 
 /// Where one section can't be read, the others are looked at all the same.
