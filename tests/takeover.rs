@@ -577,6 +577,8 @@ impl Before {
                             "live": 0, "log_dropped": 0, "forwards": []});
         answer(&control, 200, &status);
         let asked = answer(&control, 202, &json!({}));
+        // The successor binds it as soon as it has been passed the others.
+        drop(control);
         let meeting = asked["socket"].as_str().unwrap();
         let mut wire = UnixStream::connect(meeting.strip_prefix("unix://").unwrap()).unwrap();
         wire.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -648,7 +650,13 @@ fn nobody_is_accepted_before_the_other_has_agreed() {
     let (mut before, mut new) = Before::meet(&scene, &front);
     let early = unix_client(&front);
     let answered = thread::spawn(move || ask(early, b"early"));
-    assert_eq!(before.hears(), "{\"taken\":[0]}\n");
+    let taken = before.hears();
+    if taken.is_empty() {
+        let code = new.exit_code();
+        let said: Vec<String> = new.err.try_iter().collect();
+        panic!("the successor has ended with {code:?}: {said:?}");
+    }
+    assert_eq!(taken, "{\"taken\":[0]}\n");
     for _ in 0..20 {
         assert!(before.is_waited_for(), "a client was accepted too early");
         thread::sleep(Duration::from_millis(5));
