@@ -12,7 +12,7 @@ use super::id::{ConnectionId, ForwardId};
 use super::rule::Rule;
 
 /// How many connections are remembered.
-const MOST: usize = 100;
+pub(crate) const MOST_REMEMBERED: usize = 100;
 
 /// A connection that has ended, refused or not.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ pub(crate) struct Ended(Mutex<VecDeque<EndedConnection>>);
 
 impl Default for Ended {
     fn default() -> Ended {
-        Ended(Mutex::new(VecDeque::with_capacity(MOST)))
+        Ended(Mutex::new(VecDeque::with_capacity(MOST_REMEMBERED)))
     }
 }
 
@@ -57,7 +57,7 @@ impl Ended {
     /// Adds a connection, in place of the oldest one if there are too many.
     pub(crate) fn note(&self, ended: EndedConnection) {
         let mut all = lock(&self.0);
-        let oldest = match all.len() < MOST {
+        let oldest = match all.len() < MOST_REMEMBERED {
             true => None,
             false => all.pop_front(),
         };
@@ -113,7 +113,7 @@ mod tests {
         let ids = ended.list().into_iter().map(|it| it.id.0);
         assert!(ids.eq(150..250));
         assert_eq!(Arc::strong_count(&rule), 101);
-        assert_eq!(ended.0.lock().unwrap().capacity(), MOST);
+        assert_eq!(ended.0.lock().unwrap().capacity(), MOST_REMEMBERED);
         // What is known later completes the right one, and nothing of one that is forgotten.
         let failed = EndReason::ProgramFailed(ProgramFailure::Status(3));
         ended.complete(ConnectionId(200), failed);

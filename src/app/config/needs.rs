@@ -82,15 +82,20 @@ impl Config {
     pub(super) fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
         let (config, wanted) = (self.clone(), wanted.clone());
         let (looking, looked) = channel();
-        thread::spawn(move || {
+        let look = move || {
             // Nobody may wait for it any more.
             let _ = looking.send(config.look_at_needs(&wanted));
-        });
+        };
+        let thread = thread::Builder::new().name("hvsock-needs".to_owned());
+        let failure = thread.spawn(look).err();
         looked.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+            let why = match failure {
+                Some(e) => format!("no thread can be started: {e}"),
+                None => "a file system takes long".to_owned(),
+            };
             vec![Problem {
                 line: None,
-                text: "what its forwards need was not looked at: a file system takes long"
-                    .to_owned(),
+                text: format!("what its forwards need was not looked at: {why}"),
                 weight: Weight::Note,
             }]
         })

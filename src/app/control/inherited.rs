@@ -4,12 +4,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::model::Ended;
+use crate::engine::ended::MOST_REMEMBERED;
 use crate::lock::lock;
 
-/// How many are remembered, and shown together with this process' own: as many as a proxy remembers.
-const MOST: usize = 100;
-
-/// The connections, in the order in which they were heard of. Clones share them.
+/// The connections, in the order in which they were heard of: as many as a proxy remembers of its own,
+/// and no more together with these. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inherited(Arc<Mutex<VecDeque<Ended>>>);
 
@@ -18,7 +17,7 @@ impl Inherited {
     pub(super) fn note(&self, mut ended: Ended, process: u32) {
         ended.carried_by.get_or_insert(process);
         let mut all = lock(&self.0);
-        if all.len() >= MOST {
+        if all.len() >= MOST_REMEMBERED {
             all.pop_front();
         }
         all.push_back(ended);
@@ -31,7 +30,7 @@ impl Inherited {
         all.extend(inherited.iter().cloned());
         drop(inherited);
         all.sort_by_key(|it| it.at);
-        all.drain(..all.len().saturating_sub(MOST));
+        all.drain(..all.len().saturating_sub(MOST_REMEMBERED));
         all
     }
 }
