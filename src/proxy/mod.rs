@@ -59,6 +59,7 @@ mod shared;
 #[cfg(all(test, target_os = "linux"))]
 mod sim;
 mod socket;
+mod vm_look;
 mod worker;
 
 use std::io;
