@@ -331,7 +331,7 @@ impl Audit {
     pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, world: &SimWorld) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
-        let forgotten = worker.listeners.all().iter().any(|it| it.is_forgotten());
+        let forgotten = worker.listeners.has_forgotten();
         assert!(
             !forgotten,
             "a listener wants a turn, and is not queued for one"
