@@ -9,7 +9,7 @@ use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
-use crate::proxy::{Rule, RuleIndex, describe_loop, leads_to};
+use crate::proxy::{Candidate, Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 pub(super) type Door = (&'static str, Address);
@@ -111,7 +111,7 @@ pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(L
     }
     let mut told: HashSet<Address> = HashSet::new();
     for (id, (forward, rule)) in (0..).zip(rules) {
-        let Some(trail) = index.find_loop(Some(id), rule) else {
+        let Some(trail) = index.find_loop(Candidate::InPlaceOf(id), rule) else {
             continue;
         };
         if trail.iter().all(|it| !told.contains(it)) {
