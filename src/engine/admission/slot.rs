@@ -93,7 +93,7 @@ impl Slot {
         state.silence.note_dial(number, answered, now);
         self.stage = Stage::Dialled(number);
         drop(state);
-        gate.log_change(seen.or(news), None);
+        gate.log_change(seen.or(news));
     }
 
     /// Notes that the guest has sent a byte or an EOF on this connection, or has made the
@@ -130,7 +130,7 @@ impl Slot {
             let news = state.health.mark_down(now);
             self.gate.forget_vm(&mut state);
             drop(state);
-            self.gate.log_change(news, None);
+            self.gate.log_change(news);
         }
     }
 
