@@ -13,8 +13,8 @@ use crate::name::SocketName;
 /// The gates, which rules and workers share.
 #[derive(Debug)]
 pub(super) struct Gates {
-    /// By what identifies a VM. The workers have this lock, too: nothing that may block is done with
-    /// it.
+    /// The gates, by what identifies a VM. The workers take this lock as well: nothing that may
+    /// block is done while it is held.
     all: Mutex<HashMap<AnyVm, Arc<Gate>>>,
     limits: Limits,
 }
@@ -32,8 +32,8 @@ impl Gates {
         self.insert(canonical(vm), vm)
     }
 
-    /// Returns the gate of the VM whose guest a client is, if its name says so: a listener on a vsock
-    /// port may have those of several VMs.
+    /// Returns the gate of the VM whose guest a client is, if its name says so: a listener on a
+    /// vsock port may have those of several VMs.
     pub(super) fn of_guest(&self, client: &SocketName) -> Option<Arc<Gate>> {
         let SocketName::Vsock(client) = client else {
             return None;
