@@ -248,7 +248,7 @@ pub(crate) enum Obstacle {
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct KnownStatus {
     obstacle: Option<(Obstacle, String, SystemTime)>,
     /// The last error, and how many clients' targets had been connected by then.
     error: Option<(Arc<str>, SystemTime, u64)>,
@@ -257,10 +257,10 @@ struct Known {
 
 /// A cell in which workers leave the status of a forward for those who ask.
 #[derive(Debug, Default)]
-pub(crate) struct StatusCell(Mutex<Known>);
+pub(crate) struct StatusCell(Mutex<KnownStatus>);
 
 impl StatusCell {
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownStatus> {
         lock(&self.0)
     }
 

@@ -18,7 +18,7 @@ use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
-use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
+use crate::stream::draining::{Drain, DrainReading, DrainStep, DrainTurn};
 use crate::time::after;
 
 use super::action::{Action, Context};
@@ -248,15 +248,15 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         let before = (end.received(), end.input_ended());
         let was_read = match drain.reading(now) {
-            Reading::Full => {
+            DrainReading::Full => {
                 end.discard(cx.pool);
                 true
             }
-            Reading::Once => {
+            DrainReading::Once => {
                 end.discard_once(cx.pool);
                 true
             }
-            Reading::Later => false,
+            DrainReading::Later => false,
         };
         self.note_answer(side, &end, before, cx);
         if end.input_ended() {
