@@ -8,6 +8,7 @@ use crate::engine::end_reason::{EndReason, ProgramFailure};
 use crate::time::after;
 
 use super::action::Context;
+use super::closing_times::ClosingTimes;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, Program, State};
 
@@ -54,8 +55,7 @@ impl<S: ConnectionSocket> Connection<S> {
             self.program = Program::Awaited(until);
             self.enter(State::Closing {
                 ends: [None, None],
-                until: Some(until),
-                settled: None,
+                times: ClosingTimes::until(Some(until)),
             });
             // What both sides had is given back in the next turn.
             cx.has_more_work = true;

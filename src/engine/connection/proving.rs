@@ -16,6 +16,7 @@ use crate::time::after;
 use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
 use super::closing_end::Closing;
+use super::closing_times::ClosingTimes;
 use super::dialling::Dialled;
 use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
@@ -47,8 +48,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let ends = [None, Some(Closing::drain(end))];
         let state = State::Closing {
             ends,
-            until,
-            settled: None,
+            times: ClosingTimes::until(until),
         };
         let no_client = Peer {
             name: SocketName::Unnamed,
