@@ -56,7 +56,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         };
         if pair.was_refused() {
-            let error = self.refused_by_eof();
+            let error = self.refused_by_eof(&pair.ends[Side::Server]);
             self.end_because(EndReason::Refused(RefusalReason::ByTarget));
             self.note_refusal(&error, RefusalReason::ByTarget, cx.now);
         }

@@ -395,12 +395,14 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Returns the error of a target that has refused by an EOF. A VM that has no slot left does
-    /// the same, and where many are taken both are named.
-    pub(super) fn refused_by_eof(&self) -> Error {
+    /// Returns the error of a target that has refused by an EOF, at that end. A VM that has no slot
+    /// left does the same, and where that may be so both are named: where many are taken, and where
+    /// the end is a reset. A device without a slot leaves the line unread, whatever follows it; a
+    /// guest that refuses leaves at most what follows.
+    pub(super) fn refused_by_eof(&self, server: &End<S>) -> Error {
         let target = &self.forward.rule.connect;
         let gate = self.forward.gates[Side::Server].as_ref();
-        match gate.is_some_and(|gate| gate.may_lack_slots()) {
+        match server.was_reset() || gate.is_some_and(|gate| gate.may_lack_slots()) {
             true => dial::refused_by_guest_or_device(target),
             false => dial::refused_by_eof(target),
         }

@@ -163,6 +163,7 @@ impl<S: ConnectionSocket> Connection<S> {
             dial,
             ..
         } = self.take_state()
+        let mut error = None;
         {
             has_vm_ended = self.has_vm_ended(&server, cx);
             // The end of the VM says nothing of other dials.
@@ -170,13 +171,15 @@ impl<S: ConnectionSocket> Connection<S> {
                 slot.note_answer(cx.now);
             }
             self.enter(State::waiting(client, dial));
+            error = Some(self.refused_by_eof(&server));
             self.close_socket(Side::Server, server, cx);
         }
         if has_vm_ended {
             return self.take_vm_end(cx);
         }
-        let error = self.refused_by_eof();
-        self.dial_failed(error, cx);
+        if let Some(error) = error {
+            self.dial_failed(error, cx);
+        }
     }
 
     /// Reads at once whether the answer to a probe has arrived.
