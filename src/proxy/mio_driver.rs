@@ -223,8 +223,9 @@ fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
     })
 }
 
-/// Looks at a VM from outside, without a connection to its socket.
-fn look_at(vm: &AnyVm) -> VmLook {
+/// Looks at a VM from outside, without a connection to its socket. `process` is the one that had it
+/// at the last dial.
+fn look_at(vm: &AnyVm, process: Option<i32>) -> VmLook {
     let mut look = match vm {
         AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
         AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
@@ -235,8 +236,9 @@ fn look_at(vm: &AnyVm) -> VmLook {
     };
     if let AnyVm::Hyperkit(vm) = vm {
         look.process = hyperkit::running_pid(&vm.state_dir);
-        look.is_stopped = look.process.is_some_and(sys::process_is_stopped);
     }
+    let process = look.process.or(process.filter(|_| look.is_alive));
+    look.is_stopped = process.is_some_and(sys::process_is_stopped);
     look
 }
 
@@ -678,7 +680,7 @@ impl Driver for MioDriver {
             if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
                 keeper.look_after(&vm.state_dir);
             }
-            let look = look_at(gate.vm());
+            let look = look_at(gate.vm(), gate.process());
             Event::VmSeen { gate, look }
         });
     }

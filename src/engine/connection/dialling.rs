@@ -277,7 +277,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
-            self.is_inherited = slot.note_listener(dialled.has_listener_ended);
+            let process = dialled.socket.peer_process().and_then(|it| it.id);
+            self.is_inherited = slot.note_listener(process, dialled.has_listener_ended);
         }
         let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
@@ -355,8 +356,14 @@ impl<S: ConnectionSocket> Connection<S> {
             },
             false => Ok(false),
         };
+        let was_asked = race.dial.is_shaking_hands();
         match attempt {
-            Ok(true) => self.begin_relaying(Acceptance::Unknown, cx),
+            Ok(true) => {
+                if was_asked {
+                    self.note_handshake(cx);
+                }
+                self.begin_relaying(Acceptance::Unknown, cx);
+            }
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
@@ -375,11 +382,21 @@ impl<S: ConnectionSocket> Connection<S> {
                     self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Discard(server.socket));
                 }
+                if was_asked && !has_vm_ended {
+                    self.note_handshake(cx);
+                }
                 match has_vm_ended {
                     true => self.take_vm_end(cx),
                     false => self.attempt_failed(error, cx),
                 }
             }
+        }
+    }
+
+    /// Notes that the VMM has answered the dial, whether it was taken or refused.
+    pub(super) fn note_handshake(&self, cx: &Context<'_, S>) {
+        if let Some(slot) = &self.slots[Side::Server] {
+            slot.note_answer(cx.now);
         }
     }
 
