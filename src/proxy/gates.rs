@@ -17,28 +17,28 @@ const FEW: usize = 64;
 #[derive(Debug)]
 pub(super) struct Gates {
     /// The workers have this lock, too: nothing that may block is done with it.
-    all: Mutex<All>,
+    all: Mutex<GateTable>,
     limits: Limits,
 }
 
-/// All gates, by what identifies a VM. Guests of any CID may dial a listener on a vsock port, so
+/// GateTable gates, by what identifies a VM. Guests of any CID may dial a listener on a vsock port, so
 /// what nothing uses is dropped: when there are twice as many as were left the last time. So there
 /// are at most twice as many as are used, and one more costs the same however many there are.
 #[derive(Debug)]
-struct All {
-    gates: HashMap<AnyVm, Entry>,
+struct GateTable {
+    gates: HashMap<AnyVm, GateEntry>,
     /// The number at which those are dropped that nothing uses.
     sweep_at: usize,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct GateEntry {
     gate: Arc<Gate>,
     /// Whether it has limits of its own.
     is_limited: bool,
 }
 
-impl Entry {
+impl GateEntry {
     /// Returns whether nothing would be lost with it: no forward, connection or client has it, and
     /// it knows nothing that a VMM suffers for.
     fn is_unused(&self) -> bool {
@@ -49,21 +49,21 @@ impl Entry {
     }
 }
 
-impl All {
-    fn insert(&mut self, identity: AnyVm, gate: Arc<Gate>) -> &mut Entry {
+impl GateTable {
+    fn insert(&mut self, identity: AnyVm, gate: Arc<Gate>) -> &mut GateEntry {
         if self.gates.len() >= self.sweep_at {
             self.gates.retain(|_, entry| !entry.is_unused());
             self.sweep_at = FEW.max(self.gates.len() * 2);
         }
         let is_limited = false;
-        let entry = Entry { gate, is_limited };
+        let entry = GateEntry { gate, is_limited };
         self.gates.entry(identity).or_insert(entry)
     }
 }
 
 impl Gates {
     pub(super) fn new(limits: Limits) -> Gates {
-        let all = All {
+        let all = GateTable {
             gates: HashMap::new(),
             sweep_at: FEW,
         };
