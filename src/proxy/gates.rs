@@ -21,7 +21,7 @@ pub(super) struct Gates {
     limits: Limits,
 }
 
-/// GateTable gates, by what identifies a VM. Guests of any CID may dial a listener on a vsock port, so
+/// All gates, by what identifies a VM. Guests of any CID may dial a listener on a vsock port, so
 /// what nothing uses is dropped: when there are twice as many as were left the last time. So there
 /// are at most twice as many as are used, and one more costs the same however many there are.
 #[derive(Debug)]
