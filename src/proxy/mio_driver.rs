@@ -101,9 +101,11 @@ pub(crate) struct MioDriver {
     housekeeper: Housekeeper,
     #[cfg(unix)]
     keeper: Option<Link>,
+    #[cfg(unix)]
+    processes: sys::Processes,
     /// The processes of VMs that were looked up last.
     #[cfg(unix)]
-    processes: VecDeque<sys::Process>,
+    recent: VecDeque<sys::Process>,
 }
 
 impl MioDriver {
@@ -127,7 +129,9 @@ impl MioDriver {
             #[cfg(unix)]
             keeper,
             #[cfg(unix)]
-            processes: VecDeque::new(),
+            processes: sys::Processes::open(),
+            #[cfg(unix)]
+            recent: VecDeque::new(),
         })
     }
 
@@ -559,16 +563,16 @@ impl Driver for MioDriver {
         let Some(id) = stream.peer_process().and_then(|it| it.id) else {
             return false;
         };
-        let index = self.processes.iter().position(|it| it.id == id);
-        let process = match index.and_then(|index| self.processes.remove(index)) {
+        let index = self.recent.iter().position(|it| it.id == id);
+        let process = match index.and_then(|index| self.recent.remove(index)) {
             Some(process) => process,
-            None => sys::Process::new(id),
+            None => self.processes.get(id),
         };
         let is_ending = process.is_ending();
         // A process that has ended is not remembered: its number may be used again.
         if !is_ending {
-            self.processes.push_front(process);
-            self.processes.truncate(PROCESSES);
+            self.recent.push_front(process);
+            self.recent.truncate(PROCESSES);
         }
         is_ending
     }
@@ -580,7 +584,7 @@ impl Driver for MioDriver {
 
     fn release_unused(&mut self) {
         #[cfg(unix)]
-        self.processes.clear();
+        self.recent.clear();
     }
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
@@ -596,7 +600,7 @@ impl Driver for MioDriver {
             if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
                 keeper.look_after(&vm.state_dir);
             }
-            let look = vm_look::look_at(gate.vm());
+            let look = vm_look::look_at(gate.vm(), gate.process());
             DriverEvent::VmSeen { gate, look }
         });
     }

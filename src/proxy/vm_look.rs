@@ -42,8 +42,9 @@ fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
     })
 }
 
-/// Looks at a VM from outside, without a connection to its socket.
-pub(super) fn look_at(vm: &AnyVm) -> VmLook {
+/// Looks at a VM from outside, without a connection to its socket. `process` is the one that had it
+/// at the last dial.
+pub(super) fn look_at(vm: &AnyVm, process: Option<i32>) -> VmLook {
     let mut look = match vm {
         AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
         AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
@@ -54,8 +55,9 @@ pub(super) fn look_at(vm: &AnyVm) -> VmLook {
     };
     if let AnyVm::Hyperkit(vm) = vm {
         look.process = hyperkit::running_pid(&vm.state_dir);
-        look.is_stopped = look.process.is_some_and(sys::process_is_stopped);
     }
+    let process = look.process.or(process.filter(|_| look.is_alive));
+    look.is_stopped = process.is_some_and(sys::process_is_stopped);
     look
 }
 
