@@ -8,7 +8,7 @@ use std::time::Duration;
 #[cfg(unix)]
 use crate::address::VsockAddress;
 use crate::address::{AnyVm, HyperkitVm};
-use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::health::{ProcessState, VmIdentity, VmLook};
 use crate::hyperkit;
 use crate::stream::endpoint::Endpoint;
 #[cfg(unix)]
@@ -57,7 +57,10 @@ pub(super) fn look_at(vm: &AnyVm, process: Option<i32>) -> VmLook {
         look.process = hyperkit::running_pid(&vm.state_dir);
     }
     let process = look.process.or(process.filter(|_| look.is_alive));
-    look.is_stopped = process.is_some_and(sys::process_is_stopped);
+    look.process_state = match process.is_some_and(sys::process_is_stopped) {
+        true => ProcessState::IsStopped,
+        false => ProcessState::Runs,
+    };
     look
 }
 

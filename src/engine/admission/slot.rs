@@ -70,6 +70,11 @@ impl Slot {
         }
     }
 
+    /// Notes that the dial was made, and that the VM that got it has no identity.
+    pub(crate) fn note_unidentified_dial(&mut self, now: Instant) {
+        self.note_dial(None, now);
+    }
+
     /// Notes that the dial was made. `vm` is the identity of the VM that got it.
     pub(crate) fn note_dial(&mut self, vm: Option<VmIdentity>, now: Instant) {
         let gate = &self.gate;

@@ -60,7 +60,7 @@ impl<S: ConnectionSocket> Connection<S> {
             name: SocketName::Unnamed,
             process: None,
         };
-        let mut connection = Connection::new(None, forward, no_client, state, now);
+        let mut connection = Connection::unnamed(forward, no_client, state, now);
         connection.is_inherited = is_inherited;
         connection.slots[Side::Server] = Some(slot);
         connection

@@ -156,8 +156,21 @@ pub(super) struct Proxied {
 }
 
 impl<S: Socket> Connection<S> {
+    /// Makes a connection that a client has made.
     pub(super) fn new(
-        name: Option<ConnectionId>,
+        name: ConnectionId,
+        forward: Arc<Forward>,
+        peer: Peer,
+        state: State<S>,
+        now: Instant,
+    ) -> Connection<S> {
+        let mut connection = Connection::unnamed(forward, peer, state, now);
+        connection.name = Some(name);
+        connection
+    }
+
+    /// Makes a connection that no client has made, and nobody is told of.
+    pub(super) fn unnamed(
         forward: Arc<Forward>,
         peer: Peer,
         state: State<S>,
@@ -166,7 +179,7 @@ impl<S: Socket> Connection<S> {
         #[cfg(all(test, target_os = "linux"))]
         transitions::note("new", state.name());
         Connection {
-            name,
+            name: None,
             forward,
             #[cfg(all(test, target_os = "linux"))]
             state_name: state.name(),

@@ -58,7 +58,10 @@ fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
     let is_guests = conn.name.is_some() && conn.forward.needs_graceful_close(Side::Client);
     match &conn.state {
         State::Closing { times, .. } => {
-            assert!(times.end().is_some(), "one that has gone may hold up the end");
+            assert!(
+                times.end().is_some(),
+                "one that has gone may hold up the end"
+            );
         }
         State::Relaying { .. } => assert!(!is_late || !is_guests, "a guest is served at the end"),
         _ => {
