@@ -16,10 +16,12 @@ use tracing::{info, warn};
 
 use crate::address::Address;
 use crate::app::output;
+use crate::app::ranges::{expand, name_of};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
+use crate::error::counted;
 use crate::lock::lock;
-use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
+use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
@@ -28,7 +30,7 @@ use super::handover::give::{Finishing, Successor};
 use super::http::{JSON, Request, Response, lines, response};
 use super::inherited::Inherited;
 use super::metrics;
-use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rules};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -337,7 +339,13 @@ impl Api {
     /// The forward of that name, or else that listens there, or else that has this id, or else the only one
     /// that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
-        let mut forwards = self.handle.forwards();
+        Api::find_in(&self.handle.forwards(), name).cloned()
+    }
+
+    fn find_in<'a>(
+        forwards: &'a [ForwardStatus],
+        name: &str,
+    ) -> Result<&'a ForwardStatus, Problem> {
         let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
         let address = name.parse::<Address>().ok();
         let there = |it: &ForwardStatus| {
@@ -364,7 +372,7 @@ impl Api {
             .or_else(|| forwards.iter().position(numbered))
             .or_else(|| only(&ported));
         match index {
-            Some(index) => Ok(forwards.swap_remove(index)),
+            Some(index) => Ok(&forwards[index]),
             None => {
                 let problem = Problem::new(404, format!("there is no forward {name:?}"));
                 Err(problem.with_remedy("`hvsock status` lists those that there are"))
@@ -372,19 +380,74 @@ impl Api {
         }
     }
 
+    /// Adds a forward, or those of a range: all of them, or none.
     fn add(&self, body: &[u8]) -> Answer {
-        let rule = read_rule(body, (self.actions.options)())?;
+        let rules = read_rules(body, (self.actions.options)())?;
         let forwards = self.handle.forwards();
+        let asked = rules.len();
+        let there = rules.iter().map(|rule| self.find_same(rule, &forwards));
+        let there: Vec<Option<ForwardId>> = there.collect::<Result<_, _>>()?;
+        let (mut ids, mut new) = (Vec::new(), Vec::new());
+        for (rule, there) in rules.into_iter().zip(there) {
+            if let Some(id) = there {
+                ids.push(id);
+                continue;
+            }
+            match self.handle.add(rule) {
+                Ok(id) => {
+                    ids.push(id);
+                    new.push(id);
+                }
+                Err(e) => {
+                    for id in new {
+                        // That it is gone already is as good.
+                        let _ = self.handle.remove(id, Duration::ZERO);
+                    }
+                    let mut problem = Problem::from(e);
+                    if asked > 1 {
+                        let all = counted(asked as u64, "forward");
+                        problem.error += &format!(" (so that none of the {all} is added)");
+                    }
+                    return Err(problem);
+                }
+            }
+        }
+        let forwards = self.handle.forwards();
+        let added = ids.iter().filter_map(|id| {
+            let added = forwards.iter().find(|it| it.id == *id)?;
+            if new.contains(id) {
+                info!("added {}", describe(added));
+            }
+            Some(Forward::from(added))
+        });
+        let added: Vec<Forward> = added.collect();
+        let status = if new.is_empty() { 200 } else { 201 };
+        match &added[..] {
+            [] => Err(Problem::new(409, "it was removed at once by somebody else")),
+            [one] if asked == 1 => json(status, one),
+            all => json(status, &all),
+        }
+    }
+
+    /// Returns the forward that does what a rule asks for, if one does.
+    ///
+    /// # Errors
+    /// That the rule can't be carried beside the forwards that are there, or may not be.
+    fn find_same(
+        &self,
+        rule: &Rule,
+        forwards: &[ForwardStatus],
+    ) -> Result<Option<ForwardId>, Problem> {
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
         let same = forwards.iter().find(named);
         let same = same.or_else(|| forwards.iter().find(there));
         if let Some(there) = same {
-            if there.rule == rule {
-                return json(200, &Forward::from(there));
+            if there.rule == *rule {
+                return Ok(Some(there.id));
             }
             let name = label(there);
-            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(&rule));
+            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(rule));
             let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
@@ -397,31 +460,39 @@ impl Api {
             let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
             return Err(Problem::new(403, why).with_remedy(remedy));
         }
-        let id = self.handle.add(rule)?;
-        let added = self.handle.forwards().into_iter().find(|it| it.id == id);
-        let Some(added) = added else {
-            return Err(Problem::new(409, "it was removed at once by somebody else"));
-        };
-        info!("added {}", describe(&added));
-        json(201, &Forward::from(&added))
+        Ok(None)
     }
 
+    /// Removes a forward, or those of a range that are there.
     fn remove(&self, name: &str, grace: Duration) -> Answer {
         let pending = self.pending(name);
-        let found = self.find(name).map_err(|e| match pending {
-            None => e,
-            Some(it) => {
-                let why = it.why.unwrap_or(it.state);
-                let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
-                problem.with_remedy(match self.actions.reload {
-                    Some(_) => "the file asks for it: take it out there, and reload",
-                    None => "it was asked for at the start, and is tried again",
-                })
+        let forwards = self.handle.forwards();
+        let none = match Api::find_in(&forwards, name) {
+            Ok(found) => {
+                self.handle.remove(found.id, grace)?;
+                info!("removed {}", describe(found));
+                return json(200, &Forward::from(found));
             }
-        })?;
-        self.handle.remove(found.id, grace)?;
-        info!("removed {}", describe(&found));
-        json(200, &Forward::from(&found))
+            Err(none) => none,
+        };
+        if let Some(it) = pending {
+            let why = it.why.unwrap_or(it.state);
+            let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
+            return Err(problem.with_remedy(match self.actions.reload {
+                Some(_) => "the file asks for it: take it out there, and reload",
+                None => "it was asked for at the start, and is tried again",
+            }));
+        }
+        let range = find_range(&forwards, name)?;
+        if range.is_empty() {
+            return Err(none);
+        }
+        for found in &range {
+            self.handle.remove(found.id, grace)?;
+            info!("removed {}", describe(found));
+        }
+        let removed: Vec<Forward> = range.into_iter().map(Forward::from).collect();
+        json(200, &removed)
     }
 
     fn close(&self, id: &str, asked_by: Option<u32>) -> Answer {
@@ -660,7 +731,22 @@ const ENDED: &str = "/v1/connections/ended";
 
 const EVENTS: &str = "/v1/events";
 
-/// What a forward is called.
+/// Returns the forwards of a range that is written as an address, or named as it was when it was added.
+fn find_range<'a>(
+    forwards: &'a [ForwardStatus],
+    name: &str,
+) -> Result<Vec<&'a ForwardStatus>, Problem> {
+    let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
+    if addresses.len() > 1 {
+        let addresses = addresses.iter();
+        return Ok(addresses
+            .filter_map(|it| Api::find_in(forwards, it).ok())
+            .collect());
+    }
+    let is_named = |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
+    Ok(forwards.iter().filter(is_named).collect())
+}
+
 /// A forward on a line: its name, if it has one, and both its ends.
 fn describe(forward: &ForwardStatus) -> String {
     let name = forward.rule.name.as_ref();
@@ -668,6 +754,7 @@ fn describe(forward: &ForwardStatus) -> String {
     format!("{name}{} -> {}", forward.listen, forward.rule.connect)
 }
 
+/// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
         Some(name) => format!("{name:?}"),
