@@ -18,7 +18,7 @@ use super::predecessor::left_behind;
 use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
-use super::summary::Report;
+use super::summary::{Report, tried_again};
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
@@ -458,12 +458,7 @@ pub(super) struct Reload {
 
 impl Reload {
     pub(super) fn run(self) -> Outcome {
-        // What is wrong with the file has many lines.
-        let listed = |why: Unanswered| {
-            let why = why.to_string();
-            Failure::Listed(why.lines().map(str::to_owned).collect())
-        };
-        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list)?;
         let report: Report = read(&answer)?;
         match self.json {
             true => print_json(answer.trim_end())?,
@@ -480,11 +475,17 @@ impl Reload {
     }
 }
 
+/// Lists why something was not done: what is wrong with a file has many lines.
+fn list(why: Unanswered) -> Failure {
+    let why = why.to_string();
+    Failure::Listed(why.lines().map(str::to_owned).collect())
+}
+
 /// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
 ///
 /// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
 /// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
-/// on as before.
+/// on as before, and it is said why. The exit code is 1 then, and where the new one can't have a forward.
 #[derive(Args, Debug)]
 #[command(
     after_help = "It is for `hvsock run`. What the file says now is carried from then on.
@@ -501,7 +502,8 @@ impl Upgrade {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let before: control::Status = control::get(&path, "/v1/status")?;
-        let done: Value = read(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list)?;
+        let done: Value = read(&done)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
         print(format_args!(
             "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
@@ -518,9 +520,21 @@ impl Upgrade {
                     "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
                     table::counted(live, "connection"),
                     grace.ceil()
-                ))
+                ))?;
             }
-            _ => Ok(()),
+            _ => {}
+        }
+        // One of an earlier version says nothing of them.
+        let failed = done["failed"].as_object();
+        let failed = failed.filter(|failed| !failed.is_empty());
+        for (name, why) in failed.into_iter().flatten() {
+            let why = tried_again(why.as_str().unwrap_or_default());
+            complain(format_args!("[forward.{name}] can't be had now: {why}"));
+        }
+        match failed {
+            None => Ok(()),
+            // It was said which, and why.
+            Some(_) => Err(Failure::Silent),
         }
     }
 }

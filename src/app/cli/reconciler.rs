@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
+#[cfg(unix)]
+use crate::app::control::FailedForwards;
 use crate::error::Error;
 use crate::lock::lock;
 use crate::proxy::{ForwardId, Handle, Rule};
@@ -85,6 +87,16 @@ impl Reconciler {
         let pending = self.pending();
         let failed = pending.iter().find(|it| !it.waits);
         failed.map(|it| it.why.clone())
+    }
+
+    /// Returns all that could not be had, but what waits for what is expected to be missing.
+    #[cfg(unix)]
+    pub(super) fn failures(&self) -> FailedForwards {
+        let pending = self.pending();
+        let failed = pending.iter().filter(|it| !it.waits);
+        failed
+            .map(|it| (name_of(&it.rule), it.why.clone()))
+            .collect()
     }
 
     /// The names of what could not be had, and why.

@@ -1,11 +1,13 @@
 //! The calls: what a request asks for, and what it is answered.
 
 use std::collections::HashSet;
+use std::io::{self, Read as _};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{fmt, io, thread};
+use std::{fmt, thread};
 
 use hyper::header::{ALLOW, HeaderValue};
 use serde::Serialize;
@@ -25,8 +27,8 @@ use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
-use super::handover;
 use super::handover::give::{Finishing, Successor};
+use super::handover::{self, FailedForwards};
 use super::http::{JSON, Request, Response, lines, response};
 use super::inherited::Inherited;
 use super::metrics;
@@ -64,9 +66,30 @@ pub(crate) struct Succession {
     /// Calls its argument while that file is not read, with the forwards for which it asks.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
-    pub(crate) start: Box<dyn Fn() -> io::Result<Child> + Send + Sync>,
+    pub(crate) start: Box<dyn Fn() -> Result<Started, Problem> + Send + Sync>,
     /// Ends this one, since that process has all its listeners.
     pub(crate) end: Box<dyn Fn(u32) + Send + Sync>,
+}
+
+/// A process that was started to take over.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) child: Child,
+    /// What it says here is why it doesn't take over.
+    pub(crate) report: UnixStream,
+}
+
+impl Started {
+    /// Returns what it has said, line by line, once it has ended.
+    fn reasons(mut self) -> Vec<String> {
+        const MOST_BYTES: u64 = 64 * 1024;
+        // Its own children may have the socket, too, and are not waited for.
+        let _ = self.report.set_nonblocking(true);
+        let mut said = Vec::new();
+        let _ = (&mut self.report).take(MOST_BYTES).read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        said.lines().map(str::to_owned).collect()
+    }
 }
 
 /// See [`Succession::while_unchanged`].
@@ -101,6 +124,8 @@ struct HandoverState {
     given_up: Option<u32>,
     /// The process that is taking over, or has.
     successor: Option<u32>,
+    /// The forwards that it can't have.
+    failed: FailedForwards,
     is_done: bool,
 }
 
@@ -602,7 +627,13 @@ impl Api {
             match successor.give(&self.handle, &self.endpoints, listed, agree) {
                 Ok(left) => {
                     (succession.end)(pid);
-                    self.handover_state().is_done = true;
+                    for (name, why) in &left.failed {
+                        warn!("process {pid} can't have [forward.{name}] now: {why}");
+                    }
+                    let mut state = self.handover_state();
+                    state.failed.clone_from(&left.failed);
+                    state.is_done = true;
+                    drop(state);
                     finishing = Some(left);
                 }
                 Err(e) => {
@@ -652,21 +683,34 @@ impl Api {
             let remedy = format!("this one goes on as before; {remedy}");
             Problem::new(500, why).with_remedy(remedy)
         };
-        let mut child = (succession.start)().map_err(|e| {
-            let why = format!("the program can't be started: {e}");
-            fail(why, "install it there, and ask again")
+        let mut started = (succession.start)().map_err(|problem| {
+            warn!("the upgrade has failed: {problem}; going on as before");
+            let remedy = problem.remedy.clone().unwrap_or_default();
+            problem.with_remedy(format!("this one goes on as before; {remedy}"))
         })?;
-        let pid = child.id();
+        let pid = started.child.id();
         info!("started process {pid} to take over");
         let end = Instant::now() + UPGRADE;
         loop {
             if let Some(pid) = self.successor() {
                 let grace = (self.actions.grace)().as_secs_f64();
                 let live = self.handle.live();
-                let told = serde_json::json!({"pid": pid, "live": live, "grace_seconds": grace});
+                let failed = self.handover_state().failed.clone();
+                let told = serde_json::json!({"pid": pid, "live": live, "grace_seconds": grace, "failed": failed});
                 return json(200, &told);
             }
-            if let Ok(Some(status)) = child.try_wait() {
+            if let Ok(Some(status)) = started.child.try_wait() {
+                if let [first, rest @ ..] = &started.reasons()[..] {
+                    let why = format!("the new process {pid} has not taken over: {first}");
+                    warn!("the upgrade has failed: {why}; going on as before");
+                    rest.iter().for_each(|line| warn!("{line}"));
+                    let mut lines = format!("{why}; this one goes on as before");
+                    for line in rest {
+                        lines += "\n";
+                        lines += line;
+                    }
+                    return Err(Problem::new(500, lines));
+                }
                 let why = format!("the new process {pid} has ended before it took over: {status}");
                 return Err(fail(
                     why,
@@ -679,8 +723,8 @@ impl Api {
                 ));
             }
             if Instant::now() >= end && self.give_up(pid) {
-                let _ = child.kill();
-                let _ = child.wait();
+                let _ = started.child.kill();
+                let _ = started.child.wait();
                 let seconds = UPGRADE.as_secs();
                 let why = format!(
                     "the new process {pid} has not taken over within {seconds} s, and was ended"

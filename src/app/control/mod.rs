@@ -21,7 +21,7 @@
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
-//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200 and its process' id; 409 if there is no file; 500 if it doesn't take over |
+//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200, its process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
@@ -67,8 +67,9 @@ use crate::app::guest_control::GuestControl;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
-pub(crate) use api::{Actions, Succession};
+pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
+pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
