@@ -3,6 +3,8 @@
 #[cfg(unix)]
 use std::ffi::OsString;
 #[cfg(unix)]
+use std::io::Write as _;
+#[cfg(unix)]
 use std::os::fd::OwnedFd;
 #[cfg(unix)]
 use std::os::unix::net::UnixStream;
@@ -216,8 +218,11 @@ fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<St
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
-    // Nothing comes by it: it is where the new one says why it can't take over.
-    let (report, theirs) = UnixStream::pair().map_err(|e| fail(&e))?;
+    // It is where the new one says why it can't take over.
+    let (mut report, theirs) = UnixStream::pair().map_err(|e| fail(&e))?;
+    report
+        .write_all(predecessor::TELL_WHY_NOT)
+        .map_err(|e| fail(&e))?;
     let child = command.stdin(OwnedFd::from(theirs)).spawn();
     let child = child.map_err(|e| fail(&format_args!("{}: {e}", program.display())))?;
     Ok(Started { child, report })
