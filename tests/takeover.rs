@@ -1240,19 +1240,32 @@ fn an_upgrade_after_which_a_forward_is_missing_fails_and_says_which() {
     let other = ["forward", text(&second), &echo];
     let other = Running::spawn(in_runtime(scene.dir.path(), &other));
     other.says(text(&second));
-    scene.write(&[scene.forward("a", &first), scene.forward("b", &second)].concat());
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let metrics = format!("metrics = {port}\n");
+    let forwards = [scene.forward("a", &first), scene.forward("b", &second)].concat();
+    scene.write(&(metrics + &forwards));
     let upgraded = output(in_runtime(scene.dir.path(), &["upgrade"]));
     let pid = scene.pid();
     let _stray = Stray(pid);
     let said = String::from_utf8(upgraded.stdout).unwrap();
     let why = String::from_utf8(upgraded.stderr).unwrap();
     assert_eq!(upgraded.status.code(), Some(1), "{said}{why}");
-    assert!(said.contains(&format!("process {pid} ")), "{said}");
+    assert!(
+        said.contains(&format!("process {pid} ")),
+        "{said:?}, {why:?}"
+    );
     let has_it = format!("hvsock process {} listens there", other.child.0.id());
-    for part in ["[forward.b] can't be had now", text(&second), &has_it] {
+    let metrics = "metrics can't be had now";
+    for part in [
+        "forward b can't be had now",
+        text(&second),
+        &has_it,
+        metrics,
+    ] {
         assert!(why.contains(part), "{why:?} lacks {part:?}");
     }
-    let logged = old.complains(&format!("process {pid} can't have [forward.b] now"));
+    let logged = old.complains(&format!("process {pid} can't have forward b now"));
     assert!(logged.contains(&has_it), "{logged}");
     assert_eq!(old.exit_code(), Some(0));
     assert_eq!(scene.names(), ["a", "b"]);

@@ -505,36 +505,42 @@ impl Upgrade {
         let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list)?;
         let done: Value = read(&done)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
+        let carried = after.forwards.iter().filter(|it| it.id.is_some());
         print(format_args!(
             "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
             after.pid,
             after.version,
             before.pid,
             before.version,
-            table::counted(after.forwards.len() as u64, "forward"),
+            table::counted(carried.count() as u64, "forward"),
         ))?;
-        match (done["live"].as_u64(), done["grace_seconds"].as_f64()) {
-            (Some(live @ 1..), Some(grace)) => {
-                let (stay, pid) = (if live == 1 { "stays" } else { "stay" }, before.pid);
-                print(format_args!(
-                    "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
-                    table::counted(live, "connection"),
-                    grace.ceil()
-                ))?;
-            }
-            _ => {}
+        if let (Some(live @ 1..), Some(grace)) =
+            (done["live"].as_u64(), done["grace_seconds"].as_f64())
+        {
+            let (stay, pid) = (if live == 1 { "stays" } else { "stay" }, before.pid);
+            print(format_args!(
+                "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
+                table::counted(live, "connection"),
+                grace.ceil()
+            ))?;
         }
         // One of an earlier version says nothing of them.
-        let failed = done["failed"].as_object();
-        let failed = failed.filter(|failed| !failed.is_empty());
-        for (name, why) in failed.into_iter().flatten() {
-            let why = tried_again(why.as_str().unwrap_or_default());
-            complain(format_args!("[forward.{name}] can't be had now: {why}"));
-        }
-        match failed {
-            None => Ok(()),
+        let failed = done["failed"].as_object().into_iter().flatten();
+        let mut missing: Vec<String> = failed
+            .map(|(name, why)| {
+                let why = why.as_str().unwrap_or_default();
+                format!("forward {name} can't be had now: {why}")
+            })
+            .collect();
+        missing.extend(after.unserved.iter().map(|it| {
+            let why = tried_again(&it.why);
+            format!("{} can't be had now: {why}", it.service)
+        }));
+        missing.iter().for_each(complain);
+        match missing.is_empty() {
+            true => Ok(()),
             // It was said which, and why.
-            Some(_) => Err(Failure::Silent),
+            false => Err(Failure::Silent),
         }
     }
 }

@@ -89,14 +89,14 @@ impl Reconciler {
         failed.map(|it| it.why.clone())
     }
 
-    /// Returns all that could not be had, but what waits for what is expected to be missing.
+    /// Returns all that could not be had, but what waits for what is expected to be missing; each with
+    /// why, and what is done about it.
     #[cfg(unix)]
     pub(super) fn failures(&self) -> FailedForwards {
-        let pending = self.pending();
-        let failed = pending.iter().filter(|it| !it.waits);
-        failed
-            .map(|it| (name_of(&it.rule), it.why.clone()))
-            .collect()
+        let mut pending = self.pending().clone();
+        pending.retain(|it| !it.waits);
+        let failed = failed(&pending).into_iter();
+        failed.map(|it| (it.name.clone(), it.reason())).collect()
     }
 
     /// The names of what could not be had, and why.

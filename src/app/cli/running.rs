@@ -242,7 +242,7 @@ impl Running {
             let name = name_of(&rule);
             if let Err(e) = running.handle().add(rule) {
                 complain(format_args!("{name}, which was added by hand: {e}"));
-                failed.insert(name, e.to_string());
+                failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
         let left = predecessor.left();

@@ -628,7 +628,7 @@ impl Api {
                 Ok(left) => {
                     (succession.end)(pid);
                     for (name, why) in &left.failed {
-                        warn!("process {pid} can't have [forward.{name}] now: {why}");
+                        warn!("process {pid} can't have forward {name} now: {why}");
                     }
                     let mut state = self.handover_state();
                     state.failed.clone_from(&left.failed);
