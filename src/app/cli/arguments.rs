@@ -15,6 +15,7 @@ use crate::app::ranges::{join, parse_addresses};
 use crate::sys::os_string_from_bytes;
 
 /// Parses an address.
+#[cfg(unix)]
 pub(super) fn address() -> impl TypedValueParser<Value = Address> {
     OsStringValueParser::new().try_map(|text| Address::from_os(&text))
 }
