@@ -63,11 +63,27 @@ pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
         }
         _ => None,
     };
+    let tip = tip
+        .map(str::to_owned)
+        .or_else(|| tip_for_value(&error, words));
     if let Some(tip) = tip {
-        let tip = ContextValue::StyledStrs(vec![tip.to_owned().into()]);
+        let tip = ContextValue::StyledStrs(vec![tip.into()]);
         error.insert(ContextKind::Suggested, tip);
     }
     error
+}
+
+/// Tells how the value of `--control` is written, if it was written as a word of its own and refused as
+/// another argument.
+fn tip_for_value(error: &Error, words: &[String]) -> Option<String> {
+    let at = words.iter().position(|word| word == "--control")?;
+    let value = words.get(at + 1)?;
+    let refused = [ContextKind::InvalidArg, ContextKind::InvalidValue];
+    let is_refused = refused
+        .into_iter()
+        .any(|kind| text(error, kind).as_ref() == Some(value));
+    (is_refused || value == "off")
+        .then(|| format!("a value of --control follows a '=': --control={value}"))
 }
 
 fn text(error: &Error, kind: ContextKind) -> Option<String> {
