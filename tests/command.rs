@@ -456,6 +456,11 @@ fn errors_say_what_why_and_how_to_mend_it() {
         &[control],
     );
     fails(
+        &["run", "--control", "off", "hvsock.toml"],
+        2,
+        &["the file says it"],
+    );
+    fails(
         &["expose", "--vm", vm, "-L", "7"],
         2,
         &["guest's port is missing", "0:7 for a free port"],

@@ -5,7 +5,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Options of other programs, the commands at which they are written, and what does here what they do
 /// there.
-const FOREIGN: [(&str, &[&str], &str); 10] = [
+const FOREIGN: [(&str, &[&str], &str); 11] = [
     ("-p", SERVE, "docker's -p is -L here: -L 8080:80"),
     (
         "-D",
@@ -25,6 +25,11 @@ const FOREIGN: [(&str, &[&str], &str); 10] = [
         "-U",
         &["cat"],
         "a Unix socket is written as ./PATH or /PATH",
+    ),
+    (
+        "--control",
+        &["run"],
+        "the file says it: control = \"off\", or a path",
     ),
     ("-v", ANY, VERBOSE),
     ("--verbose", ANY, VERBOSE),
@@ -76,6 +81,9 @@ pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
 /// Tells how the value of `--control` is written, if it was written as a word of its own and refused as
 /// another argument.
 fn tip_for_value(error: &Error, words: &[String]) -> Option<String> {
+    if text(error, ContextKind::InvalidArg).is_some_and(|word| word == "--control") {
+        return None;
+    }
     let at = words.iter().position(|word| word == "--control")?;
     let value = words.get(at + 1)?;
     let refused = [ContextKind::InvalidArg, ContextKind::InvalidValue];
