@@ -471,6 +471,28 @@ fn errors_say_what_why_and_how_to_mend_it() {
         2,
         &["nothing to expose", "-L or -R"],
     );
+    let control = "a value of --control follows a '=': --control=off";
+    fails(
+        &["expose", "--control", "off", "--vm", vm, "-L", "0:7"],
+        2,
+        &[control],
+    );
+    fails(
+        &[
+            "forward",
+            "--control",
+            "off",
+            "tcp://127.0.0.1:0",
+            "tcp://127.0.0.1:7",
+        ],
+        2,
+        &[control],
+    );
+    fails(
+        &["run", "--control", "off", "hvsock.toml"],
+        2,
+        &["the file says it"],
+    );
     fails(
         &["expose", "--vm", vm, "-L", "7"],
         2,
