@@ -112,8 +112,8 @@ pub(crate) struct VmTraits {
     /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
     /// ones.
     pub(crate) can_be_probed: bool,
-    /// Its guest answers every dial at once, whether a program listens or not, so that dials without
-    /// an answer tell of a guest or a VMM that hangs, whether that shows otherwise or not.
+    /// Every dial is answered at once, or a probe is that follows it, so that dials without an answer
+    /// tell of a guest or a VMM that hangs. Of a VM that is seen by its dials, their timeouts do.
     pub(crate) shows_hangs: bool,
     pub(crate) seen_by: SeenBy,
 }
