@@ -112,6 +112,9 @@ pub(crate) struct VmTraits {
     /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
     /// ones.
     pub(crate) can_be_probed: bool,
+    /// A connection that fails may be one of a VM that is gone: Linux resets those, and what a
+    /// guest's program does ends in an EOF.
+    pub(crate) resets_when_gone: bool,
     pub(crate) seen_by: SeenBy,
 }
 
@@ -155,6 +158,7 @@ const ORDINARY: Transport = Transport {
         needs_pacing: false,
         loses_slots: false,
         can_be_probed: false,
+        resets_when_gone: false,
         seen_by: SeenBy::Dials,
     },
     waiter: Waiter::Any,
@@ -178,6 +182,7 @@ pub(super) const HYPERKIT: Transport = Transport {
         loses_slots: true,
         can_be_probed: true,
         seen_by: SeenBy::Files,
+        ..ORDINARY.vm
     },
     ..ORDINARY
 };
@@ -186,6 +191,10 @@ pub(super) const VSOCK: Transport = Transport {
     scheme: "vsock",
     example: "vsock://3:1024",
     socket: SocketKind::Vsock,
+    vm: VmTraits {
+        resets_when_gone: true,
+        ..ORDINARY.vm
+    },
     ..ORDINARY
 };
 

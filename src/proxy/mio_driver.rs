@@ -267,12 +267,19 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     let AnyVm::Vsock(cid) = vm else {
         return None;
     };
-    let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-    match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
-        Err(e) if sys::is_no_such_cid(&e) => None,
-        // The connect was begun, and is refused later or not answered.
-        _ => Some(VmIdentity::Cid),
+    match is_cid_gone(*cid) {
+        true => None,
+        false => Some(VmIdentity::Cid),
     }
+}
+
+/// Returns whether no VM has this CID.
+#[cfg(unix)]
+fn is_cid_gone(cid: u32) -> bool {
+    let port = crate::address::VsockAddress::new(cid, UNUSED_PORT);
+    // Else the connect was begun, and is refused later or not answered.
+    let begun = Stream::connect(&Endpoint::Vsock(port), Duration::ZERO);
+    begun.is_err_and(|e| sys::is_no_such_cid(&e))
 }
 
 #[cfg(not(unix))]
@@ -635,7 +642,8 @@ impl Driver for MioDriver {
     #[cfg(unix)]
     fn has_peer_ended(&mut self, stream: &Stream) -> bool {
         let Some(id) = stream.peer_process().and_then(|it| it.id) else {
-            return false;
+            let is_gone = |name| matches!(name, SocketName::Vsock(peer) if is_cid_gone(peer.cid));
+            return stream.peer_addr().is_ok_and(is_gone);
         };
         let index = self.processes.iter().position(|it| it.id == id);
         let process = match index.and_then(|index| self.processes.remove(index)) {
