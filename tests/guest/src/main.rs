@@ -149,7 +149,8 @@ fn run_host() {
         Ok(host) => Arc::new(host),
         Err(e) => return println!("FAILED to be a host: {e}"),
     };
-    const CHECKS: [(&str, fn(&Host) -> Outcome); 6] = [
+    type Check = (&'static str, fn(&Host) -> Outcome);
+    const CHECKS: [Check; 6] = [
         ("vhost_vm_comes", Host::vm_comes),
         ("vhost_to_guest", Host::to_guest),
         ("vhost_to_host", Host::to_host),
