@@ -1,5 +1,5 @@
-//! `hvsock.mode=host`: this system as a Linux host whose QEMU has a vhost-vsock device. Its guest is the same kernel, with
-//! [`serve`](crate::serve) as its `/init`. QEMU's KVM is the processor that QEMU itself emulates for this system.
+//! `hvsock.mode=host`: this system as a Linux host whose QEMU has a vhost-vsock device. Its guest is the same kernel,
+//! with [`serve`](crate::serve) as its `/init`. QEMU's KVM is the processor that QEMU itself emulates for this system.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -33,7 +33,8 @@ const SOON: Duration = Duration::from_secs(30);
 const BOOT: Duration = Duration::from_secs(200);
 
 /// What `expose` makes of the guest's own services, and of ours: no hvsock is in between in the guest.
-const FORWARDS: &str = "-L 127.0.0.1:2222:1007 -L /echo.sock:1007 -L /ask.sock:1009 -L /tell.sock:1008 -L /nobody.sock:99 \
+const FORWARDS: &str = "-L 127.0.0.1:2222:1007 -L /echo.sock:1007 -L /ask.sock:1009 -L /tell.sock:1008 \
+    -L /nobody.sock:99 \
     -R 5007:unix:///host-echo.sock -R 5008:unix:///host-tell.sock -R 5009:unix:///host-ask.sock";
 
 const MACHINE: &str = "-name build -L /share -accel kvm -cpu host -M pc,kernel-irqchip=split -m 192 -nodefaults \
