@@ -115,6 +115,9 @@ pub(crate) struct VmTraits {
     /// A connection that fails may be one of a VM that is gone: Linux resets those, and what a
     /// guest's program does ends in an EOF.
     pub(crate) resets_when_gone: bool,
+    /// Every dial is answered at once, or a probe is that follows it, so that dials without an answer
+    /// tell of a guest or a VMM that hangs. Of a VM that is seen by its dials, their timeouts do.
+    pub(crate) shows_hangs: bool,
     pub(crate) seen_by: SeenBy,
 }
 
@@ -159,6 +162,7 @@ const ORDINARY: Transport = Transport {
         loses_slots: false,
         can_be_probed: false,
         resets_when_gone: false,
+        shows_hangs: false,
         seen_by: SeenBy::Dials,
     },
     waiter: Waiter::Any,
@@ -181,6 +185,7 @@ pub(super) const HYPERKIT: Transport = Transport {
         needs_pacing: true,
         loses_slots: true,
         can_be_probed: true,
+        shows_hangs: true,
         seen_by: SeenBy::Files,
         ..ORDINARY.vm
     },
@@ -221,6 +226,7 @@ pub(super) const VSOCK_MUX: Transport = Transport {
     half_close: HalfClose::BothDirections,
     needs_graceful_close: true,
     vm: VmTraits {
+        shows_hangs: true,
         seen_by: SeenBy::Files,
         ..ORDINARY.vm
     },

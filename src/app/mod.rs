@@ -16,6 +16,7 @@ mod lossy_writer;
 mod output;
 #[cfg(unix)]
 mod processes;
+mod ranges;
 mod rule;
 mod serve;
 mod slow;

@@ -15,6 +15,8 @@ pub(crate) struct RunningVm {
     pub(crate) vmm: &'static str,
     /// What `--vm` takes for it.
     pub(crate) vm: String,
+    /// The number of its process.
+    pub(crate) process: u32,
 }
 
 /// Returns the VMs with a vsock device that these processes run.
@@ -43,6 +45,7 @@ fn of_process(process: &Process) -> Vec<RunningVm> {
         name: name.unwrap_or_else(|| format!("process {}", process.id)),
         vmm,
         vm,
+        process: process.id,
     };
     found.into_iter().map(vm).collect()
 }

@@ -1,5 +1,8 @@
 //! What has stayed with the processes from which an hvsock has taken over.
 
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::table;
@@ -17,6 +20,27 @@ pub(super) fn find(process: u32) -> Option<Status> {
     path.symlink_metadata().ok()?;
     let status: Status = read(&ask_status(&path, PATIENCE).ok()?).ok()?;
     (status.pid == process && status.successor.is_some()).then_some(status)
+}
+
+/// What a process that was started to take over finds at its standard input: whatever else has a socket
+/// there, as a shell of sshd's has, is told nothing.
+pub(super) const TELL_WHY_NOT: &[u8] = b"hvsock upgrade\n";
+
+/// Tells the process that has started this one to take over why it doesn't, by standard input, which
+/// is a socket of that one's then.
+pub(super) fn tell_why_not(lines: &[String]) {
+    let Ok(input) = io::stdin().as_fd().try_clone_to_owned() else {
+        return;
+    };
+    let socket = UnixStream::from(input);
+    let mut asked = [0; TELL_WHY_NOT.len()];
+    let is_asked = socket.peer_addr().is_ok()
+        && socket.set_nonblocking(true).is_ok()
+        && (&socket).read_exact(&mut asked).is_ok();
+    if is_asked && asked == TELL_WHY_NOT {
+        // One that has gone wants to know nothing.
+        let _ = (&socket).write_all(lines.join("\n").as_bytes());
+    }
 }
 
 /// Returns the processes that have handed over, one to the next and the last to this one, and still run.

@@ -9,6 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::address::Address;
 use crate::app::config::{Existing, Step, plan};
+#[cfg(unix)]
+use crate::app::control::FailedForwards;
 use crate::error::Error;
 use crate::lock::lock;
 use crate::proxy::{ForwardId, Handle, Rule};
@@ -85,6 +87,16 @@ impl Reconciler {
         let pending = self.pending();
         let failed = pending.iter().find(|it| !it.waits);
         failed.map(|it| it.why.clone())
+    }
+
+    /// Returns all that could not be had, but what waits for what is expected to be missing; each with
+    /// why, and what is done about it.
+    #[cfg(unix)]
+    pub(super) fn failures(&self) -> FailedForwards {
+        let mut pending = self.pending().clone();
+        pending.retain(|it| !it.waits);
+        let failed = failed(&pending).into_iter();
+        failed.map(|it| (it.name.clone(), it.reason())).collect()
     }
 
     /// The names of what could not be had, and why.

@@ -63,6 +63,22 @@ pub(super) enum NotStarted {
     Failed(Failure),
 }
 
+#[cfg(unix)]
+impl NotStarted {
+    /// Returns why, of which the first line says what.
+    pub(super) fn lines(&self) -> Vec<String> {
+        match self {
+            NotStarted::File(problems) => {
+                let first = std::iter::once(problems.summary());
+                first.chain(problems.lines()).collect()
+            }
+            NotStarted::Failed(Failure::Usage(why) | Failure::Failed(why)) => vec![why.clone()],
+            NotStarted::Failed(Failure::Listed(lines)) => lines.clone(),
+            NotStarted::Failed(Failure::Program(_) | Failure::Silent) => Vec::new(),
+        }
+    }
+}
+
 impl<E: Into<Failure>> From<E> for NotStarted {
     fn from(error: E) -> NotStarted {
         NotStarted::Failed(error.into())
@@ -200,7 +216,7 @@ impl Running {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let Some(path) = &config.control else {
             let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
-            return Err(Failure::Failed(format!("{}: {why}", file.display())).into());
+            return Err(Failure::Failed(format!("{}: {why}", display_name(file))).into());
         };
         let fail = |why: control::Unanswered| not_taken_over(&why);
         let old: control::Status = control::get(path, "/v1/status").map_err(fail)?;
@@ -211,7 +227,7 @@ impl Running {
         proxy.access_log |= config.access_log;
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
         let doors = control::take(&door_options(&config), &mut predecessor)
-            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
+            .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
         let doors = forbid(doors, &mut proxy);
         let added = predecessor.added();
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
@@ -221,10 +237,12 @@ impl Running {
         // The other one serves them until it has heard that this one can.
         running.handle().hold_clients();
         running.apply(&mut running.state(), wanted, Occasion::Asked);
+        let mut failed = running.reconciler.failures();
         for rule in added {
             let name = name_of(&rule);
             if let Err(e) = running.handle().add(rule) {
                 complain(format_args!("{name}, which was added by hand: {e}"));
+                failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
         let left = predecessor.left();
@@ -238,7 +256,7 @@ impl Running {
             ))
         })?;
         running.handle().admit_clients();
-        agreed.finish(running.handle(), old.pid, doors.inherited());
+        agreed.finish(running.handle(), old.pid, doors.inherited(), failed);
         running.predecessor = Some(old.pid);
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),
@@ -255,7 +273,7 @@ impl Running {
         for gone in left {
             say(format_args!(
                 "{gone} is not in {} and is closed",
-                file.display()
+                display_name(file)
             ));
         }
         Ok((proxy, running, doors))

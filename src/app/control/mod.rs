@@ -12,16 +12,16 @@
 //! |---|---|---|
 //! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
 //! | `GET /v1/forwards` | the forwards | an array of [`Forward`] |
-//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
+//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out; where they have ranges of ports, one for each port, or none | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another; of a range an array |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
-//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
+//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was; of a range an array of those that were there |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
 //! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`Ended`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
-//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200 and its process' id; 409 if there is no file; 500 if it doesn't take over |
+//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200, its process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
@@ -67,8 +67,9 @@ use crate::app::guest_control::GuestControl;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
-pub(crate) use api::{Actions, Succession};
+pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
+pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, EndedLine, FileLine, Head, Mine, Slots, SocketLine, Taken, Use, Wire, Yours};
+use super::{Done, EndedLine, FailedForwards, FileLine, Head, Mine, Slots, SocketLine, Taken};
+use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::endpoint::{Endpoint, Service};
@@ -58,6 +59,7 @@ impl Successor {
         let mut taken = Vec::new();
         let mut guest_ports = Vec::new();
         let mut hears_of_ended = false;
+        let mut failed = FailedForwards::new();
         let handed = handle.hand_over(|offered| {
             let of_forwards: usize = offered.iter().map(|it| it.sockets.len()).sum();
             wire.send(&Head {
@@ -87,7 +89,10 @@ impl Successor {
             let slots = Slots::keep(handle, Remainder::HalfOfFree);
             wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
-                Ok(mine) => hears_of_ended = mine.hears_of_ended,
+                Ok(mine) => {
+                    hears_of_ended = mine.hears_of_ended;
+                    failed = mine.failed;
+                }
                 // One that hangs has them all the same.
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                 Err(e) => return Err(e),
@@ -124,6 +129,7 @@ impl Successor {
         Ok(Finishing {
             wire: self.0,
             told: slots,
+            failed,
             ended: hears_of_ended.then(HashSet::new),
         })
     }
@@ -134,6 +140,8 @@ impl Successor {
 pub(in crate::app::control) struct Finishing {
     wire: Wire,
     told: Slots,
+    /// The forwards that the successor can't have.
+    pub(in crate::app::control) failed: FailedForwards,
     /// Those of the last connections that have ended of which it knows, by their processes and ids; `None` if it is of
     /// an earlier version, and hears of none.
     ended: Option<HashSet<(Option<u32>, u64)>>,

@@ -29,7 +29,7 @@
 pub(super) mod give;
 pub(super) mod take;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -131,7 +131,14 @@ struct Mine {
     /// Whether it takes an [`EndedLine`]. One of an earlier version doesn't.
     #[serde(default)]
     hears_of_ended: bool,
+    /// The forwards that it is to carry and can't, each with the reason. One of an earlier version
+    /// says nothing of them.
+    #[serde(default, skip_serializing_if = "FailedForwards::is_empty")]
+    failed: FailedForwards,
 }
+
+/// Forwards that can't be had, by their names, each with the reason.
+pub(crate) type FailedForwards = BTreeMap<String, String>;
 
 /// A connection that has ended, before the hand-over or while the predecessor finishes.
 #[derive(Debug, Deserialize, Serialize)]

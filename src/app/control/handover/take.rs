@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::{Done, Head, Last, Mine, PATIENCE, PROTOCOL, Request, SocketLine, Taken};
-use super::{Use, Wire, Yours};
-use super::{address_of, guest_port, invalid, path_of, take_from_keepers};
+use super::{Done, FailedForwards, Head, Last, Mine, PATIENCE, PROTOCOL, Request, SocketLine};
+use super::{LONGEST_LINE, address_of, guest_port, invalid, path_of, take_from_keepers};
+use super::{Taken, Use, Wire, Yours};
 use crate::address::Address;
 use crate::app::control::client::{Unanswered, ask};
 use crate::app::control::inherited::Inherited;
@@ -188,12 +188,27 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, and returns when the other, that process, accepts none any more. The
-    /// slots that it still has are left out until it has ended, and what has become of its connections is noted.
-    pub(crate) fn finish(mut self, handle: &Handle, process: u32, inherited: Inherited) {
+    /// Says that clients are accepted here, but at the forwards that have `failed`, and returns when the other, that
+    /// process, accepts none any more. The slots that it still has are left out until it has ended, and what has become
+    /// of its connections is noted.
+    pub(crate) fn finish(
+        mut self,
+        handle: &Handle,
+        process: u32,
+        inherited: Inherited,
+        mut failed: FailedForwards,
+    ) {
+        /// What fits into a line, however it is escaped.
+        const MOST_BYTES: usize = LONGEST_LINE / 8;
+        let mut bytes = 0;
+        failed.retain(|name, why| {
+            bytes += name.len() + why.len();
+            bytes <= MOST_BYTES
+        });
         let done = self.wire.send(&Mine {
             mine: true,
             hears_of_ended: true,
+            failed,
         });
         match done.and_then(|()| self.wire.next::<Done>()) {
             Ok(done) => {
