@@ -112,6 +112,9 @@ pub(crate) struct VmTraits {
     /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
     /// ones.
     pub(crate) can_be_probed: bool,
+    /// A connection that fails may be one of a VM that is gone: Linux resets those, and what a
+    /// guest's program does ends in an EOF.
+    pub(crate) resets_when_gone: bool,
     /// Every dial is answered at once, or a probe is that follows it, so that dials without an answer
     /// tell of a guest or a VMM that hangs. Of a VM that is seen by its dials, their timeouts do.
     pub(crate) shows_hangs: bool,
@@ -158,6 +161,7 @@ const ORDINARY: Transport = Transport {
         needs_pacing: false,
         loses_slots: false,
         can_be_probed: false,
+        resets_when_gone: false,
         shows_hangs: false,
         seen_by: SeenBy::Dials,
     },
@@ -183,6 +187,7 @@ pub(super) const HYPERKIT: Transport = Transport {
         can_be_probed: true,
         shows_hangs: true,
         seen_by: SeenBy::Files,
+        ..ORDINARY.vm
     },
     ..ORDINARY
 };
@@ -191,6 +196,10 @@ pub(super) const VSOCK: Transport = Transport {
     scheme: "vsock",
     example: "vsock://3:1024",
     socket: SocketKind::Vsock,
+    vm: VmTraits {
+        resets_when_gone: true,
+        ..ORDINARY.vm
+    },
     ..ORDINARY
 };
 

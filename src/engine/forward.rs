@@ -196,6 +196,11 @@ impl Forward {
         self.address(side).transport().needs_graceful_close
     }
 
+    /// Returns whether a failure of a connection of that side may mean that its VM is gone.
+    pub(crate) fn resets_when_gone(&self, side: Side) -> bool {
+        self.address(side).transport().vm.resets_when_gone
+    }
+
     /// Returns whether connections are relayed by threads.
     pub(crate) fn is_on_threads(&self) -> bool {
         self.waiters.contains(&Waiter::Thread) && !self.waiters.contains(&Waiter::Poller)

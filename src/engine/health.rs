@@ -293,6 +293,11 @@ impl Health {
         }
     }
 
+    /// Counts a restart that no identity has told.
+    pub(crate) fn count_restart(&mut self) {
+        self.restarts += 1;
+    }
+
     pub(crate) fn restarts(&self) -> u64 {
         self.restarts
     }

@@ -239,8 +239,8 @@ pub(crate) trait Driver: Sized {
 
     /// Resolves `host`; the result is a [`DriverEvent::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);
-    /// Returns whether the process at the other end of a stream is ending or has ended, as far as
-    /// the system tells.
+    /// Returns whether the process at the other end of a stream is ending or has ended, or the VM
+    /// whose CID is there has, as far as the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
     /// Releases what was kept for connections, since there are none any more.
     fn release_unused(&mut self);

@@ -561,7 +561,9 @@ impl Driver for MioDriver {
     #[cfg(unix)]
     fn has_peer_ended(&mut self, stream: &Stream) -> bool {
         let Some(id) = stream.peer_process().and_then(|it| it.id) else {
-            return false;
+            let is_gone =
+                |name| matches!(name, SocketName::Vsock(peer) if vm_look::is_cid_gone(peer.cid));
+            return stream.peer_addr().is_ok_and(is_gone);
         };
         let index = self.recent.iter().position(|it| it.id == id);
         let process = match index.and_then(|index| self.recent.remove(index)) {

@@ -95,12 +95,19 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     let AnyVm::Vsock(cid) = vm else {
         return None;
     };
-    let port = VsockAddress::new(*cid, UNUSED_PORT);
-    match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
-        Err(e) if sys::is_no_such_cid(&e) => None,
-        // The connect was begun, and is refused later or not answered.
-        _ => Some(VmIdentity::Cid),
+    match is_cid_gone(*cid) {
+        true => None,
+        false => Some(VmIdentity::Cid),
     }
+}
+
+/// Returns whether no VM has this CID.
+#[cfg(unix)]
+pub(super) fn is_cid_gone(cid: u32) -> bool {
+    let port = VsockAddress::new(cid, UNUSED_PORT);
+    // Else the connect was begun, and is refused later or not answered.
+    let begun = Stream::connect(&Endpoint::Vsock(port), Duration::ZERO);
+    begun.is_err_and(|e| sys::is_no_such_cid(&e))
 }
 
 #[cfg(not(unix))]

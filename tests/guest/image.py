@@ -37,9 +37,13 @@ def entry(number, name, mode, data=b"", device=(0, 0)):
 
 def initramfs(out, files):
     parts = [("dev", 0o40755, b"", (0, 0)), ("dev/console", 0o20600, b"", (5, 1))]
-    parts += [(name, 0o40755, b"", (0, 0)) for name in ("proc", "sys", "modules")]
+    folders = {"proc", "sys"}
     for file in files:
-        name, _, path = file.partition("=")
+        name = file.split("=", 1)[0]
+        while name := name.rpartition("/")[0]:
+            folders.add(name)
+    parts += [(name, 0o40755, b"", (0, 0)) for name in sorted(folders)]
+    for name, path in dict(file.split("=", 1) for file in files).items():
         with open(path, "rb") as f:
             parts.append((name, 0o100755, f.read(), (0, 0)))
     parts.append(("TRAILER!!!", 0, b"", (0, 0)))

@@ -181,7 +181,7 @@ pub(super) struct GateState {
     pub(super) looked_at: Option<Instant>,
     /// Whether the result of that look is still to come.
     pub(super) is_looking: bool,
-    /// Whether the last dial that found no VM said that there is no such CID.
+    /// Whether the last dial that found no VM said that there is no such CID, or the VM's end did.
     pub(super) is_looked_for: bool,
     /// The time at which a dial last told the VM's identity.
     pub(super) identified_at: Option<Instant>,
@@ -299,7 +299,7 @@ impl Gate {
 
     /// Marks the VM up, since its guest has answered a dial or has made one.
     pub(crate) fn mark_up(&self, now: Instant) {
-        let news = self.state().health.mark_up(now);
+        let news = self.state().mark_up(now);
         self.log_change(news);
     }
 
@@ -342,7 +342,7 @@ impl Gate {
             return;
         }
         let news = match look.identity {
-            Some(VmIdentity::Cid) => state.health.mark_up(now),
+            Some(VmIdentity::Cid) => state.mark_up(now),
             Some(vm) => {
                 let news = self.note_identity(&mut state, vm, now);
                 let news = news.or(state.health.note_process(look.process, now));
@@ -508,6 +508,19 @@ impl GateState {
             SeenBy::Files => true,
             SeenBy::Dials => self.is_looked_for && self.health.is_up() == Some(false),
         }
+    }
+
+    /// Marks the VM up. A CID that was gone and is back is another VM, though nothing else tells
+    /// one from the next.
+    fn mark_up(&mut self, now: Instant) -> Option<News> {
+        let news = self.health.mark_up(now);
+        if self.traits.seen_by == SeenBy::Dials
+            && self.is_looked_for
+            && matches!(news, Some(News::Up(_)))
+        {
+            self.health.count_restart();
+        }
+        news
     }
 
     /// Returns how many of the guest's dials are served at a time.

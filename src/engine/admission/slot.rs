@@ -136,6 +136,7 @@ impl Slot {
         let mut state = self.gate.state();
         if state.epoch == self.epoch {
             let news = state.health.mark_down(now);
+            state.is_looked_for = true;
             self.gate.forget_vm(&mut state);
             drop(state);
             self.gate.log_change(news);

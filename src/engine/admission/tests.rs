@@ -678,6 +678,14 @@ fn a_cid_is_up_or_down_as_its_answers_say() {
         assert_eq!(up(now), Some(identity.is_some()));
     }
     assert!(!gate.begin_look(now + second, second));
+    assert_eq!(gate.status(now).restarts, 1);
+    // A connection that ends with its VM says the same.
+    go(&gate, now).note_vm_end(now + second);
+    now += 2 * second;
+    assert_eq!(up(now), Some(false));
+    assert!(gate.begin_look(now, second));
+    gate.take_look(&look(Some(VmIdentity::Cid)), now);
+    assert_eq!((up(now), gate.status(now).restarts), (Some(true), 2));
     // A guest that is silent gets no dials for the sake of looking; its own dial says that it runs.
     let late = std::io::ErrorKind::TimedOut.into();
     let late = crate::Error::new(crate::error::Operation::Connect, "vsock://3:80", late);
@@ -685,7 +693,7 @@ fn a_cid_is_up_or_down_as_its_answers_say() {
     assert_eq!(up(now), Some(false));
     assert!(!gate.begin_look(now + 2 * second, second));
     drop(gate.accept(ONE, None, now));
-    assert_eq!(up(now), Some(true));
+    assert_eq!((up(now), gate.status(now).restarts), (Some(true), 2));
 }
 
 #[test]

@@ -86,6 +86,8 @@ impl<S: ConnectionSocket> Connection<S> {
             // a reset that its connection broke off, it is.
             if self.forward.needs_graceful_close(side) && self.knows_process(side) {
                 pair.doubt_end(side);
+            } else if self.forward.resets_when_gone(side) {
+                pair.doubt_failure(side);
             }
         }
         self.enter(State::Relaying {

@@ -90,6 +90,16 @@ pub(crate) enum Ending {
     BrokenOff,
 }
 
+/// Which end of a source may be that of its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    None,
+    /// A failure, and an EOF: see [`Pair::doubt_end`].
+    End,
+    /// A failure alone: see [`Pair::doubt_failure`].
+    Failure,
+}
+
 /// What an EOF before the first byte means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SilentEnd {
@@ -129,8 +139,7 @@ struct Flow<P> {
     size: Size,
     /// Whether the half-close is held back while the other direction is open.
     is_withheld: bool,
-    /// Whether an EOF of the source may mean that its connection broke off.
-    doubt: bool,
+    doubt: Doubt,
     delivered: u64,
     /// How many of the bytes that are delivered first are not the source's.
     foreign: u64,
@@ -190,7 +199,7 @@ impl<P: Pipe> Flow<P> {
             carrier: Carrier::Empty,
             size: Size::Small,
             is_withheld: false,
-            doubt: false,
+            doubt: Doubt::None,
             delivered: 0,
             foreign: 0,
         }
@@ -305,7 +314,7 @@ impl<P: Pipe> Flow<P> {
                         source.input = Half::Failed(io::ErrorKind::ConnectionRefused);
                     }
                 }
-                Half::Closed if self.is_withheld || self.doubt => return false,
+                Half::Closed if self.is_withheld || self.doubt == Doubt::End => return false,
                 // Invariant 3: the carrier is empty here, so the last byte was delivered.
                 Half::Closed => {
                     sink.shutdown_write();
@@ -401,7 +410,13 @@ impl<S: Socket> Pair<S> {
     /// Has the meaning of the end of `side` asked for, and holds back its EOF until
     /// [`settle_end`](Pair::settle_end) says it: the end is the same when its VM dies.
     pub(crate) fn doubt_end(&mut self, side: Side) {
-        self.flows[side].doubt = true;
+        self.flows[side].doubt = Doubt::End;
+    }
+
+    /// Has the meaning of a failure of `side` asked for, and nothing held back: its EOF is the
+    /// peer's own.
+    pub(crate) fn doubt_failure(&mut self, side: Side) {
+        self.flows[side].doubt = Doubt::Failure;
     }
 
     /// Returns whether the end of `side` was read, all data before it was delivered, and its
@@ -409,13 +424,17 @@ impl<S: Socket> Pair<S> {
     pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
         let (flow, end) = (&self.flows[side], &self.ends[side]);
         let has_delivered = flow.state == FlowState::Open && flow.carrier.is_empty();
-        flow.doubt && (end.is_dead() || has_delivered && end.input == Half::Closed)
+        match flow.doubt {
+            Doubt::None => false,
+            Doubt::End => end.is_dead() || has_delivered && end.input == Half::Closed,
+            Doubt::Failure => end.is_dead(),
+        }
     }
 
     /// Sets what the end of `side` means: the peer's own, which a failure or a refusal stays, or a
     /// connection that broke off.
     pub(crate) fn settle_end(&mut self, side: Side, end: Ending) {
-        self.flows[side].doubt = false;
+        self.flows[side].doubt = Doubt::None;
         if end == Ending::BrokenOff {
             self.ends[side].input = Half::Failed(io::ErrorKind::ConnectionReset);
         }

@@ -2,7 +2,8 @@
 //!
 //! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
 //! With `hvsock.mode=serve` on the kernel's command line it checks nothing, but serves a driver on the host. With
-//! `hvsock.checks=NAME,NAME` it makes those checks alone.
+//! `hvsock.mode=host` it has a guest itself, and checks the way to that. With `hvsock.checks=NAME,NAME` it makes those
+//! checks alone.
 
 mod accepting;
 mod carry;
@@ -18,6 +19,7 @@ mod services;
 mod sockets;
 mod stress;
 mod tools;
+mod vhost;
 mod vms;
 mod vsudd;
 
@@ -26,6 +28,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::kmod::{DeleteModuleFlags, ModuleInitFlags, delete_module, finit_module};
@@ -36,17 +39,27 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 use nix::sys::termios::tcdrain;
 
 use report::Outcome;
+use vhost::Host;
 
 fn main() {
     if let Err(e) = prepare() {
         println!("FAILED to prepare the guest: {e}");
-    } else if is_to_serve() {
-        if let Err(e) = load_virtio().and_then(|()| serve::run()) {
-            println!("FAILED to serve: {e}");
-        }
     } else {
-        run();
-        println!("done");
+        match &words("hvsock.mode=")[..] {
+            [mode] if mode == "serve" => {
+                if let Err(e) = load_all(&VIRTIO).and_then(|()| serve::run()) {
+                    println!("FAILED to serve: {e}");
+                }
+            }
+            [mode] if mode == "host" => {
+                run_host();
+                println!("done");
+            }
+            _ => {
+                run();
+                println!("done");
+            }
+        }
     }
     let _ = io::stdout().flush();
     let _ = tcdrain(io::stdout());
@@ -130,16 +143,35 @@ fn run() {
     check("buffer_sizes", SHORT, stress::buffer_sizes);
 }
 
+/// The checks of a host with a guest. Each goes on where the one before has ended.
+fn run_host() {
+    let host = match load_all(&VHOST).and_then(|()| Host::start()) {
+        Ok(host) => Arc::new(host),
+        Err(e) => return println!("FAILED to be a host: {e}"),
+    };
+    type Check = (&'static str, fn(&Host) -> Outcome);
+    const CHECKS: [Check; 6] = [
+        ("vhost_vm_comes", Host::vm_comes),
+        ("vhost_to_guest", Host::to_guest),
+        ("vhost_to_host", Host::to_host),
+        ("vhost_vm_killed", Host::vm_killed),
+        ("vhost_vm_back", Host::vm_back),
+        ("vhost_vm_stopped", Host::vm_stopped),
+    ];
+    for (name, check) in CHECKS {
+        let host = Arc::clone(&host);
+        if !report::check(name, Duration::from_secs(240), move || check(&host)) {
+            break;
+        }
+    }
+}
+
 fn prepare() -> io::Result<()> {
     for (kind, path) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
     setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     bring_up_lo()
-}
-
-fn is_to_serve() -> bool {
-    words("hvsock.mode=") == ["serve"]
 }
 
 /// The words behind that on the kernel's command line, which commas separate.
@@ -152,17 +184,31 @@ fn words(key: &str) -> Vec<String> {
 }
 
 /// The way to a device of the host, by PCI.
-fn load_virtio() -> Outcome {
-    for name in [
-        "vsock",
-        "vmw_vsock_virtio_transport_common",
-        "virtio_ring",
-        "virtio",
-        "virtio_pci_legacy_dev",
-        "virtio_pci_modern_dev",
-        "virtio_pci",
-        "vmw_vsock_virtio_transport",
-    ] {
+const VIRTIO: [&str; 8] = [
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "vmw_vsock_virtio_transport",
+];
+
+/// The way to guests, and what runs them.
+const VHOST: [&str; 8] = [
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vhost_iotlb",
+    "vhost",
+    "vhost_vsock",
+    "irqbypass",
+    "kvm",
+    "kvm-amd",
+];
+
+fn load_all(modules: &[&str]) -> Outcome {
+    for name in modules {
         if !load(name) {
             return Err(format!("no module {name}").into());
         }

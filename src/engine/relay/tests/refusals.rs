@@ -184,6 +184,24 @@ fn only_the_clients_half_close_is_held() {
 }
 
 #[test]
+fn where_a_failure_alone_is_in_doubt_an_eof_is_passed_on_at_once() {
+    let mut pair = Kernel::calm();
+    pair.pair.doubt_failure(Side::Server);
+    pair.server().fin();
+    pair.settle();
+    assert!(!pair.pair.has_doubtful_end(Side::Server));
+    assert_eq!(pair.wire(Side::Client).half_closes, 1);
+
+    let mut pair = Kernel::calm();
+    pair.pair.doubt_failure(Side::Server);
+    pair.server().reset(RESET);
+    pair.settle();
+    assert!(pair.pair.has_doubtful_end(Side::Server));
+    pair.pair.settle_end(Side::Server, Ending::BrokenOff);
+    assert!(!pair.pair.has_doubtful_end(Side::Server));
+}
+
+#[test]
 fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
     for (end, close_mode) in [
         (Ending::Whole, CloseMode::Close),
