@@ -11,8 +11,6 @@ use super::console::{print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use crate::address::Port;
 #[cfg(unix)]
-use crate::app::answering::find_control_of;
-#[cfg(unix)]
 use crate::app::doctor::Asked;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;
@@ -68,7 +66,7 @@ impl Doctor {
             #[cfg(unix)]
             asked: match (self.control, self.pid) {
                 (Some(path), _) => Asked::At(path),
-                (None, Some(process)) => Asked::At(find_control_of(process)),
+                (None, Some(process)) => Asked::Process(process),
                 (None, None) => Asked::All,
             },
         });

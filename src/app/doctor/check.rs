@@ -28,8 +28,10 @@ pub(crate) struct Plan {
 pub(crate) enum Asked {
     /// All that run.
     All,
-    /// The one that is controlled there.
+    /// The one whose control socket has that path.
     At(std::path::PathBuf),
+    /// That process.
+    Process(u32),
 }
 
 /// What came of a check.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use super::carriers::{Hvsocks, Usage, end_some};
+use super::carriers::{Hvsocks, Usage};
 use super::check::{Check, Plan};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
@@ -62,7 +62,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let connect = socket::examine("socket", &vm.connect_path(), START);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|directory| is_same(Path::new(directory), &vm.state_dir));
-    let usage = Usage::of(&carriers);
+    let usage = Usage::of(&hvsocks, &carriers);
     let not_dialled = |why| Guest {
         check: Check::skipped("guest", why),
         undialled: Some(why),
@@ -70,12 +70,12 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
         true if process.stopped => not_dialled("hyperkit is stopped"),
-        true => guest(&vm, plan.patience, usage.as_ref()),
+        true => guest(&vm, plan.patience, &usage),
         false => not_dialled("there is no socket to dial it by"),
     };
     checks.extend([connect, guest.check]);
     checks.extend(ports.map(|(port, name)| match guest.undialled {
-        None => guest_port(&vm, *port, plan.patience, usage.as_ref()),
+        None => guest_port(&vm, *port, plan.patience, &usage),
         Some(why) => Check::skipped(name, why),
     }));
     checks.extend(host_ports.map(|(port, name)| {
@@ -432,7 +432,7 @@ struct Guest {
 }
 
 /// Whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: Option<&Usage>) -> Guest {
+fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> Guest {
     let answer = probe(vm, patience);
     Guest {
         undialled: match &answer {
@@ -447,23 +447,23 @@ fn guest(vm: &HyperkitVm, patience: Duration, usage: Option<&Usage>) -> Guest {
 }
 
 /// Says what came of the dial.
-fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Usage>) -> Check {
+fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
     match answer {
         Ok(Answer::EndedUnread) => {
-            let ours = usage.map(|it| format!("; {}", it.shares()));
+            let ours = usage.shares().map(|shares| format!("; {shares}"));
             let ours = ours.unwrap_or_default();
             let seen = format!("hyperkit ended the dial unread: all its slots are taken{ours}");
-            Check::failed(name, seen, &end_some(usage))
+            Check::failed(name, seen, &usage.remedy())
         }
-        Ok(Answer::After(took)) => match usage.filter(|it| it.used * 10 >= it.limit * 9) {
+        Ok(Answer::After(took)) => match usage.almost_all() {
             // The guest refuses so, and a device without a slot may do.
-            Some(Usage { used, limit, .. }) => {
+            Some((used, limit)) => {
                 let seen = format!(
                     "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
                 );
-                Check::warning(name, seen, &end_some(usage))
+                Check::warning(name, seen, &usage.remedy())
             }
             None => {
                 let took = took.as_secs_f64() * 1e3;
@@ -490,7 +490,7 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Us
 ///
 /// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
 /// answered, too.
-fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Usage>) -> Check {
+fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {
         Ok(stream) => stream,
@@ -500,7 +500,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Us
     if matches!(answered, Ok(Answer::EndedUnread)) || was_ended_unread(&stream) {
         let _ = close_gracefully(&stream, patience);
         let seen = "hyperkit ended the dial unread: all its slots are taken";
-        return Check::failed(name, seen, &end_some(usage));
+        return Check::failed(name, seen, &usage.remedy());
     }
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();

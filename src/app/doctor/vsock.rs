@@ -18,6 +18,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
         _ => checks.extend(system::vsock()),
     }
+    let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|place| match VmPlace::parse(place) {
         Some(Ok(other)) => is_same(&other, vm),
@@ -33,7 +34,6 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
         _ => None,
     };
     checks.extend(hvsocks.unknown("health", &carriers, path));
-    let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
     checks.extend(plan.ports.iter().map(|port| {
         let name = format!("port {port}");
         match can_dial {
