@@ -98,6 +98,8 @@ pub mod services;
 pub mod simulate;
 mod stream;
 mod sys;
+#[cfg(any(feature = "cli", feature = "tokio", windows, test))]
+mod thread;
 mod time;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;

@@ -362,6 +362,7 @@ const FLOORS: [(&str, &[&str]); 8] = [
             "lock.rs",
             "nearest.rs",
             "sys",
+            "thread.rs",
             "time.rs",
         ],
     ),
@@ -515,6 +516,97 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
         }
     }
     files
+}
+
+/// Finds calls of std's functions that panic where the system gives no thread, outside of tests.
+#[derive(Default)]
+struct PanickingThreads {
+    found: usize,
+}
+
+/// Returns whether an item is there for tests only.
+fn is_for_tests(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|it| match &it.meta {
+        syn::Meta::List(list) if list.path.is_ident("cfg") => {
+            let words = list.tokens.to_string();
+            // `not(test)` and `any(…, test)` are not for them alone.
+            words == "test" || words.starts_with("all (") && words.contains("test")
+        }
+        _ => false,
+    })
+}
+
+impl<'a> Visit<'a> for PanickingThreads {
+    fn visit_item_mod(&mut self, item: &'a syn::ItemMod) {
+        if !is_for_tests(&item.attrs) {
+            visit::visit_item_mod(self, item);
+        }
+    }
+
+    fn visit_item_fn(&mut self, item: &'a syn::ItemFn) {
+        if !is_for_tests(&item.attrs) {
+            visit::visit_item_fn(self, item);
+        }
+    }
+
+    fn visit_path(&mut self, path: &'a syn::Path) {
+        let names: Vec<String> = path
+            .segments
+            .iter()
+            .map(|it| it.ident.to_string())
+            .collect();
+        self.found += usize::from(names.ends_with(&["thread".to_owned(), "spawn".to_owned()]));
+        visit::visit_path(self, path);
+    }
+
+    fn visit_expr_method_call(&mut self, call: &'a syn::ExprMethodCall) {
+        let on_scope = match &*call.receiver {
+            syn::Expr::Path(receiver) => receiver.path.is_ident("scope"),
+            _ => false,
+        };
+        self.found += usize::from(on_scope && call.method == "spawn");
+        visit::visit_expr_method_call(self, call);
+    }
+}
+
+/// Returns whether a text of Rust starts threads by functions that panic.
+fn panics_without_threads(text: &str) -> bool {
+    let mut calls = PanickingThreads::default();
+    calls.visit_file(&syn::parse_file(text).unwrap());
+    calls.found > 0
+}
+
+#[test]
+fn no_thread_is_started_by_a_function_that_panics() {
+    for (text, panics) in [
+        ("fn f() { std::thread::spawn(|| ()); }", true),
+        (
+            "fn f() { thread::scope(|scope| { scope.spawn(|| ()); }) }",
+            true,
+        ),
+        ("fn f() { thread::Builder::new().spawn(|| ()); }", false),
+        (
+            "#[cfg(test)] mod tests { fn f() { thread::spawn(|| ()); } }",
+            false,
+        ),
+    ] {
+        assert_eq!(panics_without_threads(text), panics, "{text}");
+    }
+    let mut wrong = Vec::new();
+    for path in files_below(&source()) {
+        let file = path.strip_prefix(source()).unwrap().to_str().unwrap();
+        // The files of modules that are for tests: `mod tests;` in another.
+        let is_test = |part: &str| ["tests", "tests.rs", "sim", "proptests.rs"].contains(&part);
+        if !file.ends_with(".rs") || file.split('/').any(is_test) {
+            continue;
+        }
+        if panics_without_threads(&fs::read_to_string(&path).unwrap()) {
+            wrong.push(format!(
+                "{file}: start threads by crate::thread, which fails and says why"
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[test]

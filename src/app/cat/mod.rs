@@ -19,6 +19,7 @@ use crate::error::{Error, Operation};
 use crate::listener::lasting::LastingListener;
 use crate::stream::Stream;
 use crate::sys::Wanted;
+use crate::thread::start_thread;
 use crate::time::after;
 
 use event::Event;
@@ -62,7 +63,7 @@ pub(crate) struct Interrupter(Sender<Event>);
 
 impl Interrupter {
     pub(crate) fn interrupt(&self) {
-        // If nobody listens any more, it has ended already.
+        // Without a receiver it has ended already.
         let _ = self.0.send(Event::Interrupt);
     }
 }
@@ -101,7 +102,7 @@ impl Cat {
         self.carry(stream, connected)
     }
 
-    /// The same with the standard input and output of a program that is started: its failure is that of all.
+    /// Connects to the standard input and output of a program, which is started, and carries. Returns its failure, if it fails.
     #[cfg(unix)]
     fn connect_to_program(&mut self, exec: &ExecAddress) -> Outcome {
         let (stream, ending) = self.dial(|_| {
@@ -202,7 +203,7 @@ impl Cat {
         }
     }
 
-    /// Whether the end was asked for since that was asked last, by a signal or by the end of standard output's reader.
+    /// Returns whether the end was asked for since the last call, by a signal or by the end of standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
@@ -281,7 +282,7 @@ impl Cat {
         Err(error.with_remedy("is it booting, paused or asleep?").into())
     }
 
-    /// Whether the guest ends it within `timeout`.
+    /// Waits for `timeout`, and fails if the guest ends the connection meanwhile.
     fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
         match stream.wait(Wanted::Readable, timeout) {
             Ok(true) if stream.has_ended() => Err(dial::refused_by_eof(&self.plan.address).into()),
@@ -289,7 +290,7 @@ impl Cat {
         }
     }
 
-    /// Whether the probe is ended in time.
+    /// Returns whether the guest ends the probe in time.
     fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, Attempt> {
         loop {
             if self.is_interrupted() {
@@ -309,11 +310,13 @@ impl Cat {
 
 /// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
 fn watch_output(tell: Sender<Event>) {
-    std::thread::spawn(move || {
+    let watch = move || {
         if crate::sys::wait_until_output_is_unread() {
             let _ = tell.send(Event::OutputClosed);
         }
-    });
+    };
+    // Without a thread the next write tells of it.
+    let _ = start_thread("hvsock-output", "to watch the output", watch);
 }
 
 /// Why a dial came to nothing.

@@ -58,7 +58,7 @@ impl Ending {
     fn new() -> (Ending, impl FnOnce(ProgramEnd) + Send + 'static) {
         let (tell, told) = channel();
         let ended = OnceLock::new();
-        // Who has been interrupted doesn't listen any more.
+        // After an interrupt there is no receiver any more.
         let tell = move |end| drop(tell.send(end));
         (Ending { told, ended }, tell)
     }

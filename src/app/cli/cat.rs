@@ -120,10 +120,10 @@ impl Cat {
         Some(program)
     }
 
-    fn echo(&self, plan: Plan, mut listener: LastingListener, mut signals: EndSignals) -> Outcome {
+    fn echo(&self, plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
         let stop = Stop::default();
         let stopper = stop.clone();
-        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+        signals.call_at_each(move || stopper.ask())?;
         let plan = serve::Plan {
             in_all: (!self.keep_listening).then_some(1),
             grace: plan.drain,
@@ -169,7 +169,8 @@ fn register(address: &Address) -> Outcome {
 fn connect(plan: Plan) -> Outcome {
     let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
-    interrupt_by(signals, &cat);
+    let interrupter = cat.interrupter();
+    signals.call_at_each(move || interrupter.interrupt())?;
     let outcome = cat.connect();
     // A program whose connection was cut is ended, with those that it has started.
     #[cfg(unix)]
@@ -180,7 +181,8 @@ fn connect(plan: Plan) -> Outcome {
 fn accept(plan: Plan, listener: LastingListener, signals: EndSignals) -> Outcome {
     let keeps = plan.keeps;
     let mut cat = cat::Cat::new(plan);
-    interrupt_by(signals, &cat);
+    let interrupter = cat.interrupter();
+    signals.call_at_each(move || interrupter.interrupt())?;
     let outcome = accept_each(&mut cat, listener, keeps);
     #[cfg(unix)]
     crate::dial::Programs::alone().wait();
@@ -204,11 +206,6 @@ fn accept_each(cat: &mut cat::Cat, mut listener: LastingListener, keeps: bool) -
             Err(failure) => return Err(failure.into()),
         }
     }
-}
-
-fn interrupt_by(mut signals: EndSignals, cat: &cat::Cat) {
-    let interrupter = cat.interrupter();
-    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
 }
 
 impl From<cat::Failure> for Failure {

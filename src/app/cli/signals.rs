@@ -4,6 +4,8 @@ use std::io;
 
 #[cfg(unix)]
 use crate::app::log;
+use crate::error::Result;
+use crate::thread::start_thread;
 
 /// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that closes must not leave
 /// sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the console's close.
@@ -38,8 +40,8 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
-    /// Those but SIGHUP, which asks, even under `nohup`, to read a file and to open the log's file again: see
-    /// [`asked`](EndSignals::asked).
+    /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to open
+    /// the log's file again: see [`asked`](EndSignals::asked).
     pub(super) fn take_with_reload() -> io::Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {
@@ -63,12 +65,12 @@ impl EndSignals {
         })
     }
 
-    /// One item a signal that asks for the end, until it is closed.
+    /// Returns an item for each signal that asks for the end, until it is closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
         self.asked().filter(|asked| *asked == Asked::End).map(drop)
     }
 
-    /// As [`each`](EndSignals::each), with what it asks for.
+    /// Returns what each signal asks for, as [`each`](EndSignals::each) does.
     pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
         let reload = self.reload;
         let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
@@ -88,6 +90,17 @@ impl EndSignals {
     /// Takes another signal, too, and gives those that have come.
     pub(super) fn into_system(self) -> System {
         self.system
+    }
+}
+
+impl EndSignals {
+    /// Calls `heed` at each signal that asks for the end, on a thread of its own.
+    ///
+    /// # Errors
+    /// Returns the system's error if there is no thread.
+    pub(super) fn call_at_each(mut self, heed: impl Fn() + Send + 'static) -> Result<()> {
+        let wait = move || self.each().for_each(|()| heed());
+        start_thread("hvsock-signals", "to wait for signals", wait).map(drop)
     }
 }
 
@@ -121,7 +134,7 @@ impl EndSignals {
         let (say, heard) = std::sync::mpsc::channel();
         let handler = say.clone();
         let tell = move || {
-            // If nobody listens any more, it has ended already.
+            // Without a receiver it has ended already.
             let _ = handler.send(Said::End);
         };
         ctrlc::set_handler(tell).map_err(io::Error::other)?;

@@ -1,9 +1,9 @@
 //! The connection to the collector.
 //!
-//! A collector says nothing, so that nothing tells what it has read. What tells that it may not have is the end of the
-//! connection, and that it has not is the kernel, of bytes that nobody has taken yet. So what was written shortly before
-//! the end, or was not taken, goes once more over the next connection: it may come twice, and is not lost. Who accepts
-//! for a collector that is away (a proxy) ends the connection at once.
+//! A collector answers nothing, so it isn't known what it has read. That it may not have read all is told by the end of the
+//! connection; that it has not, by the kernel, of bytes that were not taken yet. So what was written shortly before
+//! the end, or was not taken, goes once more over the next connection: it may come twice, and is not lost. A proxy that accepts
+//! for a collector that is away ends the connection at once.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -63,7 +63,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Whether there is no more time for what is left.
+    /// Returns whether there is no more time for what is left.
     pub(super) fn is_over(&self) -> bool {
         if self.stop.is_asked() && self.end.get().is_none() {
             self.end.set(Some(Instant::now() + LAST));
@@ -72,7 +72,7 @@ impl<'a> Link<'a> {
         self.stop.is_urgent() || self.end.get().is_some_and(is_late)
     }
 
-    /// How long until it may be tried again.
+    /// Returns how long it is until the next dial may be tried.
     pub(super) fn pause(&self) -> Duration {
         match self.connection {
             Some(_) => Duration::ZERO,
@@ -140,7 +140,7 @@ impl<'a> Link<'a> {
         kept.lock().put_back(connection.into_sent());
     }
 
-    /// After a dial that came to nothing: tells of it, once, and has the next one wait.
+    /// Tells of a dial that came to nothing, once, and has the next one wait.
     fn complain(&mut self, what: std::fmt::Arguments<'_>) {
         self.next = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -205,7 +205,7 @@ impl Connection {
         self.since.elapsed() < RECENT
     }
 
-    /// How the peer has ended it, if it has. What else it says is of no interest.
+    /// Returns how the peer has ended it, if it has. What else it says is of no interest.
     fn end_of(&mut self) -> Option<String> {
         self.forget();
         loop {
@@ -294,12 +294,12 @@ impl Connection {
         }
     }
 
-    /// What may be lost with it.
+    /// Returns the frames that may be lost with it.
     fn into_sent(self) -> impl DoubleEndedIterator<Item = Frame> {
         self.sent.into_iter().map(|(_, frame)| frame)
     }
 
-    /// The peer may have gone, and what it was given with it.
+    /// Returns whether the peer may have gone, and what it was given with it.
     fn is_doubted(&self) -> bool {
         self.silent_since.is_some() && !self.is_there
     }

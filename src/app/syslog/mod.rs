@@ -21,6 +21,7 @@ use crate::listener::file::{self, SocketFile};
 use crate::listener::lasting::FileWatch;
 use crate::stream::closer;
 use crate::sys::{self, AsSocket, Wanted};
+use crate::thread::start_scoped_thread;
 
 use link::Link;
 use queue::Kept;
@@ -68,13 +69,14 @@ pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> 
     let kept = Kept::default();
     thread::scope(|scope| {
         // Apart from the dials, however long those take: the kernel keeps a few messages only, and then programs wait.
-        let taking = scope.spawn(|| {
+        let taking = || {
             let taken = take(log, &kept, stop);
             if taken.is_err() {
                 stop.ask();
             }
             taken
-        });
+        };
+        let taking = start_scoped_thread(scope, "hvsock-take", "to take messages", taking)?;
         let mut link = Link::new(target, stop);
         while !(link.is_over() || taking.is_finished() && kept.is_empty()) {
             match link.pause() {

@@ -367,7 +367,7 @@ fn speed(rate: u64) -> String {
     }
 }
 
-/// The latest values as bars of eighths, the highest of them full.
+/// Draws the latest values as bars of eighths, the highest of them full.
 pub(super) fn sparkline(values: &[u64], width: usize) -> String {
     let shown = &values[values.len().saturating_sub(width)..];
     let most = shown.iter().copied().max().unwrap_or(0).max(1);
