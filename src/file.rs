@@ -104,13 +104,14 @@ fn check(metadata: &Metadata) -> io::Result<()> {
         _ if kind.is_file() => Ok(()),
         _ if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
         _ => {
-            let why = format!("it is {}, not a regular file", name(kind));
+            let why = format!("it is {}, not a regular file", describe_kind(kind));
             Err(io::Error::new(io::ErrorKind::InvalidInput, why))
         }
     }
 }
 
-fn name(kind: FileType) -> &'static str {
+/// Returns what is in a file's place, in words.
+pub(crate) fn describe_kind(kind: FileType) -> &'static str {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
@@ -121,8 +122,11 @@ fn name(kind: FileType) -> &'static str {
             _ => {}
         }
     }
-    let _ = kind;
-    "something else"
+    match kind {
+        _ if kind.is_file() => "a regular file",
+        _ if kind.is_dir() => "a directory",
+        _ => "something else",
+    }
 }
 
 #[cfg(all(test, unix))]

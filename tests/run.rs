@@ -163,7 +163,7 @@ fn run_refuses_what_check_does() {
     for part in [
         "a file is there; remove it",
         "plain is no directory; choose another path",
-        "it is a directory; name a file in it",
+        "it is a directory; name a program in it",
         "there is no directory",
         "3 things are wrong",
     ] {

@@ -13,6 +13,7 @@ mod escape;
 mod guest_control;
 mod log;
 mod lossy_writer;
+mod needs;
 mod output;
 #[cfg(unix)]
 mod processes;

@@ -27,7 +27,7 @@ use crate::app::escape;
 use crate::app::rule::RuleOptions;
 use crate::app::values::{parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::Counters;
+use crate::proxy::{Counters, Rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -278,8 +278,14 @@ impl Add {
             ));
         }
         let path = self.which.path();
+        let has_file = |it: &Rule| it.listen.listen_path().is_some();
+        let some_have_files = rules.iter().any(has_file);
         for rule in rules {
             let mut body = self.options.0.clone();
+            if some_have_files && !has_file(&rule) {
+                // Those are meant for the others.
+                body.retain(|key, _| !["mode", "owner", "group"].contains(&key.as_str()));
+            }
             if !rule.from.is_empty() && !body.contains_key("from") {
                 let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
                 body.insert("from".to_owned(), options["from"].clone());

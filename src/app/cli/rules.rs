@@ -47,7 +47,7 @@ pub(super) fn rules_of_vm_to_come(
     };
     let directory = &vm.state_dir;
     #[cfg(unix)]
-    let nearest = crate::app::config::nearest_directory(directory);
+    let nearest = crate::app::needs::nearest_directory(directory);
     #[cfg(not(unix))]
     let nearest: Option<&std::path::Path> = None;
     let nearest = nearest.map(|it| format!(" (there is {})", it.display()));

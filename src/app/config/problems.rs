@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::app::escape;
+pub(crate) use crate::app::needs::Weight;
 use crate::error::counted;
 
 /// A line of the file, or of one that it includes.
@@ -31,15 +32,6 @@ pub(crate) struct Problem {
     pub(crate) line: Option<Line>,
     pub(crate) text: String,
     pub(crate) weight: Weight,
-}
-
-/// What a problem means for a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Weight {
-    /// It can't be carried out.
-    Mistake,
-    /// It can, and may not be what was meant.
-    Note,
 }
 
 impl Problem {
@@ -78,7 +70,7 @@ pub(crate) struct Problems {
 }
 
 impl Problems {
-    /// In the order of the lines.
+    /// Makes it of problems, which are put in the order of their lines.
     pub(crate) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
         list.sort();
         list.dedup();
@@ -88,7 +80,7 @@ impl Problems {
         }
     }
 
-    /// One, of the file as a whole.
+    /// Makes it of one problem, of the file as a whole.
     pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
         let problem = Problem {
             line: None,
@@ -98,13 +90,13 @@ impl Problems {
         Problems::new(file, vec![problem])
     }
 
-    /// How many are mistakes.
+    /// Returns how many are mistakes.
     fn mistakes(&self) -> usize {
         let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
         mistakes.count()
     }
 
-    /// Of which file, and how many.
+    /// Returns a line that says of which file they are, and how many.
     pub(crate) fn summary(&self) -> String {
         let (file, mistakes) = (display_name(&self.file), self.mistakes());
         let is = if mistakes == 1 { "is" } else { "are" };

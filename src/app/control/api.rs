@@ -15,11 +15,12 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::address::Address;
+use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::lock::lock;
-use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle};
+use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
@@ -373,7 +374,11 @@ impl Api {
     }
 
     fn add(&self, body: &[u8]) -> Answer {
-        let rule = read_rule(body, (self.actions.options)())?;
+        let usual = (self.actions.options)();
+        let rule = read_rule(body, usual.clone())?;
+        if let Some(finding) = look_at_access(&rule, &usual) {
+            return Err(refuse(finding));
+        }
         let forwards = self.handle.forwards();
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
@@ -397,6 +402,7 @@ impl Api {
             let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
             return Err(Problem::new(403, why).with_remedy(remedy));
         }
+        look_at_target_of(&rule)?;
         let id = self.handle.add(rule)?;
         let added = self.handle.forwards().into_iter().find(|it| it.id == id);
         let Some(added) = added else {
@@ -660,8 +666,26 @@ const ENDED: &str = "/v1/connections/ended";
 
 const EVENTS: &str = "/v1/events";
 
-/// What a forward is called.
-/// A forward on a line: its name, if it has one, and both its ends.
+/// Says in the log what a rule's target lacks now, and refuses a target that can never work.
+fn look_at_target_of(rule: &Rule) -> Result<(), Problem> {
+    let findings = look_at_targets(std::slice::from_ref(rule)).unwrap_or_else(|why| {
+        warn!("{} was not looked at: {why}", rule.connect);
+        Vec::new()
+    });
+    for finding in findings {
+        match finding.weight {
+            Weight::Mistake => return Err(refuse(finding)),
+            Weight::Note => warn!("{finding}"),
+        }
+    }
+    Ok(())
+}
+
+fn refuse(finding: Finding) -> Problem {
+    Problem::new(400, finding.what).with_remedy(finding.remedy)
+}
+
+/// Returns a forward on a line: its name, if it has one, and both its ends.
 fn describe(forward: &ForwardStatus) -> String {
     let name = forward.rule.name.as_ref();
     let name = name.map_or(String::new(), |name| format!("{name:?}: "));
