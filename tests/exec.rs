@@ -228,10 +228,14 @@ fn a_program_that_can_not_be_started_is_a_refusal_with_its_reason() {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     for (program, reason, absent) in [
-        ("/no/such/program", "is the path right?", 1),
-        (plain.to_str().unwrap(), "chmod +x", 0),
-        (script.to_str().unwrap(), "interpreter in its first line", 1),
-        ("/", "that is a directory", 0),
+        (
+            "/no/such/program",
+            "there is no program /no/such/program: is the path right?",
+            1,
+        ),
+        (plain.to_str().unwrap(), "chmod +x /", 0),
+        (script.to_str().unwrap(), "interpreter in the first line", 1),
+        ("/", "/ is a directory", 0),
     ] {
         let (proxy, client) = started(dir.path(), ExecAddress::new(program));
         assert_eq!(rest(client), "");
