@@ -26,12 +26,12 @@ pub(crate) const LOOK: Duration = Duration::from_millis(100);
 /// hyperkit's device (rule 4 of a good neighbour).
 const AHEAD: usize = 4 * 1024 * 1024;
 
-/// Tells those who work to come to an end.
+/// Tells threads to come to an end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stop(Arc<AtomicUsize>);
 
 impl Stop {
-    /// The first call asks for nothing new to be begun, the next one to break off.
+    /// Asks for the end: the first call that nothing new is begun, the next one that all is broken off.
     pub(crate) fn ask(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -45,7 +45,7 @@ impl Stop {
     }
 }
 
-/// Those who are being served.
+/// The clients that are being served.
 #[derive(Debug, Default)]
 struct Clients {
     live: Mutex<HashMap<u64, Arc<Stream>>>,
@@ -94,8 +94,8 @@ pub(crate) struct Plan {
 
 /// Serves clients, each with its number, until `stop` is asked for or all are served.
 ///
-/// Told to stop, it takes no more clients and half-closes those who are there; who hasn't ended after the grace is cut
-/// off, and so is everybody when it is urgent. What goes wrong with a client, or with taking one, is told, and ends
+/// Told to stop, it takes no more clients and half-closes those that are there; one that hasn't ended after the grace is cut
+/// off, and so are all at the second call. What goes wrong with a client, or with taking one, is told, and ends
 /// nothing.
 pub(crate) fn serve(
     listener: &mut LastingListener,
@@ -211,7 +211,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     }
 }
 
-/// What a call on a non-blocking socket has done; `None` if it would have had to wait.
+/// Returns what a call on a non-blocking socket has done; `None` if it would have had to wait.
 pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(done) => Ok(Some(done)),

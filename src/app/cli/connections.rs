@@ -1,4 +1,4 @@
-//! `hvsock connections` and `close`: who uses a forward, and an end to it.
+//! `hvsock connections` and `close`: lists the connections of forwards, and closes one.
 
 use std::path::Path;
 use std::time::SystemTime;

@@ -64,7 +64,7 @@ impl ControlOptions {
     }
 }
 
-/// The path of a control socket, or `off`. Whoever writes a URI means something else.
+/// Reads the path of a control socket, or `off`. A URI is refused: it is meant for something else.
 fn parse_place(text: &str) -> Result<Place, String> {
     match text {
         "off" => Ok(Place::Nowhere),

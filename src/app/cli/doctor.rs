@@ -130,7 +130,7 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
     lines
 }
 
-/// What was seen of each check, and its remedy below, in lines of at most so many columns.
+/// Returns what each check has seen, and its remedy below, in lines of at most `columns`.
 fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     let width = checks
         .iter()
@@ -164,7 +164,7 @@ fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     lines.join("\n")
 }
 
-/// Whether the terminal was told to be one of UTF-8; Windows' consoles take it from std whatever they were told.
+/// Returns whether the locale says that the terminal takes UTF-8; Windows' consoles take it from std whatever they were told.
 fn speaks_utf8() -> bool {
     let locale = ["LC_ALL", "LC_CTYPE", "LANG"].map(|name| std::env::var(name).unwrap_or_default());
     let locale = locale.into_iter().find(|value| !value.is_empty());

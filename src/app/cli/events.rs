@@ -32,7 +32,7 @@ impl Events {
         };
         control::follow(&self.which.path(), "/v1/events", print)?;
         match failure {
-            // A reader who has gone has seen enough, as `head` has.
+            // A reader that has gone, as `head` does, has seen enough.
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
                 "cannot write to standard output: {e}"
             ))),

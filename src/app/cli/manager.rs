@@ -65,7 +65,7 @@ mod system {
     use super::Handle;
     use crate::app::lossy_writer::{LossyWriter, Patience};
 
-    /// A status has one line; systemd cuts it off itself.
+    /// Tells that it is ready. A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
     }
@@ -89,7 +89,7 @@ mod system {
         HANDED_OVER.store(true, Ordering::Release);
     }
 
-    /// A manager that reads nothing makes a sender wait: who tells it may have signals to heed.
+    /// Tells the manager without waiting: one that reads nothing makes a sender wait, and the sender may have signals to heed.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 

@@ -249,7 +249,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
             fail(lines.next().unwrap_or_default());
-            // Whoever wrote them, none looks as if it were another message.
+            // Indented, none looks as if it were another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }

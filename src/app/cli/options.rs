@@ -42,7 +42,7 @@ pub(super) struct Peer {
 const LOOK_FOR_VM: Duration = Duration::from_millis(200);
 
 impl Peer {
-    /// Its address. A VM that can't be found is looked for until `deadline`.
+    /// Returns its address. A VM that can't be found is looked for until `deadline`.
     pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
         let Some(vm) = &self.vm else {
             let parsed = self.address.parse::<Address>();
@@ -142,7 +142,7 @@ pub(super) struct ProxyOptions {
 }
 
 impl ProxyOptions {
-    /// A proxy of these rules, with as many connections as there can be descriptors for.
+    /// Returns the configuration of a proxy of these rules, with as many connections as there can be descriptors for.
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()

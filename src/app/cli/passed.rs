@@ -36,7 +36,7 @@ pub(super) fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, 
 #[cfg(unix)]
 const FIRST: RawFd = 3;
 
-/// The sockets that were passed. To be called once: they are taken over.
+/// Takes the sockets that were passed to this process. To be called once.
 ///
 /// The variables stay as they are: they name this process, so that no child could take them for its own.
 ///

@@ -89,7 +89,7 @@ impl Services {
     }
 }
 
-/// What only Windows has is a wrong word elsewhere.
+/// Returns the failure for an error: what only Windows has is a wrong word elsewhere.
 fn failure(error: crate::Error) -> Failure {
     match error.kind() {
         ErrorKind::Unsupported => Failure::Usage(error.to_string()),

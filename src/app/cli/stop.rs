@@ -130,7 +130,7 @@ fn wait(end: Instant, mut is_over: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// The keepers that can be asked in these directories, each once.
+/// Returns the keepers that can be asked in these directories, each once.
 fn keepers_in(
     directories: impl Iterator<Item = PathBuf>,
 ) -> impl Iterator<Item = (PathBuf, KeeperStatus)> {
@@ -187,7 +187,7 @@ fn end(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     Ok(())
 }
 
-/// A keeper in words: what it has, of the ports those in `directory`, however its path is spelled.
+/// Describes a keeper: what it has, of the ports those in `directory`, however its path is spelled.
 pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let its = real(directory);

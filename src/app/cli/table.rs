@@ -24,7 +24,7 @@ pub(super) fn of<const N: usize>(
     table.trim_fmt()
 }
 
-/// So many of them, as `1 connection`.
+/// Returns a number and its noun, as `1 connection`.
 #[cfg(unix)]
 pub(super) fn counted(n: u64, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };

@@ -98,7 +98,7 @@ mod tests {
 
     use super::super::Arguments;
 
-    /// What is said of a word that no argument takes for a value.
+    /// Returns what is said of a word that no argument takes for a value.
     fn said_of(command: &Command, argument: &Arg) -> Option<String> {
         const WORD: &str = "-no value:";
         let word = match (argument.get_long(), argument.is_positional()) {

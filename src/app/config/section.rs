@@ -272,7 +272,7 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Says which keys nobody has taken.
+    /// Says which keys are unknown: they were not taken.
     pub(super) fn finish(self) {
         for key in self.table.keys() {
             let name = key.get_ref().as_ref();

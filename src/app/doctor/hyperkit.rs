@@ -93,13 +93,13 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     checks
 }
 
-/// Whether two paths lead to one directory.
+/// Returns whether two paths lead to one directory.
 fn is_same(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     real(one) == real(other)
 }
 
-/// Whether those who keep the VM whole have an hvsock.
+/// Checks whether each keeper of the VM still has its hvsock.
 fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
     let name = "keeper";
     let check = move |it: KeeperStatus| {
@@ -138,7 +138,7 @@ fn named_host_port(port: Port) -> String {
     format!("host port {port}")
 }
 
-/// Whether there is a state directory that can be looked into; if not, why nothing in it is.
+/// Checks whether there is a state directory that can be read; if not, returns why nothing in it is looked at.
 fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
     const MISSING: &str = "there is no state directory";
     const UNREADABLE: &str = "the state directory can't be read";
@@ -180,7 +180,7 @@ fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str
     (Check::ok(check, dir.display()), Ok(vm))
 }
 
-/// Whether the sockets' paths fit into socket addresses.
+/// Checks whether the sockets' paths fit into socket addresses.
 fn path(vm: &HyperkitVm) -> Check {
     let name = "path";
     let connect = vm.connect_path();
@@ -209,7 +209,7 @@ fn path(vm: &HyperkitVm) -> Check {
     Check::ok(name, format_args!("{length} bytes, of {limit} at most"))
 }
 
-/// Whether the guest's CID is the one that it will be asked for by: another one is refused like a port.
+/// Checks whether the guest's CID is the one that is dialled: another one is refused as a port is.
 fn cid(vm: &HyperkitVm) -> Check {
     let name = "cid";
     let configured = hyperkit::configured_cid(&vm.state_dir);
@@ -247,7 +247,7 @@ fn cid(vm: &HyperkitVm) -> Check {
     Check::ok(name, format_args!("{asked}, {source}"))
 }
 
-/// The CIDs and ports of the sockets in the directory.
+/// Returns the CIDs and ports of the sockets in the directory.
 fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
     let entries = fs::read_dir(&vm.state_dir).into_iter().flatten().flatten();
     let prefix = vm.prefix.clone();
@@ -280,7 +280,7 @@ impl From<Check> for Process {
     }
 }
 
-/// Whether the process that hyperkit.pid names runs.
+/// Checks whether the process that hyperkit.pid names runs.
 fn process(vm: &HyperkitVm) -> Process {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
@@ -327,7 +327,7 @@ fn process(vm: &HyperkitVm) -> Process {
     }
 }
 
-/// The state of a process, and the name of its program, where `ps` is there to ask.
+/// Returns the state of a process, and the name of its program, where `ps` is there to ask.
 fn ps(pid: i32) -> Option<(String, String)> {
     let mut ps = Command::new("ps");
     ps.args(["-o", "state=", "-o", "comm=", "-p", &pid.to_string()]);
@@ -337,7 +337,7 @@ fn ps(pid: i32) -> Option<(String, String)> {
     Some((state.to_owned(), program.to_owned()))
 }
 
-/// Whether hyperkit has descriptors for as many connections as it has room for.
+/// Checks whether hyperkit has descriptors for as many connections as it has room for.
 fn limits(pid: i32) -> Check {
     let name = "limits";
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
@@ -374,7 +374,7 @@ enum Answer {
     EndedUnread,
 }
 
-/// Dials a port that nobody can have.
+/// Dials a port on which no program can listen.
 fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
     let probe = vm.probe_address().into();
@@ -397,7 +397,7 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     Ok(answer)
 }
 
-/// Returns whether the system itself said that nobody listens.
+/// Returns whether the system itself said that nothing listens.
 fn is_absent(error: &crate::error::Error) -> bool {
     error.cause().raw_os_error().is_some()
 }
@@ -431,7 +431,7 @@ struct Guest {
     undialled: Option<&'static str>,
 }
 
-/// Whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
+/// Checks whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
 fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> Guest {
     let answer = probe(vm, patience);
     Guest {
@@ -486,7 +486,7 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
     }
 }
 
-/// Whether a program in the guest listens on a port.
+/// Checks whether a program in the guest listens on a port.
 ///
 /// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
 /// answered, too.
@@ -528,7 +528,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) ->
     }
 }
 
-/// Sockets that guests may dial, and that nobody listens on.
+/// Checks whether there are sockets that guests may dial, and on which nothing listens.
 fn left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
     let ports = sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
     let ports = ports.map(|(_, port)| Port(port));

@@ -44,7 +44,7 @@ fn is_dialled(forward: &Forward, vm: &HyperkitVm, port: Port) -> bool {
     listen.guest_port() == Some(port) && listen.hyperkit_vm().is_some_and(is_of_vm)
 }
 
-/// Whether a target takes connections, as far as that can be known without disturbing it.
+/// Looks whether a target takes connections, as far as that can be known without disturbing it.
 fn look_at(target: &str) -> Option<io::Result<()>> {
     match target.parse().ok()? {
         address @ Address::Tcp(_) => {

@@ -49,7 +49,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
     checks
 }
 
-/// Whether two places are one VM's, however its socket's path is spelled.
+/// Returns whether two places are one VM's, however its socket's path is spelled.
 fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
     let same = |vm: &VmPlace| match vm.any() {
@@ -59,7 +59,7 @@ fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     same(one) == same(other)
 }
 
-/// Whether a program in the guest takes a connection to this address.
+/// Checks whether a program in the guest takes a connection to this address.
 fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     match Stream::connect_timeout(address, patience) {
         Ok(stream) => {
@@ -70,7 +70,7 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     }
 }
 
-/// Whether a program of the host listens for the dials of the guest.
+/// Checks whether a program of the host listens for the dials of the guest.
 fn host_port(vm: &VmPlace, port: Port) -> Check {
     let name = format!("host port {port}");
     match vm {

@@ -76,7 +76,7 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
 }
 
 impl Run<'_> {
-    /// One connection after the other.
+    /// Makes one connection after the other.
     fn lane(&self) {
         let mut latencies = Latencies::default();
         while !self.stop.is_asked() {

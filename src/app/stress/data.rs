@@ -24,7 +24,7 @@ impl Data {
         }
     }
 
-    /// The bytes from `position` on, at least one and at most `len`.
+    /// Returns the bytes from `position` on, at least one and at most `len`.
     pub(super) fn at(&self, position: u64, len: u64) -> &[u8] {
         let from = (position % BLOCK as u64) as usize;
         let rest = &self.block[from..];
@@ -32,7 +32,7 @@ impl Data {
         &rest[..rest.len().min(len)]
     }
 
-    /// The first position at which `bytes` are not those from `position` on.
+    /// Returns the first position at which `bytes` are not those from `position` on.
     pub(super) fn difference(&self, mut position: u64, mut bytes: &[u8]) -> Option<u64> {
         while !bytes.is_empty() {
             let right = self.at(position, bytes.len() as u64);

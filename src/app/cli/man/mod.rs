@@ -84,7 +84,7 @@ fn show(page: &str) -> Outcome {
     }
 }
 
-/// All pages.
+/// Makes all pages.
 fn pages(hvsock: Command) -> Vec<Page> {
     let mut all = hvsock.disable_help_subcommand(true);
     // It gives the commands their full names.
@@ -95,7 +95,7 @@ fn pages(hvsock: Command) -> Vec<Page> {
     commands.chain(guide).collect()
 }
 
-/// What a page may be asked for by: the names of commands, and of pages of the guide.
+/// Returns the names by which pages are asked for: those of commands, and of pages of the guide.
 pub(super) fn names(hvsock: &Command) -> Vec<String> {
     let commands = hvsock.get_subcommands().map(|it| it.get_name().to_owned());
     let guide = PAGES.iter().map(|(name, _)| page::full_name(name));
