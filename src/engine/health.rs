@@ -70,20 +70,20 @@ pub(crate) struct VmLook {
 
 /// What is known of the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum TargetState {
     Unknown,
     Up,
     Down {
         since: Instant,
         /// The same on the wall clock, which goes on while the machine sleeps.
         at: SystemTime,
-        report: Report,
+        report: DownReport,
     },
 }
 
 /// Whether it was reported that a target is down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Report {
+enum DownReport {
     Made,
     /// A dial that finds the target absent makes it.
     Due,
@@ -96,7 +96,7 @@ const SETTLE_TIME: Duration = Duration::from_millis(100);
 /// The health of one VM or one server.
 #[derive(Debug)]
 pub(crate) struct Health {
-    state: State,
+    state: TargetState,
     was_up: bool,
     /// The identity that was seen last.
     identity: Option<VmIdentity>,
@@ -116,7 +116,7 @@ pub(crate) struct Health {
 impl Default for Health {
     fn default() -> Health {
         Health {
-            state: State::Unknown,
+            state: TargetState::Unknown,
             was_up: false,
             identity: None,
             was_absent: false,
@@ -133,12 +133,12 @@ impl Health {
     /// Marks the target down after a dial that found it absent.
     pub(crate) fn mark_down(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Down {
-                report: Report::Made,
+            TargetState::Down {
+                report: DownReport::Made,
                 ..
             } => return None,
-            State::Up if self.has_just_returned(now) => return None,
-            State::Down { .. } | State::Unknown | State::Up => {}
+            TargetState::Up if self.has_just_returned(now) => return None,
+            TargetState::Down { .. } | TargetState::Unknown | TargetState::Up => {}
         }
         Some(self.mark_down_and_report(now))
     }
@@ -149,27 +149,27 @@ impl Health {
     }
 
     fn mark_down_and_report(&mut self, now: Instant) -> News {
-        self.set_down(now, Report::Made);
+        self.set_down(now, DownReport::Made);
         News::Down {
             was_up: self.was_up,
         }
     }
 
     /// Sets the state to down, keeping the earlier time if it is down already.
-    fn set_down(&mut self, now: Instant, report: Report) {
+    fn set_down(&mut self, now: Instant, report: DownReport) {
         let (since, at) = match self.state {
-            State::Down { since, at, .. } => (since, at),
-            State::Unknown | State::Up => (now, SystemTime::now()),
+            TargetState::Down { since, at, .. } => (since, at),
+            TargetState::Unknown | TargetState::Up => (now, SystemTime::now()),
         };
-        self.state = State::Down { since, at, report };
+        self.state = TargetState::Down { since, at, report };
     }
 
     /// Marks the target up after a dial that found it.
     pub(crate) fn mark_up(&mut self, now: Instant) -> Option<News> {
-        let before = std::mem::replace(&mut self.state, State::Up);
+        let before = std::mem::replace(&mut self.state, TargetState::Up);
         let was_up = std::mem::replace(&mut self.was_up, true);
         match before {
-            State::Down { since, .. } => {
+            TargetState::Down { since, .. } => {
                 self.reported_before_seen = true;
                 self.returned_at = Some(now);
                 Some(match was_up {
@@ -177,7 +177,7 @@ impl Health {
                     false => News::Appeared,
                 })
             }
-            State::Unknown | State::Up => None,
+            TargetState::Unknown | TargetState::Up => None,
         }
     }
 
@@ -219,13 +219,13 @@ impl Health {
         let was_reported = self.reported_before_seen;
         self.reported_before_seen &= !is_new && self.has_just_returned(now);
         let news = match self.state {
-            State::Down { .. } if has_returned => {
+            TargetState::Down { .. } if has_returned => {
                 let news = self.mark_up(now);
                 self.reported_before_seen = false;
                 news
             }
             // A VM that starts has its socket only after its other files.
-            State::Up if is_new && !was_reported && !self.has_just_returned(now) => {
+            TargetState::Up if is_new && !was_reported && !self.has_just_returned(now) => {
                 Some(News::Restarted)
             }
             _ => None,
@@ -238,12 +238,12 @@ impl Health {
         self.was_absent = true;
         self.process = None;
         match self.state {
-            State::Up => Some(self.mark_down_and_report(now)),
-            State::Unknown => {
-                self.set_down(now, Report::Due);
+            TargetState::Up => Some(self.mark_down_and_report(now)),
+            TargetState::Unknown => {
+                self.set_down(now, DownReport::Due);
                 None
             }
-            State::Down { .. } => None,
+            TargetState::Down { .. } => None,
         }
     }
 
@@ -252,8 +252,8 @@ impl Health {
     pub(crate) fn note_process(&mut self, process: Option<i32>, now: Instant) -> Option<News> {
         let before = std::mem::replace(&mut self.process, process);
         match (self.state, process) {
-            (State::Unknown, Some(_)) => self.mark_up(now),
-            (State::Up, None) if before.is_some() => Some(self.mark_down_and_report(now)),
+            (TargetState::Unknown, Some(_)) => self.mark_up(now),
+            (TargetState::Up, None) if before.is_some() => Some(self.mark_down_and_report(now)),
             _ => None,
         }
     }
@@ -262,25 +262,25 @@ impl Health {
     /// until something else was found.
     pub(crate) fn note_listener(&mut self, now: Instant) -> Option<News> {
         match self.state {
-            State::Unknown => self.mark_up(now),
-            State::Up | State::Down { .. } => None,
+            TargetState::Unknown => self.mark_up(now),
+            TargetState::Up | TargetState::Down { .. } => None,
         }
     }
 
     /// Returns whether the target is up, or `None` if nothing is known.
     pub(crate) fn is_up(&self) -> Option<bool> {
         match self.state {
-            State::Unknown => None,
-            State::Up => Some(true),
-            State::Down { .. } => Some(false),
+            TargetState::Unknown => None,
+            TargetState::Up => Some(true),
+            TargetState::Down { .. } => Some(false),
         }
     }
 
     /// Returns the time since which the target is gone; `None` if it was never there.
     pub(crate) fn gone_since(&self) -> Option<SystemTime> {
         match self.state {
-            State::Down { at, .. } => Some(at).filter(|_| self.was_up),
-            State::Unknown | State::Up => None,
+            TargetState::Down { at, .. } => Some(at).filter(|_| self.was_up),
+            TargetState::Unknown | TargetState::Up => None,
         }
     }
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Operation, Result};
 
 use super::cuts::Cuts;
 use super::driver::Driver;
-use super::driver::Wanted;
+use super::driver::StillWanted;
 use super::rules::Binder;
 use super::shared::{Command, Shared};
 use crate::engine::ended::EndedConnection;
@@ -214,10 +214,10 @@ impl<D: Driver> Controller<D> {
     fn ask<T>(
         &self,
         worker: usize,
-        command: impl FnOnce(Wanted, Sender<T>) -> Command<D>,
+        command: impl FnOnce(StillWanted, Sender<T>) -> Command<D>,
     ) -> io::Result<T> {
         let (answer, answers) = channel();
-        let wanted = Wanted::default();
+        let wanted = StillWanted::default();
         self.shared.inboxes[worker].send(command(wanted.clone(), answer));
         let begun = D::clock();
         let elapsed = || D::clock().saturating_duration_since(begun);

@@ -30,33 +30,35 @@ use crate::stream::peer_names::ListenerName;
 /// Whether a command to a worker is still wanted. Either the worker begins it, or the thread that
 /// asked gives it up, whichever is first. A command that was given up has no effect.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Wanted(Arc<AtomicU8>);
+pub(crate) struct StillWanted(Arc<AtomicU8>);
 
-impl Wanted {
+impl StillWanted {
     const ASKED: u8 = 0;
     const BEGUN: u8 = 1;
     const GIVEN_UP: u8 = 2;
 
     fn decide(&self, on: u8) -> bool {
         let (release, acquire) = (Ordering::AcqRel, Ordering::Acquire);
-        let decided = self.0.compare_exchange(Wanted::ASKED, on, release, acquire);
+        let decided = self
+            .0
+            .compare_exchange(StillWanted::ASKED, on, release, acquire);
         decided.is_ok()
     }
 
     /// Begins the command. Returns false if it was given up.
     pub(crate) fn begin(&self) -> bool {
-        self.decide(Wanted::BEGUN)
+        self.decide(StillWanted::BEGUN)
     }
 
     /// Gives the command up. Returns false if it was begun.
     pub(crate) fn give_up(&self) -> bool {
-        self.decide(Wanted::GIVEN_UP)
+        self.decide(StillWanted::GIVEN_UP)
     }
 }
 
 /// An event that one wait of the loop returns.
 #[derive(Debug)]
-pub(crate) enum Event<S, L> {
+pub(crate) enum DriverEvent<S, L> {
     /// The socket registered under this token became ready.
     Ready { token: usize, readiness: Readiness },
     /// The name that was resolved with this token has these addresses.
@@ -155,7 +157,7 @@ pub(crate) trait Driver: Sized {
     /// Waits for events, at most `timeout`, and appends all that have come.
     fn wait(
         &mut self,
-        events: &mut Vec<Event<Self::Stream, Self::Listener>>,
+        events: &mut Vec<DriverEvent<Self::Stream, Self::Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
@@ -172,11 +174,11 @@ pub(crate) trait Driver: Sized {
     /// Returns `WouldBlock` if no client waits; the system's error, which may be `Interrupted`.
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
-    /// missing; the result is an [`Event::Listener`]. Returns false if the listener has no file of
+    /// missing; the result is an [`DriverEvent::Listener`]. Returns false if the listener has no file of
     /// its own.
     fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
     /// Closes the old listener, if there is one, and binds its address again; the result is an
-    /// [`Event::Listener`].
+    /// [`DriverEvent::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
     /// Changes the owner, group and permissions of a listener's file, if that is still wanted then.
     /// The result is sent to `done`.
@@ -184,7 +186,7 @@ pub(crate) trait Driver: Sized {
         &mut self,
         listener: &Self::Listener,
         access: FileAccess,
-        wanted: Wanted,
+        wanted: StillWanted,
         done: Sender<io::Result<()>>,
     );
     /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
@@ -218,7 +220,7 @@ pub(crate) trait Driver: Sized {
         patience: Duration,
     ) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
     /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
-    /// then an [`Event::Explained`].
+    /// then an [`DriverEvent::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// Returns the name by which clients know a listener, if they know one.
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
@@ -234,7 +236,7 @@ pub(crate) trait Driver: Sized {
     /// Leaves a stream to the keeper, which closes it when this process has ended.
     fn leave(&mut self, stream: Self::Stream);
 
-    /// Resolves `host`; the result is an [`Event::Resolved`].
+    /// Resolves `host`; the result is an [`DriverEvent::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Returns whether the process at the other end of a stream is ending or has ended, as far as
     /// the system tells.
@@ -242,11 +244,11 @@ pub(crate) trait Driver: Sized {
     /// Releases what was kept for connections, since there are none any more.
     fn release_unused(&mut self);
     /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
-    /// result is an [`Event::VmSeen`].
+    /// result is an [`DriverEvent::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
-    /// Connects to the target of a forward, to which connecting blocks; the result is an [`Event::Dialled`]. If it is a
-    /// program, an [`Event::ProgramEnded`] tells the end of it, before that event or after it.
+    /// Connects to the target of a forward, to which connecting blocks; the result is an [`DriverEvent::Dialled`]. If it is a
+    /// program, an [`DriverEvent::ProgramEnded`] tells the end of it, before that event or after it.
     fn dial(
         &mut self,
         token: usize,
@@ -255,7 +257,7 @@ pub(crate) trait Driver: Sized {
         timeout: Duration,
     );
     /// Relays between two streams on threads, since at least one of them can't be polled, until
-    /// [`Event::ThreadsEnded`]. Draining a side may take `drain`.
+    /// [`DriverEvent::ThreadsEnded`]. Draining a side may take `drain`.
     ///
     /// # Errors
     /// Returns the reason if no thread can be started; both streams were reset then.
@@ -280,6 +282,6 @@ pub(crate) trait Driver: Sized {
     ) -> io::Result<()>;
     /// Returns the progress of relay threads, or `None` if there are none under the token.
     fn threads_progress(&self, token: usize) -> Option<Progress>;
-    /// Cuts relay threads off. It is called again until [`Event::ThreadsEnded`] comes.
+    /// Cuts relay threads off. It is called again until [`DriverEvent::ThreadsEnded`] comes.
     fn cut_threads(&mut self, token: usize);
 }

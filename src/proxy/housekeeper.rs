@@ -25,15 +25,15 @@ type Job = Box<dyn FnOnce() + Send>;
 /// A queue of jobs, which runs those of one directory one after the other, until it is dropped. It
 /// has one thread, and more while some hang.
 #[derive(Clone, Debug)]
-pub(crate) struct Housekeeper(Arc<Handle>);
+pub(crate) struct Housekeeper(Arc<LastHandle>);
 
 /// The last handle of the threads, which ends them when it is dropped.
 #[derive(Debug)]
-struct Handle(Arc<Shared>);
+struct LastHandle(Arc<SharedQueues>);
 
 #[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
+struct SharedQueues {
+    state: Mutex<Queues>,
     /// Wakes the threads: one if a job can be begun, all if they are to end.
     jobs: Condvar,
     /// Wakes the thread that waits until all jobs are done.
@@ -41,7 +41,7 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct State {
+struct Queues {
     /// The waiting jobs, by directory. A directory in which a job is running has an entry, too.
     waiting: HashMap<PathBuf, VecDeque<Job>>,
     /// The directories with a job that can be begun.
@@ -51,13 +51,13 @@ struct State {
     is_ending: bool,
 }
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for SharedQueues {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Shared")
+        f.write_str("SharedQueues")
     }
 }
 
-impl Drop for Handle {
+impl Drop for LastHandle {
     fn drop(&mut self) {
         self.0.state().is_ending = true;
         self.0.jobs.notify_all();
@@ -70,10 +70,10 @@ impl Housekeeper {
     /// # Errors
     /// Returns the reason if no thread can be started.
     pub(crate) fn start() -> io::Result<Housekeeper> {
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<SharedQueues>::default();
         shared.state().threads = 1;
         spawn(&shared)?;
-        Ok(Housekeeper(Arc::new(Handle(shared))))
+        Ok(Housekeeper(Arc::new(LastHandle(shared))))
     }
 
     /// Runs a job that looks at something in `directory`. The caller must bound the number of
@@ -100,7 +100,7 @@ impl Housekeeper {
     /// Waits until all jobs are done, at most `timeout`.
     pub(crate) fn finish(&self, timeout: Duration) {
         let shared = &self.0.0;
-        let is_busy = |state: &mut State| !state.waiting.is_empty();
+        let is_busy = |state: &mut Queues| !state.waiting.is_empty();
         let waited = shared
             .done
             .wait_timeout_while(shared.state(), timeout, is_busy);
@@ -108,14 +108,14 @@ impl Housekeeper {
     }
 }
 
-fn spawn(shared: &Arc<Shared>) -> io::Result<()> {
+fn spawn(shared: &Arc<SharedQueues>) -> io::Result<()> {
     let shared = Arc::clone(shared);
     let thread = std::thread::Builder::new().name("hvsock-housekeeper".to_owned());
     thread.spawn(move || shared.work()).map(drop)
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl SharedQueues {
+    fn state(&self) -> MutexGuard<'_, Queues> {
         lock(&self.state)
     }
 

@@ -18,7 +18,7 @@ use crate::name::SocketName;
 
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
-use super::driver::{Driver, Found, ListenerId, Wanted};
+use super::driver::{Driver, Found, ListenerId, StillWanted};
 use super::shared::{Accepted, Accepting, Command, TurnContext};
 use crate::engine::Phase;
 #[cfg(all(test, target_os = "linux"))]
@@ -387,7 +387,7 @@ impl<D: Driver> Listeners<D> {
         &mut self,
         forward: ForwardId,
         access: FileAccess,
-        wanted: Wanted,
+        wanted: StillWanted,
         done: Sender<io::Result<()>>,
         cx: &mut TurnContext<'_, D>,
     ) {

@@ -33,8 +33,8 @@ use crate::{dial, hyperkit, listener, stream};
 use super::adapter::{self, Adapters};
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
-use super::driver::Wanted;
-use super::driver::{Driver, Event, Found, ListenerId};
+use super::driver::StillWanted;
+use super::driver::{Driver, DriverEvent, Found, ListenerId};
 use super::housekeeper::Housekeeper;
 use super::notifier::{Notifier, Report};
 use super::relay_threads::{RelayThreads, Reporter};
@@ -87,7 +87,7 @@ fn interest() -> Interest {
 pub(crate) struct MioDriver {
     poll: Poll,
     events: Events,
-    notifier: Arc<Notifier<Event<Stream, Listener>>>,
+    notifier: Arc<Notifier<DriverEvent<Stream, Listener>>>,
     resolver: Resolver,
     /// The relay threads that have not reported their end.
     relay_threads: HashMap<usize, RelayThreads>,
@@ -133,8 +133,8 @@ impl MioDriver {
     fn ask_housekeeper(
         &self,
         directory: &Path,
-        failure: Event<Stream, Listener>,
-        job: impl FnOnce() -> Event<Stream, Listener> + Send + 'static,
+        failure: DriverEvent<Stream, Listener>,
+        job: impl FnOnce() -> DriverEvent<Stream, Listener> + Send + 'static,
     ) {
         let notifier = Arc::clone(&self.notifier);
         let job = move || {
@@ -170,7 +170,7 @@ impl MioDriver {
     }
 
     /// Appends the events of the last poll. Returns how many there were.
-    fn take_events(&self, events: &mut Vec<Event<Stream, Listener>>) -> usize {
+    fn take_events(&self, events: &mut Vec<DriverEvent<Stream, Listener>>) -> usize {
         let mut count = 0;
         for event in &self.events {
             count += 1;
@@ -185,7 +185,7 @@ impl MioDriver {
                 hidden: failed || event.is_read_closed(),
                 urgent: event.is_priority(),
             };
-            events.push(Event::Ready {
+            events.push(DriverEvent::Ready {
                 token: event.token().0,
                 readiness,
             });
@@ -306,9 +306,9 @@ fn bind(address: &Address, access: FileAccess) -> Found<Listener> {
 }
 
 /// Returns the result of a job for a listener that has failed.
-fn nothing_found(of: ListenerId) -> Event<Stream, Listener> {
+fn nothing_found(of: ListenerId) -> DriverEvent<Stream, Listener> {
     let found = Found::Nothing;
-    Event::Listener { of, found }
+    DriverEvent::Listener { of, found }
 }
 
 /// The relay threads' view of their connection.
@@ -316,7 +316,7 @@ struct ThreadsReporter {
     token: usize,
     forward: Arc<Forward>,
     drain: Duration,
-    notifier: Arc<Notifier<Event<Stream, Listener>>>,
+    notifier: Arc<Notifier<DriverEvent<Stream, Listener>>>,
 }
 
 impl Reporter for ThreadsReporter {
@@ -331,7 +331,8 @@ impl Reporter for ThreadsReporter {
 
     fn report_end(&self, result: ThreadsResult) {
         let token = self.token;
-        self.notifier.notify(Event::ThreadsEnded { token, result });
+        self.notifier
+            .notify(DriverEvent::ThreadsEnded { token, result });
     }
 }
 
@@ -380,7 +381,7 @@ impl Driver for MioDriver {
 
     fn wait(
         &mut self,
-        events: &mut Vec<Event<Stream, Listener>>,
+        events: &mut Vec<DriverEvent<Stream, Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()> {
         // As with the inbox, reports may be there although their wake-up was lost.
@@ -405,11 +406,12 @@ impl Driver for MioDriver {
                 Report::Resolved(host, found) => {
                     let resolved = self.resolver.take_addresses(&host, &found).into_iter();
                     events.extend(
-                        resolved.map(|(token, addresses)| Event::Resolved { token, addresses }),
+                        resolved
+                            .map(|(token, addresses)| DriverEvent::Resolved { token, addresses }),
                     );
                 }
                 Report::Event(event) => {
-                    if let Event::ThreadsEnded { token, .. } = &event {
+                    if let DriverEvent::ThreadsEnded { token, .. } = &event {
                         self.relay_threads.remove(token);
                     }
                     events.push(event);
@@ -431,7 +433,7 @@ impl Driver for MioDriver {
                 readable: true,
                 ..Readiness::default()
             };
-            notifier.notify(Event::Ready { token, readiness });
+            notifier.notify(DriverEvent::Ready { token, readiness });
         };
         listener.watch(self.poll.registry(), Token(token), notify)?;
         #[cfg(unix)]
@@ -474,7 +476,7 @@ impl Driver for MioDriver {
                 FileState::Taken => Found::Taken,
                 FileState::Missing => bind(&address, access),
             };
-            Event::Listener { of, found }
+            DriverEvent::Listener { of, found }
         });
         true
     }
@@ -486,7 +488,7 @@ impl Driver for MioDriver {
         let bind_again = move || {
             drop(file);
             let found = bind(&address, access);
-            Event::Listener { of, found }
+            DriverEvent::Listener { of, found }
         };
         match directory {
             Some(directory) => self.ask_housekeeper(&directory, nothing_found(of), bind_again),
@@ -499,7 +501,7 @@ impl Driver for MioDriver {
         &mut self,
         listener: &Listener,
         access: FileAccess,
-        wanted: Wanted,
+        wanted: StillWanted,
         done: Sender<io::Result<()>>,
     ) {
         let Some(file) = listener.file() else {
@@ -580,13 +582,13 @@ impl Driver for MioDriver {
         };
         let address = address.clone();
         let unexplained = Error::new(Operation::Connect, &address, error.kind().into());
-        let failure = Event::Explained {
+        let failure = DriverEvent::Explained {
             token,
             error: unexplained,
         };
         self.ask_housekeeper(&directory, failure, move || {
             let error = dial::explain(&address, error);
-            Event::Explained { token, error }
+            DriverEvent::Explained { token, error }
         });
         None
     }
@@ -666,7 +668,7 @@ impl Driver for MioDriver {
         let directory = gate.vm().directory().to_owned();
         #[cfg(unix)]
         let keeper = self.keeper.as_ref().map(Link::view);
-        let failure = Event::LookFailed {
+        let failure = DriverEvent::LookFailed {
             gate: Arc::clone(&gate),
         };
         self.ask_housekeeper(&directory, failure, move || {
@@ -675,7 +677,7 @@ impl Driver for MioDriver {
                 keeper.look_after(&vm.state_dir);
             }
             let look = look_at(gate.vm());
-            Event::VmSeen { gate, look }
+            DriverEvent::VmSeen { gate, look }
         });
     }
 
@@ -696,7 +698,7 @@ impl Driver for MioDriver {
             let (notifier, forward) = (Arc::clone(&self.notifier), Arc::clone(forward));
             move |end| {
                 if let Some(connection) = connection {
-                    notifier.notify(Event::ProgramEnded {
+                    notifier.notify(DriverEvent::ProgramEnded {
                         token,
                         connection,
                         forward,
@@ -712,12 +714,12 @@ impl Driver for MioDriver {
                 Target::OnThread => dial::on_thread(target, &programs, tell_end),
                 _ => stream::Stream::connect_timeout(target, timeout).map(Stream::Blocking),
             };
-            notifier.notify(Event::Dialled { token, stream });
+            notifier.notify(DriverEvent::Dialled { token, stream });
         };
         let thread = std::thread::Builder::new().name("hvsock-dial".into());
         if let Err(e) = thread.spawn(dial) {
             let stream = Err(Error::new(Operation::Connect, &forward.rule.connect, e));
-            self.notifier.notify(Event::Dialled { token, stream });
+            self.notifier.notify(DriverEvent::Dialled { token, stream });
         }
     }
 
@@ -808,7 +810,7 @@ mod tests {
             unanswered: 1,
         };
         let gate = Arc::new(Gate::new(limits, HyperkitVm::new("/nowhere").into()));
-        driver.ask_housekeeper(Path::new("/"), Event::LookFailed { gate }, || {
+        driver.ask_housekeeper(Path::new("/"), DriverEvent::LookFailed { gate }, || {
             panic!("as a test")
         });
         let mut events = Vec::new();
@@ -818,6 +820,6 @@ mod tests {
             let soon = Duration::from_millis(100);
             driver.wait(&mut events, Some(soon)).unwrap();
         }
-        assert!(matches!(events[..], [Event::LookFailed { .. }]));
+        assert!(matches!(events[..], [DriverEvent::LookFailed { .. }]));
     }
 }

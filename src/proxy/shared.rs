@@ -27,7 +27,7 @@ use super::cuts::Cuts;
 use super::descriptors::Descriptors;
 #[cfg(all(unix, feature = "cli"))]
 use super::driver::Lent;
-use super::driver::{Driver, Wanted};
+use super::driver::{Driver, StillWanted};
 use super::gates::Gates;
 
 /// The context of one turn of a worker's loop.
@@ -70,11 +70,16 @@ pub(crate) enum Command<D: Driver> {
     /// Take over this accepted connection.
     Adopt(Accepted<D::Stream>),
     /// Accept clients of this forward, and report whether that is possible.
-    Listen(D::Listener, Arc<Forward>, Wanted, Sender<io::Result<()>>),
+    Listen(
+        D::Listener,
+        Arc<Forward>,
+        StillWanted,
+        Sender<io::Result<()>>,
+    ),
     /// Replace the forward of the same id for new clients, and report it.
-    Replace(Arc<Forward>, Wanted, Sender<()>),
+    Replace(Arc<Forward>, StillWanted, Sender<()>),
     /// Change the owner, group and permissions of the forward's socket file, and report the result.
-    SetAccess(ForwardId, FileAccess, Wanted, Sender<io::Result<()>>),
+    SetAccess(ForwardId, FileAccess, StillWanted, Sender<io::Result<()>>),
     /// Accept no more clients of this forward, report that, and cut off its connections after this
     /// time, which is noted.
     Remove(Arc<Forward>, Duration, Arc<Cuts>, Sender<()>),

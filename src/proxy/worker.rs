@@ -21,7 +21,7 @@ use crate::time::after;
 
 use super::connections::Connections;
 use super::cuts::Cuts;
-use super::driver::{Driver, Event};
+use super::driver::{Driver, DriverEvent};
 use super::listeners::Listeners;
 use super::shared::{Command, Shared, TurnContext};
 
@@ -154,7 +154,7 @@ impl<D: Driver> Worker<D> {
     /// Returns the errors of [`run`](Worker::run).
     pub(super) fn turn(
         &mut self,
-        events: &mut Vec<Event<D::Stream, D::Listener>>,
+        events: &mut Vec<DriverEvent<D::Stream, D::Listener>>,
         wait: Wait,
     ) -> io::Result<Turn> {
         let now = self.driver.now();
@@ -201,15 +201,15 @@ impl<D: Driver> Worker<D> {
     }
 
     /// Passes an event to the part of the worker that it is about.
-    fn take_event(&mut self, event: Event<D::Stream, D::Listener>, now: Instant) {
+    fn take_event(&mut self, event: DriverEvent<D::Stream, D::Listener>, now: Instant) {
         match event {
-            Event::Ready { token, readiness } if token < Id::FIRST => {
+            DriverEvent::Ready { token, readiness } if token < Id::FIRST => {
                 // A client of a named pipe makes it writable.
                 if readiness.readable || readiness.writable {
                     self.listeners.latch(token);
                 }
             }
-            Event::VmSeen { gate, look } => {
+            DriverEvent::VmSeen { gate, look } => {
                 gate.take_look(&look, now);
                 if self.phase == Phase::Running
                     && gate.check_silence(look.is_stopped, now) == SilenceCheck::ProbeWanted
@@ -217,8 +217,8 @@ impl<D: Driver> Worker<D> {
                     call!(self.connections.probe_silent_vm(&gate), now);
                 }
             }
-            Event::LookFailed { gate } => gate.end_look(),
-            Event::Listener { of, found } => {
+            DriverEvent::LookFailed { gate } => gate.end_look(),
+            DriverEvent::Listener { of, found } => {
                 call!(self.listeners.take_listener(of, found), now);
                 self.adopt_accepted(now);
             }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::engine::id::ForwardId;
 use crate::engine::rule::WhileDown;
 
-use super::gate::{Full, Gate, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, SlotWake, State};
+use super::gate::{Full, Gate, GateState, LONGEST_PATIENCE, LOST_PROBES, PROBE_PATIENCE, SlotWake};
 use super::quotas::Holder;
 use super::slot::{Reservation, Slot, Stage};
 
@@ -42,7 +42,12 @@ impl Gate {
     ///
     /// # Errors
     /// Returns why none may go now.
-    fn why_not(&self, state: &mut State, holder: Holder, now: Instant) -> Result<(), Admission> {
+    fn why_not(
+        &self,
+        state: &mut GateState,
+        holder: Holder,
+        now: Instant,
+    ) -> Result<(), Admission> {
         if state.is_hanging(now) {
             return Err(Admission::Full(Full::Hangs));
         }
@@ -63,11 +68,11 @@ impl Gate {
     }
 
     /// Returns whether the guest has answered nothing for so long that only a probe may go.
-    fn is_unanswered(&self, state: &State) -> bool {
+    fn is_unanswered(&self, state: &GateState) -> bool {
         self.unanswered() + state.pending >= state.unanswered_limit
     }
 
-    fn begin_probe(self: &Arc<Gate>, state: &mut State, now: Instant) -> Admission {
+    fn begin_probe(self: &Arc<Gate>, state: &mut GateState, now: Instant) -> Admission {
         state.next_probe = Some(now + state.patience);
         state.patience = match self.is_unanswered(state) {
             true => (state.patience * 2).min(LONGEST_PATIENCE),
@@ -99,7 +104,7 @@ impl Gate {
     /// Takes a slot of a holder, or queues for one.
     pub(super) fn make_slot(
         self: &Arc<Gate>,
-        state: &mut State,
+        state: &mut GateState,
         holder: Holder,
         stage: Stage,
     ) -> Slot {

@@ -141,7 +141,7 @@ pub(crate) struct Gate {
     pub(super) vm: AnyVm,
     /// What is true of the VMs of its family.
     pub(super) traits: &'static VmTraits,
-    pub(super) state: Mutex<State>,
+    pub(super) state: Mutex<GateState>,
     /// The number of the last dial.
     pub(super) dialled: AtomicU64,
     /// The highest number of a dial that was answered. All dials before it were taken too: a guest
@@ -150,7 +150,7 @@ pub(crate) struct Gate {
     pub(super) heard: LastHeard,
 }
 
-pub(super) struct State {
+pub(super) struct GateState {
     /// The gate's identifier.
     pub(super) id: GateId,
     /// The gate's traits.
@@ -205,9 +205,9 @@ pub(super) struct State {
     pub(super) others: OtherSlots,
 }
 
-impl std::fmt::Debug for State {
+impl std::fmt::Debug for GateState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State")
+        f.debug_struct("GateState")
             .field("health", &self.health)
             .field("quotas", &self.quotas)
             .finish_non_exhaustive()
@@ -218,7 +218,7 @@ impl Gate {
     pub(crate) fn new(limits: GateLimits, vm: AnyVm) -> Gate {
         let id = GateId::next();
         let traits = vm.traits();
-        let state = State {
+        let state = GateState {
             id,
             traits,
             health: Health::default(),
@@ -260,7 +260,7 @@ impl Gate {
         }
     }
 
-    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, GateState> {
         lock(&self.state)
     }
 
@@ -369,7 +369,7 @@ impl Gate {
     /// old one applies to it.
     pub(super) fn note_identity(
         &self,
-        state: &mut State,
+        state: &mut GateState,
         vm: VmIdentity,
         now: Instant,
     ) -> Option<News> {
@@ -385,7 +385,7 @@ impl Gate {
         self.forget_vm(&mut self.state());
     }
 
-    pub(super) fn forget_vm(&self, state: &mut State) {
+    pub(super) fn forget_vm(&self, state: &mut GateState) {
         state.epoch += 1;
         self.heard.forget();
         state.quotas.clear();
@@ -472,7 +472,7 @@ impl WaitingWorkers {
     }
 }
 
-impl State {
+impl GateState {
     /// Returns the most connections; `None` if there is no such limit.
     pub(super) fn limit(&self) -> Option<usize> {
         Some(self.quotas.cap()).filter(|cap| *cap < GateLimits::UNLIMITED.live)

@@ -16,7 +16,7 @@ use crate::error::counted;
 
 use tracing::warn;
 
-use super::gate::{Full, Gate, State};
+use super::gate::{Full, Gate, GateState};
 use super::quotas::{Holder, ReachedLimit};
 use super::slot::{Slot, Stage};
 use crate::engine::id::ForwardId;
@@ -104,7 +104,7 @@ impl Gate {
     }
 }
 
-impl State {
+impl GateState {
     /// Returns why no further dial of the guest to that forward is served now, if so.
     fn serves_guest(&self, holder: Holder) -> Result<(), NotServed> {
         if self.quotas.free_for(holder) == 0 {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::gate::{Gate, State};
+use super::gate::{Gate, GateState};
 use crate::error::plural;
 
 /// How long a guest may answer nothing before it is asked.
@@ -30,7 +30,7 @@ impl Gate {
     /// Returns the time since which no dial was answered and nothing else came from the guest;
     /// `None` if all dials were answered. The earlier of several dials may be forgotten: then
     /// something has come since.
-    fn nothing_since(&self, state: &State) -> Option<Instant> {
+    fn nothing_since(&self, state: &GateState) -> Option<Instant> {
         if self.unanswered() == 0 {
             return None;
         }

@@ -106,15 +106,15 @@ impl<S: ConnectionSocket> Connection<S> {
                 continue;
             };
             match self.go_on_closing_end(side, closing, cx) {
-                Step::Open {
+                CloseProgress::Open {
                     closing,
                     check_at: at,
                 } => {
                     ends[side] = Some(closing);
                     check_at = check_at.into_iter().chain(at).min();
                 }
-                Step::Closed => {}
-                Step::GivenUp => settled = Some(after(now, SETTLING)),
+                CloseProgress::Closed => {}
+                CloseProgress::GivenUp => settled = Some(after(now, SETTLING)),
             }
         }
         let State::Closing {
@@ -165,7 +165,7 @@ impl<S: ConnectionSocket> Connection<S> {
         side: Side,
         closing: Closing<S>,
         cx: &mut Context<'_, S>,
-    ) -> Step<S> {
+    ) -> CloseProgress<S> {
         let Closing { end, how } = closing;
         match how {
             How::Drain(drain) => self.go_on_draining(side, end, drain, cx),
@@ -195,7 +195,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut dial: Box<Dial>,
         cx: &mut Context<'_, S>,
-    ) -> Step<S> {
+    ) -> CloseProgress<S> {
         if let Ok(false) = dial.shake_hands(&mut end.socket) {
             let how = How::ShakeHands(dial);
             return Closing { end, how }.wait_until(None);
@@ -213,7 +213,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut wait: ResetWait,
         cx: &mut Context<'_, S>,
-    ) -> Step<S> {
+    ) -> CloseProgress<S> {
         let before = (end.received(), end.input_ended());
         end.discard(cx.pool);
         self.note_answer(side, &end, before, cx);
@@ -225,7 +225,7 @@ impl<S: ConnectionSocket> Connection<S> {
         match check_at {
             None => {
                 cx.request(Action::Reset(end.socket));
-                Step::Closed
+                CloseProgress::Closed
             }
             at => {
                 let how = How::Reset(wait);
@@ -241,7 +241,7 @@ impl<S: ConnectionSocket> Connection<S> {
         mut end: End<S>,
         mut drain: Drain,
         cx: &mut Context<'_, S>,
-    ) -> Step<S> {
+    ) -> CloseProgress<S> {
         let now = cx.now;
         if cx.resumed_at == Some(now) {
             drain.note_freeze(now);
@@ -261,7 +261,7 @@ impl<S: ConnectionSocket> Connection<S> {
         self.note_answer(side, &end, before, cx);
         if end.input_ended() {
             self.close_socket(side, end, cx);
-            return Step::Closed;
+            return CloseProgress::Closed;
         }
         let turn = DrainTurn {
             received: end.received(),
@@ -296,8 +296,8 @@ impl<S: ConnectionSocket> Connection<S> {
         let at = match next {
             DrainStep::Close => {
                 return match self.give_up(side, end, Gone::Sending, cx) {
-                    true => Step::GivenUp,
-                    false => Step::Closed,
+                    true => CloseProgress::GivenUp,
+                    false => CloseProgress::Closed,
                 };
             }
             DrainStep::Again => {
@@ -445,7 +445,7 @@ impl<S: ConnectionSocket> Connection<S> {
 }
 
 /// What has become of an end in a step of its close.
-enum Step<S> {
+enum CloseProgress<S> {
     /// It is open still. The next step is due at that time, or after an event.
     Open {
         closing: Closing<S>,
@@ -458,8 +458,8 @@ enum Step<S> {
 
 impl<S> Closing<S> {
     /// Returns that the end is open still, and when the next step is due.
-    fn wait_until(self, check_at: Option<Instant>) -> Step<S> {
-        Step::Open {
+    fn wait_until(self, check_at: Option<Instant>) -> CloseProgress<S> {
+        CloseProgress::Open {
             closing: self,
             check_at,
         }

@@ -9,7 +9,7 @@ use tracing::debug;
 use crate::engine::counters::add_one;
 use crate::engine::end_reason::EndReason;
 use crate::engine::observer::What;
-use crate::engine::relay::{Ending, Pair, Side, Turn};
+use crate::engine::relay::{Ending, Pair, PairTurn, Side};
 use crate::time::after;
 
 use super::action::{Action, Context};
@@ -171,9 +171,9 @@ impl<S: ConnectionSocket> Connection<S> {
             reason_of_end(side, how).note(&mut self.why);
         }
         match turn {
-            Turn::Again => return cx.has_more_work = true,
-            Turn::Done => return self.close_pair(cx),
-            Turn::Wait
+            PairTurn::Again => return cx.has_more_work = true,
+            PairTurn::Done => return self.close_pair(cx),
+            PairTurn::Wait
                 if pair.is_withholding_half_close(Side::Client) && refusal_wait.is_some() =>
             {
                 if let Some(until) = *refusal_wait {
@@ -183,7 +183,7 @@ impl<S: ConnectionSocket> Connection<S> {
             // A half-close that is held back may wait for an end that never comes: that peer may
             // not pass on its own end, or may wait for ours. It is waited for as long as bytes
             // move.
-            Turn::Wait
+            PairTurn::Wait
                 if pair.is_ending()
                     || pair.is_withholding_half_close(Side::Client)
                     || pair.is_withholding_half_close(Side::Server) =>
@@ -204,7 +204,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 }
                 self.wake_by(end);
             }
-            Turn::Wait => {}
+            PairTurn::Wait => {}
         }
         self.cut_if_idle(cx);
     }

@@ -3,14 +3,14 @@
 use std::cell::Cell;
 
 /// A function that takes the names of both states of a transition.
-type Reporter = fn(&'static str, &'static str);
+type TransitionObserver = fn(&'static str, &'static str);
 
 thread_local! {
-    static REPORTER: Cell<Option<Reporter>> = const { Cell::new(None) };
+    static REPORTER: Cell<Option<TransitionObserver>> = const { Cell::new(None) };
 }
 
 /// Sets the function that is called with both states of each transition on this thread.
-pub(crate) fn report_to(reporter: Reporter) {
+pub(crate) fn report_to(reporter: TransitionObserver) {
     REPORTER.set(Some(reporter));
 }
 

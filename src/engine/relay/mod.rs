@@ -14,7 +14,7 @@
 //!    when both are.
 //! 4. An error ends its own direction; what the other still holds may arrive. A broken upload is
 //!    never turned into a clean EOF: [`CloseMode::Reset`] says where a reset is required.
-//! 5. Work per turn is bounded by a budget of bytes; [`Turn::Again`] asks for another turn.
+//! 5. Work per turn is bounded by a budget of bytes; [`PairTurn::Again`] asks for another turn.
 //!
 //! Invariant 7: an idle connection holds no buffer and no pipe; carriers are borrowed from a
 //! [`Pool`] while bytes are in flight.
@@ -42,7 +42,7 @@ pub(crate) use side::Side;
 
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turn {
+pub(crate) enum PairTurn {
     /// Nothing more can be done before an event.
     Wait,
     /// The budget ran out: another turn is due after the others.
@@ -111,7 +111,7 @@ impl SilentEnd {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum FlowState {
     Open,
     /// The EOF was passed on.
     Finished,
@@ -123,7 +123,7 @@ enum State {
 /// One direction.
 #[derive(Debug)]
 struct Flow<P> {
-    state: State,
+    state: FlowState,
     carrier: Carrier<P>,
     /// How much the last read brought.
     size: Size,
@@ -186,7 +186,7 @@ impl Moved {
 impl<P: Pipe> Flow<P> {
     fn new() -> Flow<P> {
         Flow {
-            state: State::Open,
+            state: FlowState::Open,
             carrier: Carrier::Empty,
             size: Size::Small,
             is_withheld: false,
@@ -199,7 +199,7 @@ impl<P: Pipe> Flow<P> {
     /// Ends the direction after an error, with what its carrier holds (invariant 4).
     fn break_off(&mut self, pool: &mut Pool<P>) {
         self.carrier.clear(pool);
-        self.state = State::Broken;
+        self.state = FlowState::Broken;
     }
 
     /// Returns the kind of the flow, if its bytes may pass through a pipe.
@@ -264,7 +264,7 @@ impl<P: Pipe> Flow<P> {
         silent_end: SilentEnd,
         moved: &mut Moved,
     ) -> bool {
-        while self.state == State::Open {
+        while self.state == FlowState::Open {
             if let Some(through) = self.carrier.through() {
                 if !sink.is_writable() {
                     return false;
@@ -309,12 +309,12 @@ impl<P: Pipe> Flow<P> {
                 // Invariant 3: the carrier is empty here, so the last byte was delivered.
                 Half::Closed => {
                     sink.shutdown_write();
-                    self.state = State::Finished;
+                    self.state = FlowState::Finished;
                 }
                 Half::Failed(_) => self.break_off(pool),
             }
         }
-        self.state == State::Broken && source.discard(pool)
+        self.state == FlowState::Broken && source.discard(pool)
     }
 
     /// Reads once. Returns how many bytes arrived. The flow was of the kind `begun_as` when the
@@ -408,7 +408,7 @@ impl<S: Socket> Pair<S> {
     /// meaning is not known yet.
     pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
         let (flow, end) = (&self.flows[side], &self.ends[side]);
-        let has_delivered = flow.state == State::Open && flow.carrier.is_empty();
+        let has_delivered = flow.state == FlowState::Open && flow.carrier.is_empty();
         flow.doubt && (end.is_dead() || has_delivered && end.input == Half::Closed)
     }
 
@@ -437,7 +437,7 @@ impl<S: Socket> Pair<S> {
     pub(crate) fn is_withholding_half_close(&self, side: Side) -> bool {
         let flow = &self.flows[side];
         flow.is_withheld
-            && flow.state == State::Open
+            && flow.state == FlowState::Open
             && flow.carrier.is_empty()
             && self.ends[side].input == Half::Closed
     }
@@ -451,7 +451,7 @@ impl<S: Socket> Pair<S> {
     /// client.)
     pub(crate) fn half_closed_by(&self) -> Option<Side> {
         let ended = |side: &Side| {
-            self.flows[*side].state != State::Open || self.is_withholding_half_close(*side)
+            self.flows[*side].state != FlowState::Open || self.is_withholding_half_close(*side)
         };
         Side::BOTH.into_iter().find(ended)
     }
@@ -475,12 +475,12 @@ impl<S: Socket> Pair<S> {
     /// Returns whether a peer is gone, or no direction is open. What is left may then never be
     /// taken; the caller bounds the wait by a deadline.
     pub(crate) fn is_ending(&self) -> bool {
-        let open = |flow: &Flow<S::Pipe>| flow.state == State::Open;
+        let open = |flow: &Flow<S::Pipe>| flow.state == FlowState::Open;
         self.ends.iter().any(End::is_gone) || !self.flows.iter().any(open)
     }
 
     /// Does a bounded amount of work, at most about `budget` bytes in each direction.
-    pub(crate) fn turn(&mut self, pool: &mut Pool<S::Pipe>, budget: usize) -> Turn {
+    pub(crate) fn turn(&mut self, pool: &mut Pool<S::Pipe>, budget: usize) -> PairTurn {
         let mut more = false;
         for side in [Side::Server, Side::Client] {
             more |= self.run(side, pool, budget);
@@ -488,7 +488,7 @@ impl<S: Socket> Pair<S> {
         // The end of one direction releases the half-close of the other; two that wait for each
         // other are both released.
         let ended = |side: Side| {
-            self.flows[side].state != State::Open || self.is_withholding_half_close(side)
+            self.flows[side].state != FlowState::Open || self.is_withholding_half_close(side)
         };
         if ended(Side::Client)
             && ended(Side::Server)
@@ -502,24 +502,27 @@ impl<S: Socket> Pair<S> {
         for side in Side::BOTH {
             // Nobody is left to take what the other side sends. What could be delivered without
             // waiting was; waiting for more would be useless.
-            if self.ends[side].is_dead() && !more && self.flows[side.other()].state == State::Open {
+            if self.ends[side].is_dead()
+                && !more
+                && self.flows[side.other()].state == FlowState::Open
+            {
                 self.flows[side.other()].break_off(pool);
             }
         }
-        if self.flows.iter().all(|flow| flow.state != State::Open) {
-            Turn::Done
+        if self.flows.iter().all(|flow| flow.state != FlowState::Open) {
+            PairTurn::Done
         } else if more {
-            Turn::Again
+            PairTurn::Again
         } else {
-            Turn::Wait
+            PairTurn::Wait
         }
     }
 
-    /// Returns how `side` is to be closed after [`Turn::Done`], or when the pair is cut off before.
+    /// Returns how `side` is to be closed after [`PairTurn::Done`], or when the pair is cut off before.
     pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
         let sent = match self.flows[side.other()].state {
-            State::Finished => Ending::Whole,
-            State::Open | State::Broken => Ending::BrokenOff,
+            FlowState::Finished => Ending::Whole,
+            FlowState::Open | FlowState::Broken => Ending::BrokenOff,
         };
         let input = match self.ends[side].input {
             Half::Open => None,
@@ -540,7 +543,7 @@ impl<S: Socket> Pair<S> {
     fn run(&mut self, side: Side, pool: &mut Pool<S::Pipe>, budget: usize) -> bool {
         let request = &self.flows[Side::Client];
         let silent_end = match self.silent_within.filter(|_| side == Side::Server) {
-            Some(within) if request.state != State::Finished && request.delivered <= within => {
+            Some(within) if request.state != FlowState::Finished && request.delivered <= within => {
                 match request.delivered {
                     0 => SilentEnd::Refuses,
                     _ => SilentEnd::RefusesUnread,

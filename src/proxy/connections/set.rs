@@ -19,7 +19,7 @@ use crate::stream::socket::Socket;
 
 use super::queues::{DialQueue, ProbeQueue};
 use crate::proxy::cuts::Cuts;
-use crate::proxy::driver::{Driver, Event};
+use crate::proxy::driver::{Driver, DriverEvent};
 use crate::proxy::shared::{Accepted, TurnContext};
 
 /// The size of a buffer. A pair in flight borrows at most two.
@@ -96,25 +96,25 @@ impl<D: Driver> Connections<D> {
     /// Passes an event to its connection.
     pub(in crate::proxy) fn take_event(
         &mut self,
-        event: Event<D::Stream, D::Listener>,
+        event: DriverEvent<D::Stream, D::Listener>,
         cx: &mut TurnContext<'_, D>,
     ) {
         match event {
-            Event::Ready { token, readiness } => {
+            DriverEvent::Ready { token, readiness } => {
                 let (id, side) = Id::from_token(token);
                 if let Some(connection) = self.table.get_mut(id) {
                     connection.latch(side, readiness);
                     self.make_ready(id);
                 }
             }
-            Event::Resolved { token, addresses } => {
+            DriverEvent::Resolved { token, addresses } => {
                 let id = Id::from_token(token).0;
                 self.call(id, cx, |it, to| it.take_addresses(addresses, to));
             }
-            Event::Dialled { token, stream } => {
+            DriverEvent::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
             }
-            Event::ProgramEnded {
+            DriverEvent::ProgramEnded {
                 token,
                 connection,
                 forward,
@@ -131,15 +131,17 @@ impl<D: Driver> Connections<D> {
                     }
                 }
             }
-            Event::ThreadsEnded { token, result } => {
+            DriverEvent::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
                 self.call(id, cx, |it, to| it.take_threads_end(result, to));
             }
-            Event::Explained { token, error } => {
+            DriverEvent::Explained { token, error } => {
                 let id = Id::from_token(token).0;
                 self.call(id, cx, |it, to| it.take_explanation(error, to));
             }
-            Event::VmSeen { .. } | Event::LookFailed { .. } | Event::Listener { .. } => {}
+            DriverEvent::VmSeen { .. }
+            | DriverEvent::LookFailed { .. }
+            | DriverEvent::Listener { .. } => {}
         }
     }
 

@@ -22,7 +22,7 @@ use crate::listener::{self, FileAccess};
 use crate::name::{PeerProcess, SocketName};
 #[cfg(feature = "cli")]
 use crate::proxy::driver::Lent;
-use crate::proxy::driver::{Driver, Event, Found, ListenerId, Wanted};
+use crate::proxy::driver::{Driver, DriverEvent, Found, ListenerId, StillWanted};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::peer_names::ListenerName;
 use crate::stream::socket::{Pipe, Socket};
@@ -350,13 +350,13 @@ impl Driver for SimDriver {
 
     fn wait(
         &mut self,
-        events: &mut Vec<Event<SimStream, SimListener>>,
+        events: &mut Vec<DriverEvent<SimStream, SimListener>>,
         _: Option<Duration>,
     ) -> io::Result<()> {
         self.world
             .kernel()
             .take_events(self.worker, |token, readiness| {
-                events.push(Event::Ready { token, readiness });
+                events.push(DriverEvent::Ready { token, readiness });
             });
         events.append(&mut self.world.take_mail(self.worker));
         Ok(())
@@ -392,7 +392,7 @@ impl Driver for SimDriver {
                 Some(false) => Found::Taken,
                 None => found(bind(world, &address)),
             };
-            Some(Event::Listener { of, found })
+            Some(DriverEvent::Listener { of, found })
         });
         true
     }
@@ -406,7 +406,7 @@ impl Driver for SimDriver {
                 remove_file(world, *key, path);
             }
             let found = found(bind(world, &address));
-            Some(Event::Listener { of, found })
+            Some(DriverEvent::Listener { of, found })
         };
         self.world.ask_housekeeper(self.worker, again);
     }
@@ -415,7 +415,7 @@ impl Driver for SimDriver {
         &mut self,
         listener: &SimListener,
         _: FileAccess,
-        wanted: Wanted,
+        wanted: StillWanted,
         done: Sender<io::Result<()>>,
     ) {
         if self.file_of(listener.key).is_none() {
@@ -498,7 +498,7 @@ impl Driver for SimDriver {
             return Some(error);
         }
         self.world.ask_housekeeper(self.worker, move |_| {
-            Some(Event::Explained { token, error })
+            Some(DriverEvent::Explained { token, error })
         });
         None
     }
@@ -557,7 +557,7 @@ impl Driver for SimDriver {
         let gate = Arc::clone(gate);
         self.world.ask_housekeeper(self.worker, move |world| {
             let look = world.look_at_vm(gate.vm());
-            Some(Event::VmSeen { gate, look })
+            Some(DriverEvent::VmSeen { gate, look })
         });
     }
 

@@ -14,7 +14,7 @@ use fastrand::Rng;
 
 use crate::engine::admission::Wake;
 use crate::engine::connection::State;
-use crate::proxy::driver::{Driver, Event};
+use crate::proxy::driver::{Driver, DriverEvent};
 use crate::proxy::worker::{Turn, Wait, Worker};
 
 use super::driver::{SimDriver, SimListener, SimStream, SimWorld, set_world};
@@ -35,7 +35,7 @@ const FREEZE: Duration = Duration::from_millis(500);
 const SPIN: u32 = 3;
 const SPIN_TOGETHER: u32 = 200;
 
-type SimEvent = Event<SimStream, SimListener>;
+type SimEvent = DriverEvent<SimStream, SimListener>;
 
 /// Something that acts: a client, a server, a VM, an operator.
 pub(super) trait Actor {

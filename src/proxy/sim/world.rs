@@ -15,7 +15,7 @@ use fastrand::Rng;
 
 use crate::address::AnyVm;
 use crate::engine::health::{VmIdentity, VmLook};
-use crate::proxy::driver::Event;
+use crate::proxy::driver::DriverEvent;
 use crate::sys::Identity;
 
 use super::kernel::{Kernel, Place, SocketId};
@@ -39,7 +39,7 @@ pub(super) enum Name {
 }
 
 /// What is done later, and what has come of it for a worker.
-type Task<S, L> = Box<dyn FnOnce(&Rc<World<S, L>>) -> Option<Event<S, L>>>;
+type Task<S, L> = Box<dyn FnOnce(&Rc<World<S, L>>) -> Option<DriverEvent<S, L>>>;
 
 /// What the housekeeper does, or whoever looks names up.
 pub(super) struct Job<S, L> {
@@ -52,7 +52,7 @@ pub(super) struct Job<S, L> {
 pub(super) struct World<S, L> {
     kernel: RefCell<Kernel>,
     /// What has come for each worker.
-    pub(super) mail: RefCell<Vec<Vec<Event<S, L>>>>,
+    pub(super) mail: RefCell<Vec<Vec<DriverEvent<S, L>>>>,
     pub(super) jobs: RefCell<Vec<Job<S, L>>>,
     rng: RefCell<Rng>,
     pub(super) names: RefCell<HashMap<String, Name>>,
@@ -161,7 +161,7 @@ impl<S, L> World<S, L> {
         self.story.borrow_mut().take().unwrap_or_default()
     }
 
-    pub(super) fn take_mail(&self, worker: usize) -> Vec<Event<S, L>> {
+    pub(super) fn take_mail(&self, worker: usize) -> Vec<DriverEvent<S, L>> {
         std::mem::take(&mut self.mail.borrow_mut()[worker])
     }
 
@@ -179,7 +179,7 @@ impl<S, L> World<S, L> {
     pub(super) fn ask_housekeeper(
         &self,
         worker: usize,
-        run: impl FnOnce(&Rc<World<S, L>>) -> Option<Event<S, L>> + 'static,
+        run: impl FnOnce(&Rc<World<S, L>>) -> Option<DriverEvent<S, L>> + 'static,
     ) {
         let now = self.now();
         let at = match self.housekeeper.get() {
@@ -210,7 +210,7 @@ impl<S, L> World<S, L> {
                 let now = world.now();
                 world.kernel().missing.push((now, host));
             }
-            Some(Event::Resolved { token, addresses })
+            Some(DriverEvent::Resolved { token, addresses })
         });
         self.jobs.borrow_mut().push(Job { at, worker, run });
     }

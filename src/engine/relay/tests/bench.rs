@@ -8,7 +8,7 @@ use fastrand::Rng;
 
 use super::kernel::{FakePipe, FakeSocket, Habits, PIPE, Script, Wire};
 use crate::engine::relay::{
-    Carried, Carrier, CloseMode, End, Pair, Pool, Readiness, Side, State, Turn,
+    Carried, Carrier, CloseMode, End, FlowState, Pair, PairTurn, Pool, Readiness, Side,
 };
 
 /// Calls of a turn that only discards: see `End::discard`.
@@ -29,7 +29,7 @@ pub(super) struct Bench<const KERNEL_EDGES: bool> {
     pub(super) wires: Wires,
     /// An event has come, or the last turn asked for another.
     pub(super) ready: bool,
-    pub(super) last: Turn,
+    pub(super) last: PairTurn,
 }
 
 /// What became of a pair.
@@ -79,7 +79,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             budget,
             wires,
             ready: true,
-            last: Turn::Wait,
+            last: PairTurn::Wait,
         }
     }
 
@@ -110,13 +110,13 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     }
 
     /// One turn, and what is true of every turn: bounded work, no buffer that carries nothing.
-    pub(super) fn turn(&mut self) -> Turn {
+    pub(super) fn turn(&mut self) -> PairTurn {
         let read_before = [self.client().read, self.server().read];
         let turn = self.pair.turn(&mut self.pool, self.budget);
         for (side, before) in Side::BOTH.into_iter().zip(read_before) {
             let read = self.wire(side).read - before;
             let mut bound = self.budget + self.buffer.max(PIPE) - 1;
-            if self.pair.flows[side].state == State::Broken {
+            if self.pair.flows[side].state == FlowState::Broken {
                 bound += DISCARDS as usize * self.buffer;
             }
             assert!(
@@ -125,9 +125,13 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             );
         }
         self.assert_no_idle_buffer();
-        let open = self.pair.flows.iter().any(|flow| flow.state == State::Open);
-        assert_eq!(turn == Turn::Done, !open);
-        self.ready = turn == Turn::Again;
+        let open = self
+            .pair
+            .flows
+            .iter()
+            .any(|flow| flow.state == FlowState::Open);
+        assert_eq!(turn == PairTurn::Done, !open);
+        self.ready = turn == PairTurn::Again;
         self.last = turn;
         turn
     }
@@ -153,10 +157,10 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
     }
 
     /// Takes events and turns until nothing is left to do, and says how it ended.
-    pub(super) fn settle(&mut self) -> Turn {
+    pub(super) fn settle(&mut self) -> PairTurn {
         for _ in 0..10_000 {
             let events = [self.poll(Side::Client), self.poll(Side::Server)];
-            if self.last == Turn::Done || (events == [false; 2] && !self.ready) {
+            if self.last == PairTurn::Done || (events == [false; 2] && !self.ready) {
                 return self.last;
             }
             self.turn();

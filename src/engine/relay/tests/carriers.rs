@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::bench::Bench;
 use super::kernel::{FakePipe, Habits, PIPE};
 use crate::engine::relay::carrier::Pool;
-use crate::engine::relay::{Carrier, Side, Turn};
+use crate::engine::relay::{Carrier, PairTurn, Side};
 use crate::stream::socket::Pipe;
 
 type Kernel = Bench<true>;
@@ -36,7 +36,7 @@ fn calls(pair: &Kernel) -> [u64; 2] {
 fn a_message_takes_one_read_and_one_write() {
     let mut pair = pair(tcp());
     pair.client().say(10);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(calls(&pair), [1, 1]);
     assert_eq!(pair.wire(Side::Server).written, 10);
 }
@@ -45,7 +45,7 @@ fn a_message_takes_one_read_and_one_write() {
 fn where_a_short_read_proves_nothing_there_is_one_more() {
     let mut pair = pair(Habits::default());
     pair.client().say(10);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(calls(&pair), [2, 1]);
 }
 
@@ -63,7 +63,7 @@ fn what_stands_behind_urgent_data_is_looked_for() {
     let mut pair = pair(tcp());
     pair.client().habits.mark = Some(3);
     pair.client().say(10);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(pair.wire(Side::Server).written, 10);
 }
 
@@ -74,7 +74,7 @@ fn a_flow_with_urgent_data_goes_through_memory() {
     pair.settle();
     pair.client().habits.mark = Some(3);
     pair.client().say(PIPE);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(pair.wire(Side::Server).written, 32 + 2 * PIPE as u64);
 }
 
@@ -89,7 +89,7 @@ fn an_end_of_a_splice_is_believed_only_when_a_read_says_so() {
     pair.client().habits.mark = Some(PIPE);
     pair.client().say(PIPE);
     pair.turn();
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(pair.wire(Side::Server).written, 32 + 3 * PIPE as u64);
     assert_eq!(pair.wire(Side::Server).half_closes, 0);
     pair.client().fin();
@@ -147,7 +147,7 @@ fn what_is_in_a_pipe_waits_there_and_a_pipe_with_bytes_is_not_used_again() {
     };
     let mut pair = Kernel::with([tcp(), narrow]);
     pair.client().say(16 + PIPE);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert!(matches!(
         pair.pair.flows[Side::Client].carrier,
         Carrier::Pipe { len: 24, .. }

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::{Habits, Wire};
-use crate::engine::relay::{CloseMode, End, Half, Pool, Readiness, Side, Turn};
+use crate::engine::relay::{CloseMode, End, Half, PairTurn, Pool, Readiness, Side};
 
 type Kernel = Bench<true>;
 type Emulated = Bench<false>;
@@ -129,7 +129,7 @@ fn an_event_with_nothing_behind_it_does_no_harm() {
         ..Readiness::default()
     };
     pair.latch(Side::Client, event);
-    assert_eq!(pair.turn(), Turn::Wait);
+    assert_eq!(pair.turn(), PairTurn::Wait);
     pair.client().say(3);
     pair.settle();
     assert_eq!(pair.wire(Side::Server).written, 3);
@@ -191,16 +191,16 @@ fn each_direction_ends_by_itself() {
         let mut pair = Kernel::calm();
         let second = first.other();
         pair.wires[first].borrow_mut().fin();
-        assert_eq!(pair.settle(), Turn::Wait);
+        assert_eq!(pair.settle(), PairTurn::Wait);
         assert_eq!(
             (pair.wire(second).half_closes, pair.wire(first).half_closes),
             (1, 0)
         );
         pair.wires[second].borrow_mut().say(100);
-        assert_eq!(pair.settle(), Turn::Wait);
+        assert_eq!(pair.settle(), PairTurn::Wait);
         assert_eq!(pair.wire(first).written, 100);
         pair.wires[second].borrow_mut().fin();
-        assert_eq!(pair.settle(), Turn::Done);
+        assert_eq!(pair.settle(), PairTurn::Done);
         assert_eq!(pair.wire(first).half_closes, 1);
         assert_eq!(pair.close_modes(), [CloseMode::Close; 2]);
     }
@@ -214,7 +214,7 @@ fn a_source_that_breaks_is_no_eof() {
         let mut pair = Kernel::calm();
         pair.wires[broken].borrow_mut().say(100);
         pair.wires[broken].borrow_mut().reset(RESET);
-        assert_eq!(pair.settle(), Turn::Done);
+        assert_eq!(pair.settle(), PairTurn::Done);
         let sink = broken.other();
         assert_eq!(
             (pair.wire(sink).written, pair.wire(sink).half_closes),
@@ -258,7 +258,7 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
     let mut pair = Kernel::calm();
     pair.server().turn_deaf();
     pair.client().say(100);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(
         pair.wire(Side::Server).write_error,
         Some(ErrorKind::BrokenPipe)
@@ -266,7 +266,7 @@ fn a_server_that_takes_no_more_still_answers_a_client_that_goes_on_sending() {
     pair.server().say(40);
     pair.server().fin();
     pair.client().say(100);
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(
         (
             pair.wire(Side::Client).written,
@@ -301,7 +301,7 @@ fn a_server_whose_reader_is_gone_is_reset() {
     pair.client().fin();
     pair.client().turn_deaf();
     pair.server().say(100);
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(pair.wire(Side::Server).half_closes, 1);
     assert_eq!(pair.close_modes(), [CloseMode::Reset; 2]);
 }
@@ -311,11 +311,11 @@ fn what_a_broken_direction_still_gets_is_dropped_until_it_ends() {
     let mut pair = Kernel::calm();
     pair.server().turn_deaf();
     pair.client().say(1000);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(pair.wire(Side::Client).read, 1000);
     pair.client().fin();
     pair.server().fin();
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Close);
 }
 
@@ -337,7 +337,7 @@ fn a_server_that_closes_with_bytes_unread_where_nothing_tells_has_said_all() {
     // The next thing that it says is what tells.
     pair.client().say(1);
     pair.settle();
-    assert_eq!(pair.last, Turn::Done);
+    assert_eq!(pair.last, PairTurn::Done);
     assert_eq!(
         pair.wire(Side::Server).write_error,
         Some(ErrorKind::BrokenPipe)
@@ -351,7 +351,7 @@ fn nobody_waits_for_a_server_whose_client_is_dead() {
     pair.server().say(10);
     pair.settle();
     pair.client().reset(RESET);
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(pair.close_modes(), [CloseMode::Close, CloseMode::Reset]);
 }
 
@@ -361,7 +361,7 @@ fn what_can_go_to_a_dead_client_without_waiting_goes() {
     pair.budget = 40;
     pair.server().say(100);
     pair.pair.ends[Side::Client].input = Half::Failed(RESET);
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(pair.wire(Side::Client).written, 100);
 }
 
@@ -376,9 +376,9 @@ fn the_last_words_of_a_dead_client_wait_for_their_reader() {
     pair.settle();
     assert!(pair.pair.is_ending());
     assert_eq!(hear_all(pair.server()), 10);
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     assert_eq!(hear_all(pair.server()), 20);
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(hear_all(pair.server()), 26);
     assert_eq!(pair.pair.close_mode(Side::Server), CloseMode::Reset);
 }
@@ -394,7 +394,7 @@ fn a_pair_is_ending_when_a_dead_end_has_undelivered_bytes() {
     };
     pair.latch(Side::Client, failed);
     pair.turn();
-    assert_eq!(pair.last, Turn::Wait);
+    assert_eq!(pair.last, PairTurn::Wait);
     assert!(pair.pair.is_ending());
     assert_eq!(pair.carried(Side::Client), 2);
     assert_eq!(hear_all(pair.server()), 10);
@@ -436,7 +436,7 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
     pair.poll(Side::Client);
     pair.poll(Side::Server);
     for moved in [48, 96] {
-        assert_eq!(pair.turn(), Turn::Again);
+        assert_eq!(pair.turn(), PairTurn::Again);
         assert_eq!(
             (
                 pair.wire(Side::Server).written,
@@ -445,7 +445,7 @@ fn a_turn_moves_its_budget_in_each_direction_and_asks_for_another() {
             (moved, moved)
         );
     }
-    assert_eq!(pair.turn(), Turn::Wait);
+    assert_eq!(pair.turn(), PairTurn::Wait);
     assert_eq!(
         (
             pair.wire(Side::Server).written,
@@ -464,7 +464,7 @@ fn the_turn_that_releases_the_half_close_keeps_its_budget() {
     pair.server().fin();
     pair.poll(Side::Client);
     pair.poll(Side::Server);
-    assert_eq!(pair.turn(), Turn::Again);
+    assert_eq!(pair.turn(), PairTurn::Again);
     assert_eq!(pair.wire(Side::Client).read, 48);
 }
 

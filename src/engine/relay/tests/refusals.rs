@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 
 use super::bench::Bench;
 use super::kernel::Habits;
-use crate::engine::relay::{CloseMode, Ending, Side, Turn};
+use crate::engine::relay::{CloseMode, Ending, PairTurn, Side};
 
 type Kernel = Bench<true>;
 
@@ -20,7 +20,7 @@ fn silent() -> Kernel {
 
 fn assert_refused(pair: &Kernel) {
     assert!(pair.pair.was_refused());
-    assert_eq!(pair.last, Turn::Done);
+    assert_eq!(pair.last, PairTurn::Done);
     assert_eq!(pair.wire(Side::Client).half_closes, 0);
     assert_eq!(pair.pair.close_mode(Side::Client), CloseMode::Reset);
 }
@@ -90,7 +90,7 @@ fn an_end_after_the_half_close_is_an_empty_answer() {
     pair.client().fin();
     pair.settle();
     pair.server().fin();
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_answered(&pair);
 }
 
@@ -139,7 +139,7 @@ fn a_held_half_close_waits_for_its_release() {
         "it hasn't come"
     );
     pair.client().fin();
-    assert_eq!(pair.settle(), Turn::Wait);
+    assert_eq!(pair.settle(), PairTurn::Wait);
     // The bytes before it are not held.
     assert_eq!(
         (
@@ -151,7 +151,7 @@ fn a_held_half_close_waits_for_its_release() {
     assert!(pair.pair.is_withholding_half_close(Side::Client));
     pair.pair.release_half_close(Side::Client);
     assert!(!pair.pair.is_withholding_half_close(Side::Client));
-    assert_eq!(pair.turn(), Turn::Wait);
+    assert_eq!(pair.turn(), PairTurn::Wait);
     assert_eq!(pair.wire(Side::Server).half_closes, 1);
 }
 
@@ -163,7 +163,7 @@ fn a_held_half_close_goes_when_the_server_has_ended() {
     pair.settle();
     pair.server().say(5);
     pair.server().fin();
-    assert_eq!(pair.settle(), Turn::Done);
+    assert_eq!(pair.settle(), PairTurn::Done);
     assert_eq!(
         (
             pair.wire(Side::Server).half_closes,
@@ -194,13 +194,13 @@ fn an_end_that_is_in_doubt_is_passed_on_when_it_is_known_what_it_is() {
         pair.client().fin();
         pair.server().say(5);
         pair.server().fin();
-        assert_eq!(pair.settle(), Turn::Wait);
+        assert_eq!(pair.settle(), PairTurn::Wait);
         assert!(pair.pair.has_doubtful_end(Side::Server));
         assert_eq!(pair.wire(Side::Client).half_closes, 0);
         pair.pair.settle_end(Side::Server, end);
         assert!(!pair.pair.has_doubtful_end(Side::Server));
         pair.turn();
-        assert_eq!(pair.settle(), Turn::Done);
+        assert_eq!(pair.settle(), PairTurn::Done);
         assert_eq!(pair.pair.close_mode(Side::Client), close_mode);
         let whole = end == Ending::Whole;
         assert_eq!(pair.wire(Side::Client).half_closes, u32::from(whole));

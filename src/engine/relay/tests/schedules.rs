@@ -10,7 +10,7 @@ use fastrand::Rng;
 
 use super::bench::{Bench, Wires};
 use super::kernel::{Ending, Habits, Script, Wire};
-use crate::engine::relay::{CloseMode, Readiness, Side, State, Turn};
+use crate::engine::relay::{CloseMode, FlowState, PairTurn, Readiness, Side};
 
 const SEEDS: Range<u64> = 0..3000;
 
@@ -219,7 +219,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
                 _ if self.bench.ready => self.turn(step),
                 _ => {}
             }
-            if self.bench.last == Turn::Done {
+            if self.bench.last == PairTurn::Done {
                 return true;
             }
             if self.is_idle() {
@@ -275,7 +275,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
 
     fn bare_turn(&mut self) {
         let bench = &mut self.bench;
-        let open = bench.pair.flows[Side::Server].state == State::Open;
+        let open = bench.pair.flows[Side::Server].state == FlowState::Open;
         let request = bench.pair.delivered(Side::Client);
         let asked = bench.server().half_closes > 0;
         let ended = bench.server().read_ended;
@@ -289,7 +289,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             let refused = silent && self.unread.is_some_and(|unread| request <= unread);
             assert_eq!(bench.pair.was_refused(), refused);
         }
-        if self.hold.is_some() && bench.pair.flows[Side::Server].state == State::Open {
+        if self.hold.is_some() && bench.pair.flows[Side::Server].state == FlowState::Open {
             assert_eq!(
                 bench.server().half_closes,
                 0,
@@ -297,7 +297,7 @@ impl<const KERNEL_EDGES: bool> Schedule<KERNEL_EDGES> {
             );
         }
         // Waiting means that nothing can be done without an event.
-        if bench.last == Turn::Wait && !self.is_one_dead() {
+        if bench.last == PairTurn::Wait && !self.is_one_dead() {
             let calls = |bench: &Bench<_>| bench.client().calls + bench.server().calls;
             let before = calls(&self.bench);
             self.bench.turn();
