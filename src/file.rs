@@ -37,7 +37,8 @@ pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
 /// Opens a regular file to be read, links followed, without waiting.
 ///
 /// # Errors
-/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason; what the system says.
+/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason; what the system
+/// says.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Asked before as well: to open a device may have an effect.
     check(&fs::metadata(path)?)?;
@@ -49,8 +50,8 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens a file to append to it, and makes it (0600) if there is none. It may be a device, or a FIFO
-/// that somebody reads; a write to it may wait, but the open does not.
+/// Opens a file to append to it, and makes it (0600) if there is none. It may be a device, or a
+/// FIFO that somebody reads; a write to it may wait, but the open does not.
 ///
 /// # Errors
 /// `IsADirectory`; `InvalidInput` if it is a socket, or a FIFO that nobody reads; what the system

@@ -7,8 +7,8 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 use crate::error::{Error, Operation, Result};
 
-/// Starts a thread. `name` is what the system calls it (Linux takes 15 bytes), and `purpose` what it
-/// is for in an error: "to read standard input".
+/// Starts a thread. `name` is what the system calls it (Linux takes 15 bytes), and `purpose` what
+/// it is for in an error: "to read standard input".
 ///
 /// # Errors
 /// Returns the system's error if it gives no thread.

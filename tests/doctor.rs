@@ -263,7 +263,8 @@ fn each_hvsock_that_carries_the_vm_is_asked() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
-/// A process that is no hvsock, and a control socket that isn't there: what was asked for can't be said.
+/// A process that is no hvsock, and a control socket that isn't there: what was asked for can't be
+/// said.
 #[test]
 fn an_hvsock_that_is_named_must_answer() {
     let dir = private_dir();

@@ -1,5 +1,5 @@
-//! Who imports whom in `src`: no circles, from a floor only to those below, and in the engine as its
-//! table says. Imports are read from `use` lines and from paths; a call of a method is none.
+//! Who imports whom in `src`: no circles, from a floor only to those below, and in the engine as
+//! its table says. Imports are read from `use` lines and from paths; a call of a method is none.
 
 #![cfg(unix)] // The sources are the same everywhere.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -607,6 +607,79 @@ fn no_thread_is_started_by_a_function_that_panics() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The longest line of a comment, in characters.
+const LONGEST_COMMENT: usize = 100;
+
+/// The files and folders whose comments are still to be wrapped.
+const UNWRAPPED: &[&str] = &[
+    "src/app/cli/control.rs",
+    "src/app/cli/predecessor.rs",
+    "src/app/cli/reconciler.rs",
+    "src/app/cli/rules.rs",
+    "src/app/cli/run.rs",
+    "src/app/cli/running.rs",
+    "src/app/cli/simulate.rs",
+    "src/app/cli/spec.rs",
+    "src/app/cli/usage.rs",
+    "src/app/config/conflicts.rs",
+    "src/app/control/",
+    "src/app/mod.rs",
+    "src/app/values.rs",
+    "src/app/vmms.rs",
+    "src/dial/exec.rs",
+    "src/engine/connection/program.rs",
+    "src/engine/relay/mod.rs",
+    "src/engine/status.rs",
+    "src/proxy/",
+    "src/simulate/mod.rs",
+    "src/stream/",
+    "src/sys/unix/place.rs",
+    "tests/command.rs",
+    "tests/control.rs",
+    "tests/guest/src/main.rs",
+    "tests/slots.rs",
+    "tests/takeover.rs",
+];
+
+/// Returns whether a line is one of a comment that has too many characters. A row of a table can't
+/// be broken.
+fn is_long_comment(line: &str) -> bool {
+    let line = line.trim_end();
+    let begun = line.trim_start();
+    let text = begun.trim_start_matches(['/', '!']).trim_start();
+    begun.starts_with("//") && !text.starts_with('|') && line.chars().count() > LONGEST_COMMENT
+}
+
+#[test]
+fn lines_of_comments_are_short() {
+    let long = format!("    /// {}", "word ".repeat(20));
+    assert!(is_long_comment(&long) && !is_long_comment(&long[8..]));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut wrong = Vec::new();
+    for path in [root.join("src"), root.join("tests")]
+        .iter()
+        .flat_map(|it| files_below(it))
+    {
+        let file = path.strip_prefix(root).unwrap().to_str().unwrap();
+        let is_left_out = file.split('/').any(|part| part == "target")
+            || UNWRAPPED.iter().any(|it| file.starts_with(it));
+        if !file.ends_with(".rs") || is_left_out {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let long = text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| is_long_comment(line));
+        wrong.extend(long.map(|(number, _)| format!("{file}:{}", number + 1)));
+    }
+    assert!(
+        wrong.is_empty(),
+        "comments of more than {LONGEST_COMMENT} characters in a line:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]

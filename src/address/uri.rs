@@ -184,8 +184,8 @@ impl<'a> Uri<'a> {
     }
 
     /// Decodes the path of [`parse_path`](Uri::parse_path): `/abs`, or `./rel` for the relative
-    /// `rel`. A path that begins with a name is refused, lest it look like that of a program that is
-    /// searched for. `missing` and `named` are what is said of no path, and of a name.
+    /// `rel`. A path that begins with a name is refused, lest it look like that of a program that
+    /// is searched for. `missing` and `named` are what is said of no path, and of a name.
     pub(super) fn local_path(&self, missing: &str, named: &str) -> Result<PathBuf, AddressError> {
         let error = |reason: &str| self.error(Part::Path, self.path, reason);
         let text = match self.path {

@@ -66,8 +66,8 @@ fn ask(process: &Process) -> Option<(PathBuf, String)> {
     answers.next()
 }
 
-/// Returns where a process is controlled: its own socket, or the one that it was given, or else where
-/// its own would be.
+/// Returns where a process is controlled: its own socket, or the one that it was given, or else
+/// where its own would be.
 pub(crate) fn find_control_of(process: u32) -> PathBuf {
     let own = control::find_own_path(process);
     if own.symlink_metadata().is_ok() {

@@ -1,5 +1,5 @@
-//! Work that may take long though it seldom does, as with a file system that hangs: it is told of, or
-//! given up.
+//! Work that may take long though it seldom does, as with a file system that hangs: it is told of,
+//! or given up.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;

@@ -35,8 +35,8 @@ pub(crate) struct Plan {
     pub(crate) address: Address,
     /// How long a connection that can't be had yet is tried for again.
     pub(crate) wait: Duration,
-    /// How long the peer may take to end when we are told to; and how long nothing may come before a half-close that is
-    /// kept back is sent all the same.
+    /// How long the peer may take to end when we are told to; and how long nothing may come before
+    /// a half-close that is kept back is sent all the same.
     pub(crate) drain: Duration,
     /// One client is served after the other.
     pub(crate) keeps: bool,
@@ -102,7 +102,8 @@ impl Cat {
         self.carry(stream, connected)
     }
 
-    /// Connects to the standard input and output of a program, which is started, and carries. Returns its failure, if it fails.
+    /// Connects to the standard input and output of a program, which is started, and carries.
+    /// Returns its failure, if it fails.
     #[cfg(unix)]
     fn connect_to_program(&mut self, exec: &ExecAddress) -> Outcome {
         let (stream, ending) = self.dial(|_| {
@@ -121,7 +122,8 @@ impl Cat {
         }
     }
 
-    /// Takes a client and carries, to the end of both directions; false if none has come for a while.
+    /// Takes a client and carries, to the end of both directions; false if none has come for a
+    /// while.
     pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, Failure> {
         let Some((stream, _)) = listener.accept_timeout(LOOK) else {
             return Ok(false);
@@ -166,8 +168,8 @@ impl Cat {
         self.wait_for_end(exec, |time| program.ended_within(time))
     }
 
-    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long, and returns its exit
-    /// code.
+    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long,
+    /// and returns its exit code.
     #[cfg(unix)]
     fn wait_for_end(
         &self,
@@ -203,7 +205,8 @@ impl Cat {
         }
     }
 
-    /// Returns whether the end was asked for since the last call, by a signal or by the end of standard output's reader.
+    /// Returns whether the end was asked for since the last call, by a signal or by the end of
+    /// standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
         // Those of threads of an earlier session say nothing any more.
         self.events
@@ -263,11 +266,12 @@ impl Cat {
 
     /// Waits until it is known that the guest has taken a dial.
     ///
-    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a while. But a guest
-    /// answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
-    /// answered, too.
+    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a
+    /// while. But a guest answers dials in their order: when one behind ours, to a port that nobody
+    /// can have, is refused, ours has been answered, too.
     fn is_taken(&self, stream: &Stream, vm: &HyperkitVm, deadline: Instant) -> Result<(), Attempt> {
-        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends ours, too.
+        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends
+        // ours, too.
         let Ok(probe) = Stream::connect_timeout(&vm.probe_address().into(), DIAL) else {
             return self.is_refused(stream, LOOK);
         };
@@ -300,7 +304,8 @@ impl Cat {
             if left.is_zero() {
                 return Ok(false);
             }
-            // A failure to wait is one of the socket: what there is to say of it, ours says as well.
+            // A failure to wait is one of the socket: what there is to say of it, ours says as
+            // well.
             if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }
@@ -308,7 +313,8 @@ impl Cat {
     }
 }
 
-/// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
+/// Tells of the end of standard output's reader. A write would say so, too, but only once something
+/// has come.
 fn watch_output(tell: Sender<Event>) {
     let watch = move || {
         if crate::sys::wait_until_output_is_unread() {

@@ -57,13 +57,15 @@ impl Near<'_> {
         }
     }
 
-    /// Returns whether it is no failure if this side leaves some of what has come unread: what a program reads is its own choice.
+    /// Returns whether it is no failure if this side leaves some of what has come unread: what a
+    /// program reads is its own choice.
     pub(super) fn may_leave_unread(&self) -> bool {
         !matches!(self, Near::Standard(_))
     }
 
-    /// Returns whether what is still read here may have nobody who waits for it, once the peer has ended: a terminal's
-    /// user waits for us, not we for him. `is_hung_up` tells whether the peer takes nothing more.
+    /// Returns whether what is still read here may have nobody who waits for it, once the peer has
+    /// ended: a terminal's user waits for us, not we for him. `is_hung_up` tells whether the peer
+    /// takes nothing more.
     pub(super) fn is_idle(&self, is_hung_up: impl FnOnce() -> bool) -> bool {
         match self {
             Near::Standard(_) => io::stdin().is_terminal() || is_hung_up(),

@@ -33,7 +33,8 @@ pub(super) struct Ending {
 }
 
 impl Ending {
-    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each signal.
+    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each
+    /// signal.
     pub(super) fn within(&self, time: Duration) -> Option<io::Result<u8>> {
         if self.ended.get().is_none() {
             let ended = match self.told.recv_timeout(time) {
@@ -64,7 +65,8 @@ impl Ending {
     }
 }
 
-/// Connects to a program, which is started for that, unless it is interrupted. Returns its end, too.
+/// Connects to a program, which is started for that, unless it is interrupted. Returns its end,
+/// too.
 ///
 /// # Errors
 /// Why it can't be started.

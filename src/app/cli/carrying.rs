@@ -26,8 +26,8 @@ pub(super) struct Wanted {
     pub(super) later: Option<Later>,
 }
 
-/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
-/// beside it, if they were asked for.
+/// Carries rules as the options have it until the end is asked for; the control socket and the
+/// metrics beside it, if they were asked for.
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,

@@ -57,21 +57,24 @@ pub(super) struct Cat {
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
-    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does (Windows only)
+    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does
+    /// (Windows only)
     #[arg(long, requires = "listen")]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_time)]
     wait: Duration,
-    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
-    /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
+    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux,
+    /// seconds without a byte until EOF on standard input is passed on all the same, and to a pipe
+    /// without a half-close until all is over
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_time)]
     drain_timeout: Duration,
     /// With -l, permissions of a Unix listening socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
     mode: u32,
-    /// Start a program for the connection, which is its standard input and output; its exit code is that of cat. It is
-    /// named by its path, and its arguments follow behind --, or by exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
+    /// Start a program for the connection, which is its standard input and output; its exit code is
+    /// that of cat. It is named by its path, and its arguments follow behind --, or by
+    /// exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
     #[cfg(unix)]
     #[arg(long, value_name = "PROGRAM", conflicts_with = "echo", add = ArgValueCompleter::new(complete::address), value_parser = arguments::program())]
     exec: Option<ExecAddress>,

@@ -1,8 +1,9 @@
-//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to ask.
+//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to
+//! ask.
 //!
-//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are asked for, and no script
-//! that was made before can have them. The engine is called unstable, for the script and the program must be of one
-//! version; they are installed together.
+//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are
+//! asked for, and no script that was made before can have them. The engine is called unstable, for
+//! the script and the program must be of one version; they are installed together.
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
@@ -59,7 +60,8 @@ pub(super) fn script(shell: &str) -> Option<Vec<u8>> {
     // It writes to memory.
     let _ = completer.write_registration(SHELL, "hvsock", "hvsock", "hvsock", &mut script);
     if shell == "zsh" {
-        // In a file of zsh's fpath, it is run for the first completion, and has to answer that, too.
+        // In a file of zsh's fpath, it is run for the first completion, and has to answer that,
+        // too.
         script
             .extend(b"[ \"$funcstack[1]\" = _hvsock ] && _clap_dynamic_completer_hvsock \"$@\"\n");
     }
@@ -176,8 +178,8 @@ fn matching(
     candidates.collect()
 }
 
-/// Looks something up that may hang, as a disk or a process does. Returns `None` if it takes too long,
-/// or no thread can be started.
+/// Looks something up that may hang, as a disk or a process does. Returns `None` if it takes too
+/// long, or no thread can be started.
 fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (found, answer) = channel();
     start_thread("hvsock-look", "to look up a name", move || {

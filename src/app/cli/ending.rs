@@ -124,8 +124,8 @@ fn end_when_idle(
     }
 }
 
-/// Runs a proxy as [`run_proxy`] does; `reload` is called when a signal asks for it. Neither it nor the grace may wait for
-/// anything: a signal ends the process whatever else goes on.
+/// Runs a proxy as [`run_proxy`] does; `reload` is called when a signal asks for it. Neither it nor
+/// the grace may wait for anything: a signal ends the process whatever else goes on.
 pub(super) fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,

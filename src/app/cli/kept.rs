@@ -17,8 +17,8 @@ use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 /// What becomes of what can't be had at the start.
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct KeepTrying {
-    /// Start though something can't be listened on, and try that again every 2 s [default: it fails at
-    /// once]
+    /// Start though something can't be listened on, and try that again every 2 s [default: it fails
+    /// at once]
     #[arg(long)]
     keep_trying: bool,
 }

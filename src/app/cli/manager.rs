@@ -13,8 +13,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as long as all workers
-    /// answer.
+    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as
+    /// long as all workers answer.
     pub(super) fn begin(handle: &Handle) -> Manager {
         Manager::ready(handle);
         Manager {
@@ -38,8 +38,8 @@ impl Manager {
         system::stopping(status);
     }
 
-    /// Says that another process has taken over, and is to be watched from now on. Of the end of this one it isn't told
-    /// any more.
+    /// Says that another process has taken over, and is to be watched from now on. Of the end of
+    /// this one it isn't told any more.
     #[cfg(unix)]
     pub(super) fn handed_over(process: u32) {
         system::handed_over(process);
@@ -89,7 +89,8 @@ mod system {
         HANDED_OVER.store(true, Ordering::Release);
     }
 
-    /// Tells the manager without waiting: one that reads nothing makes a sender wait, and the sender may have signals to heed.
+    /// Tells the manager without waiting: one that reads nothing makes a sender wait, and the
+    /// sender may have signals to heed.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 

@@ -38,10 +38,12 @@ const FIRST: RawFd = 3;
 
 /// Takes the sockets that were passed to this process. To be called once.
 ///
-/// The variables stay as they are: they name this process, so that no child could take them for its own.
+/// The variables stay as they are: they name this process, so that no child could take them for its
+/// own.
 ///
 /// # Errors
-/// That one isn't there, or no listening stream socket; it is called by its name in `LISTEN_FDNAMES`.
+/// That one isn't there, or no listening stream socket; it is called by its name in
+/// `LISTEN_FDNAMES`.
 #[cfg(unix)]
 fn listeners() -> Result<Vec<Listener>, Failure> {
     let ours = env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());

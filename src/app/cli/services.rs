@@ -1,4 +1,5 @@
-//! `hvsock register`, `unregister`, `services`: Windows' register of the services that Hyper-V guests may dial.
+//! `hvsock register`, `unregister`, `services`: Windows' register of the services that Hyper-V
+//! guests may dial.
 
 use std::io::ErrorKind;
 

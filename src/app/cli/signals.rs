@@ -7,8 +7,9 @@ use crate::app::log;
 use crate::error::Result;
 use crate::thread::start_thread;
 
-/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that closes must not leave
-/// sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the console's close.
+/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that
+/// closes must not leave sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the
+/// console's close.
 ///
 /// To be taken before anything is made that has to be removed again.
 #[derive(Debug)]
@@ -40,8 +41,8 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
-    /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to open
-    /// the log's file again: see [`asked`](EndSignals::asked).
+    /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to
+    /// open the log's file again: see [`asked`](EndSignals::asked).
     pub(super) fn take_with_reload() -> io::Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {

@@ -24,8 +24,8 @@ use crate::sys;
 
 /// Stop an hvsock that runs, and wait for its end
 ///
-/// The keeper of its VMs stays: it ends what guests have not ended yet, and goes on accepting what they dial, until another
-/// hvsock takes that over or the VM ends.
+/// The keeper of its VMs stays: it ends what guests have not ended yet, and goes on accepting what
+/// they dial, until another hvsock takes that over or the VM ends.
 #[derive(Args, Debug)]
 #[command(
     after_help = "Without a keeper a VM whose guest goes on dialling a port of the host may hang.
@@ -36,12 +36,12 @@ Examples:
   hvsock stop docker --keeper     keepers of that VM whose hvsock has ended"
 )]
 pub(super) struct Stop {
-    /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
-    /// hvsock has ended, and no hvsock
+    /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end
+    /// its keepers whose hvsock has ended, and no hvsock
     #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
-    /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
-    /// may hang
+    /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose
+    /// guest goes on dialling them may hang
     #[arg(long)]
     keeper: bool,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
@@ -54,7 +54,8 @@ pub(super) struct Stop {
 /// How often it is looked whether it has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How much longer than its grace an hvsock may take: the connections of guests are closed gracefully.
+/// How much longer than its grace an hvsock may take: the connections of guests are closed
+/// gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
 impl Stop {
@@ -83,7 +84,8 @@ impl Stop {
         Ok(())
     }
 
-    /// Stops the hvsock that is controlled at `path`. `has_ended` waits until it has ended, or until that time.
+    /// Stops the hvsock that is controlled at `path`. `has_ended` waits until it has ended, or
+    /// until that time.
     fn stop(&self, path: &Path, has_ended: impl FnOnce(Instant) -> bool) -> Outcome {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(path, "POST", &call, "")?)?;

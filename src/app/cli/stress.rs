@@ -20,7 +20,8 @@ use crate::error::counted;
 use crate::listener::lasting::LastingListener;
 use crate::thread::{start_scoped_thread, start_thread};
 
-/// Send random data through any address to a server that returns it, compare every byte, and measure
+/// Send random data through any address to a server that returns it, compare every byte, and
+/// measure
 #[derive(Args, Debug)]
 #[command(
     after_help = "Any echo server will do, but for --bench up and down, which want a `stress --server`. SIZEs have K, M \
@@ -44,7 +45,8 @@ pub(super) struct Stress {
     /// Connections at a time, at most 10000
     #[arg(short = 'p', long, value_name = "N", default_value_t = 1, value_parser = number::<u16>(1..=10_000))]
     parallel: u16,
-    /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down: 256M; rtt: 64]
+    /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down:
+    /// 256M; rtt: 64]
     #[arg(long, value_name = "SIZE|MIN-MAX", value_parser = parse_sizes)]
     size: Option<Sizes>,
     /// Bytes that are read or written at once, at most 16M

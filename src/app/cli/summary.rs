@@ -7,7 +7,8 @@ use std::time::Duration;
 /// How often it is tried again to listen where that could not be done.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
-/// What became of the forwards when the file was read again, by their names. Prints as how many they are.
+/// What became of the forwards when the file was read again, by their names. Prints as how many
+/// they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Summary {
     pub(super) added: Vec<String>,

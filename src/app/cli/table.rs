@@ -6,7 +6,8 @@ use indicatif::HumanCount;
 
 use crate::app::escape;
 
-/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
+/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal
+/// is escaped.
 pub(super) fn of<const N: usize>(
     headings: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,

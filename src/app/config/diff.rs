@@ -1,4 +1,5 @@
-//! What there is to do so that a running proxy carries what a file says, and nothing else is touched.
+//! What there is to do so that a running proxy carries what a file says, and nothing else is
+//! touched.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -12,7 +13,8 @@ pub(crate) struct Existing<I> {
     pub(crate) id: I,
     /// As it was asked for.
     pub(crate) rule: Rule,
-    /// It came from the file. Others are left alone, unless the file now asks for where they listen.
+    /// It came from the file. Others are left alone, unless the file now asks for where they
+    /// listen.
     pub(crate) ours: bool,
 }
 
@@ -26,10 +28,11 @@ pub(crate) enum Step<I> {
     Unname(I),
     /// Gives another rule to a forward that listens there already.
     Replace(I, Rule),
-    /// Another place for a forward of the same name: it can listen there before the old one is closed.
+    /// Another place for a forward of the same name: it can listen there before the old one is
+    /// closed.
     Move(I, Rule),
-    /// The same for forwards that are in each other's way, or each in its own: all are closed before any
-    /// listens again.
+    /// The same for forwards that are in each other's way, or each in its own: all are closed
+    /// before any listens again.
     Exchange(Vec<(I, Rule)>),
     Add(Rule),
 }
@@ -46,9 +49,9 @@ enum Found<'a, I> {
 
 /// Returns the steps by which the existing forwards become the wanted ones.
 ///
-/// A forward is known again by where it listens, by its name only among those that have their port chosen: a forward that keeps its
-/// address keeps its listener. What is not known by that, and came from the file, has moved if there is
-/// its name.
+/// A forward is known again by where it listens, by its name only among those that have their port
+/// chosen: a forward that keeps its address keeps its listener. What is not known by that, and came
+/// from the file, has moved if there is its name.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut holders: HashMap<_, VecDeque<usize>> = HashMap::new();
     let mut namesakes: HashMap<&str, VecDeque<usize>> = HashMap::new();
@@ -113,7 +116,8 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
     steps
 }
 
-/// Returns where a rule listens, by which its forward is known again; and its name, if the port is chosen.
+/// Returns where a rule listens, by which its forward is known again; and its name, if the port is
+/// chosen.
 fn place_of(rule: &Rule) -> (&Address, Option<&Option<String>>) {
     let chosen = rule.listen.leaves_port_to_kernel();
     (&rule.listen, chosen.then_some(&rule.name))
@@ -205,7 +209,8 @@ fn may_collide(one: &Address, other: &Address) -> bool {
     one.may_collide(other) || files.is_some_and(|(one, other)| one == other)
 }
 
-/// Returns the file of the Unix socket that is made for an address, however its directory is spelled.
+/// Returns the file of the Unix socket that is made for an address, however its directory is
+/// spelled.
 fn file_of(listen: &Address) -> Option<PathBuf> {
     let path = listen.listen_path()?;
     let path = std::path::absolute(&path).unwrap_or_else(|_| path.into_owned());

@@ -1,4 +1,5 @@
-//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at once. No sockets here.
+//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at
+//! once. No sockets here.
 //!
 //! ```toml
 //! grace = "30s"
@@ -58,7 +59,8 @@ use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
 
-/// What the file says. Reading it has found that it can be carried out, as far as can be known without trying.
+/// What the file says. Reading it has found that it can be carried out, as far as can be known
+/// without trying.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
@@ -134,8 +136,8 @@ pub(crate) struct Wanted {
     pub(crate) notes: Vec<Problem>,
 }
 
-/// Reads a file, but none that may never end, or never begin: the reader may have signals to heed. Standard
-/// input is read to its end.
+/// Reads a file, but none that may never end, or never begin: the reader may have signals to heed.
+/// Standard input is read to its end.
 fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
@@ -373,7 +375,8 @@ impl Config {
         }
     }
 
-    /// Returns the VMs that the forwards lead to or from, as the file calls them, by the forwards' names.
+    /// Returns the VMs that the forwards lead to or from, as the file calls them, by the forwards'
+    /// names.
     pub(crate) fn vms_of_forwards(&self) -> HashMap<&str, &str> {
         let forwards = self.forwards.iter();
         forwards

@@ -1,5 +1,5 @@
-//! What the forwards of a file need that isn't there, each with its line. Most of it may come later,
-//! so `hvsock run` takes the file, and tries again.
+//! What the forwards of a file need that isn't there, each with its line. Most of it may come
+//! later, so `hvsock run` takes the file, and tries again.
 
 use std::collections::HashMap;
 

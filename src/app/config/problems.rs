@@ -61,8 +61,8 @@ pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
     }
 }
 
-/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
-/// the end.
+/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`,
+/// without a newline at the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problems {
     file: PathBuf,

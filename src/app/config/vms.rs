@@ -172,11 +172,13 @@ pub(super) fn find<'a>(
     }
 }
 
-/// Finds where a VM is; and why its state can't be understood, if so: it may be writing it just now.
+/// Finds where a VM is; and why its state can't be understood, if so: it may be writing it just
+/// now.
 fn locate(at: &str, places: &Places) -> Result<(VmPlace, Option<String>), String> {
     match VmPlace::find(at, places) {
         Ok(vm) => Ok((vm, None)),
-        // A VM that was named by its directory may be made later. What is wrong with one takes nothing from the others.
+        // A VM that was named by its directory may be made later. What is wrong with one takes
+        // nothing from the others.
         Err(e) if at.contains('/') && VmPlace::parse(at).is_none() => {
             let place = || VmPlace::Hyperkit(HyperkitVm::new(absolute(at, places)));
             match e.kind() {

@@ -8,8 +8,8 @@ use crate::app::answering::{self, Hvsock, find_control_of};
 use crate::app::control::{self, Forward, Status, Vm, ask_status};
 use crate::keeper::status as keepers;
 
-/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that are
-/// listed: it may run in another container.
+/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
+/// are listed: it may run in another container.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The remedy where the hvsock that was named is the wrong one.
@@ -94,10 +94,10 @@ impl Hvsocks {
         carriers.collect()
     }
 
-    /// Returns a check for each hvsock of which it isn't known how it uses the VM. That is the one that
-    /// was named, if it doesn't answer or doesn't lead to the VM: then the check has failed. Else it is
-    /// each one that can't be asked, if its command line or a keeper in the state directory says that it
-    /// leads to the VM.
+    /// Returns a check for each hvsock of which it isn't known how it uses the VM. That is the one
+    /// that was named, if it doesn't answer or doesn't lead to the VM: then the check has failed.
+    /// Else it is each one that can't be asked, if its command line or a keeper in the state
+    /// directory says that it leads to the VM.
     pub(super) fn unknown(
         &self,
         name: &str,
@@ -135,8 +135,8 @@ impl Hvsocks {
         processes.into_iter().map(unknown).collect()
     }
 
-    /// Returns the first forward of them of which that is true. One that has taken over from another
-    /// comes before that one.
+    /// Returns the first forward of them of which that is true. One that has taken over from
+    /// another comes before that one.
     pub(super) fn forward(&self, is_it: impl Fn(&Forward) -> bool) -> Option<&Forward> {
         let (old, current): (Vec<_>, Vec<_>) =
             self.answers.iter().partition(|it| it.successor.is_some());

@@ -138,7 +138,8 @@ fn named_host_port(port: Port) -> String {
     format!("host port {port}")
 }
 
-/// Checks whether there is a state directory that can be read; if not, returns why nothing in it is looked at.
+/// Checks whether there is a state directory that can be read; if not, returns why nothing in it is
+/// looked at.
 fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
     const MISSING: &str = "there is no state directory";
     const UNREADABLE: &str = "the state directory can't be read";
@@ -408,8 +409,9 @@ fn was_ended_unread(stream: &Stream) -> bool {
     error.is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
-/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
-/// be found closed when it is: that hangs the device. It is given ten seconds.
+/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no
+/// descriptor left, say) would be found closed when it is: that hangs the device. It is given ten
+/// seconds.
 fn close_gracefully(stream: &Stream, time: Duration) -> io::Result<()> {
     const UNTAKEN: Duration = Duration::from_secs(10);
     let time = match stream.untaken() {
@@ -488,8 +490,8 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
 
 /// Checks whether a program in the guest listens on a port.
 ///
-/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
-/// answered, too.
+/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is
+/// refused, ours has been answered, too.
 fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {

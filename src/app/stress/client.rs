@@ -17,8 +17,9 @@ use super::{Load, Plan, Progress};
 /// Between two dials of a hyperkit VM (rule 5 of a good neighbour).
 const PACE: Duration = Duration::from_micros(150);
 
-/// How many connections to a hyperkit VM may end without a sign of life from its guest. The device keeps each of them,
-/// and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this leaves room.
+/// How many connections to a hyperkit VM may end without a sign of life from its guest. The device
+/// keeps each of them, and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this
+/// leaves room.
 const MOST_SILENT: u64 = 64;
 
 /// So many dials in a row that come to nothing say that there is no server any more.

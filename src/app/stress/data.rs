@@ -1,11 +1,12 @@
-//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be compared.
+//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be
+//! compared.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a buffer's worth that
-/// is lost, doubled or swapped never goes unseen.
+/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a
+/// buffer's worth that is lost, doubled or swapped never goes unseen.
 #[derive(Clone, Debug)]
 pub(super) struct Data {
     pub(super) seed: u64,
@@ -48,8 +49,8 @@ impl Data {
     }
 }
 
-/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up BYTES SEED START`.
-/// A connection that begins with anything else is echoed.
+/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up
+/// BYTES SEED START`. A connection that begins with anything else is echoed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) way: Way,

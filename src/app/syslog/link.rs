@@ -1,9 +1,10 @@
 //! The connection to the collector.
 //!
-//! A collector answers nothing, so it isn't known what it has read. That it may not have read all is told by the end of the
-//! connection; that it has not, by the kernel, of bytes that were not taken yet. So what was written shortly before
-//! the end, or was not taken, goes once more over the next connection: it may come twice, and is not lost. A proxy that accepts
-//! for a collector that is away ends the connection at once.
+//! A collector answers nothing, so it isn't known what it has read. That it may not have read all
+//! is told by the end of the connection; that it has not, by the kernel, of bytes that were not
+//! taken yet. So what was written shortly before the end, or was not taken, goes once more over the
+//! next connection: it may come twice, and is not lost. A proxy that accepts for a collector that
+//! is away ends the connection at once.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -21,8 +22,9 @@ use crate::sys::Wanted;
 /// How long a dial may take.
 const DIAL: Duration = Duration::from_secs(5);
 
-/// How long there is no other dial after one that came to nothing, doubled with each. Not too often: a guest that dials
-/// where nobody listens hangs hyperkit's device, once in some ten thousand times.
+/// How long there is no other dial after one that came to nothing, doubled with each. Not too
+/// often: a guest that dials where nobody listens hangs hyperkit's device, once in some ten
+/// thousand times.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -80,7 +82,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection has ended.
+    /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection
+    /// has ended.
     pub(super) fn deliver(&mut self, kept: &Kept) {
         loop {
             if let Some(why) = self.connection.as_mut().and_then(Connection::end_of) {
@@ -160,7 +163,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Ends the connection, all that was written having arrived; how many messages may not have been delivered.
+    /// Ends the connection, all that was written having arrived; how many messages may not have
+    /// been delivered.
     pub(super) fn end(mut self, kept: &Kept) -> u64 {
         if let Some(mut connection) = self.connection.take()
             && (connection.end_of().is_some() || !connection.end())
@@ -180,7 +184,8 @@ struct Connection {
     /// Written lately, or not taken yet; and when.
     sent: VecDeque<(Instant, Frame)>,
     sent_bytes: usize,
-    /// When the peer said that it has nothing to say. It may have gone altogether: only a write tells.
+    /// When the peer said that it has nothing to say. It may have gone altogether: only a write
+    /// tells.
     silent_since: Option<Instant>,
     /// It has not: something written after that had no reset for an answer.
     is_there: bool,
@@ -213,7 +218,8 @@ impl Connection {
                 Ok(None) => return None,
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
-                    // An empty write fails where the family tells a half-close from a close. TCP doesn't.
+                    // An empty write fails where the family tells a half-close from a close. TCP
+                    // doesn't.
                     let gone =
                         self.stream.is_hung_up() || again((&self.stream).write(&[])).is_err();
                     return gone.then(|| "it was ended".to_owned());

@@ -1,5 +1,5 @@
-//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been heard in a
-//! [`Model`], and draws that.
+//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been
+//! heard in a [`Model`], and draws that.
 
 mod draw;
 mod keys;

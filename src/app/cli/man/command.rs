@@ -221,8 +221,8 @@ pub(super) fn page(command: &Command, hvsock: &Command) -> Page {
     page.finish(&see_also)
 }
 
-/// Returns how a command is written: what it must have first, and the options of its own. Those that many commands have are one
-/// word.
+/// Returns how a command is written: what it must have first, and the options of its own. Those
+/// that many commands have are one word.
 fn synopsis(command: &Command) -> Vec<Inline> {
     let mut line = vec![bold(
         command.get_bin_name().unwrap_or_else(|| command.get_name()),

@@ -182,7 +182,8 @@ impl Writer {
         }
     }
 
-    /// Writes a row as an entry: the first cell is its name. With more than two columns each cell has its heading.
+    /// Writes a row as an entry: the first cell is its name. With more than two columns each cell
+    /// has its heading.
     fn row(&mut self) {
         self.begin();
         let mut cells = std::mem::take(&mut self.cells).into_iter();

@@ -27,11 +27,12 @@ use page::Page;
   hvsock man hvsock.toml >hvsock.toml.5
   hvsock man --dir /usr/local/share/man")]
 pub(super) struct Man {
-    /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
-    /// hvsock itself]
+    /// The command that the page is of, or the name of another page, such as hvsock.toml or
+    /// hvsock-control [default: hvsock itself]
     #[arg(value_name = "COMMAND|PAGE")]
     of: Option<String>,
-    /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't exist
+    /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't
+    /// exist
     #[arg(long, value_name = "DIR", conflicts_with = "of", value_hint = ValueHint::DirPath)]
     dir: Option<PathBuf>,
 }

@@ -137,7 +137,8 @@ impl Builder {
     }
 }
 
-/// Writes backslashes and apostrophes as what they are: a terminal is given other signs for them otherwise.
+/// Writes backslashes and apostrophes as what they are: a terminal is given other signs for them
+/// otherwise.
 fn exact(roff: &str) -> String {
     let mut text = String::with_capacity(roff.len());
     for line in roff.lines() {
