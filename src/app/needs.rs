@@ -257,8 +257,8 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     }
 }
 
-/// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with each,
-/// in the order of the rules.
+/// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with
+/// each, in the order of the rules.
 ///
 /// # Errors
 /// Returns why they were not looked at.
@@ -286,9 +286,10 @@ pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding
         Address::Npipe(_) => "leave it out; ?sddl=… of its address says who may connect",
         _ => "leave it out",
     };
-    let what = format!(
-        "{listen}: {} is for the file of a Unix socket, and it has none",
-        given.join(", ")
+    let (keys, are) = (
+        given.join(" and "),
+        if given.len() == 1 { "is" } else { "are" },
     );
+    let what = format!("{listen}: {keys} {are} for the file of a Unix socket, and it has none");
     (!given.is_empty()).then(|| Finding::mistake(what, remedy))
 }
