@@ -1,5 +1,5 @@
-//! What the command says to someone whose words, files or system are not as they should be: the right remedy, and
-//! nothing left behind.
+//! What the command says to someone whose words, files or system are not as they should be: the
+//! right remedy, and nothing left behind.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -485,8 +485,8 @@ fn what_a_file_needs_and_is_not_there_is_told_with_its_line() {
     }
 }
 
-/// Makes what a target may name by mistake, and returns each with what is said of it, and whether it
-/// can never work.
+/// Makes what a target may name by mistake, and returns each with what is said of it, and whether
+/// it can never work.
 fn wrong_targets(dir: &Path) -> Vec<(String, String, bool)> {
     let at = |name: &str| dir.join(name);
     fs::create_dir(at("directory")).unwrap();
@@ -633,12 +633,64 @@ fn a_target_that_this_user_may_not_use_is_told_of() {
     }
 }
 
+/// A user's limit of threads is told of, with its remedy, and nothing panics.
+#[test]
+fn without_threads_that_is_the_remedy() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = private_dir();
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    let program = dir.path().join("hvsock");
+    put_program(&program);
+    // One that no other process has: root is not bound, and of another there may be any number.
+    let user = format!("{}", 1_000_000 + std::process::id());
+    let limited = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+        command
+            .args(["prlimit", "--nproc=1", text(&program)])
+            .args(arguments);
+        command
+            .env("HOME", dir.path())
+            .env_remove("XDG_RUNTIME_DIR");
+        command
+    };
+    let mut probe = limited(&["--version"]);
+    let probe = probe.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !probe.is_ok_and(|it| it.success()) {
+        return println!("skipped: needs root, and setpriv and prlimit of util-linux");
+    }
+    let file = dir.path().join("hvsock.toml");
+    fs::write(&file, "[forward.a]\nlisten = 0\nconnect = 1\n").unwrap();
+    let log = dir.path().join("log");
+    for (words, code) in [
+        (&["cat", "exec:/bin/cat"][..], 1),
+        (&["cat", "-l", "--echo", "tcp://127.0.0.1:0"], 1),
+        (&["stress", "--server", "tcp://127.0.0.1:0"], 1),
+        (&["syslog", text(&log), "tcp://127.0.0.1:9"], 1),
+        (&["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:9"], 1),
+        // What can be done without is done without.
+        (&["check", text(&file)], 0),
+        (&["ps"], 0),
+    ] {
+        let output = output(limited(words));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {said}");
+        assert!(!said.contains("panicked"), "{words:?}: {said}");
+        let is_told = said.contains("Resource temporarily unavailable");
+        assert!(is_told || words == ["ps"], "{words:?}: {said:?}");
+        if !["ps", "forward"].contains(&words[0]) {
+            assert!(said.contains("`ulimit -u`"), "{words:?}: {said}");
+        }
+        assert!(!log.exists());
+    }
+}
+
 #[test]
 fn permissions_are_for_listeners_that_have_a_file() {
     let dir = private_dir();
     let (control, socket) = (dir.path().join("c"), dir.path().join("s"));
     for listen in ["tcp://127.0.0.1:0", "vsock://:7"] {
-        let wrong = format!("{listen}: mode, group is for the file of a Unix socket");
+        let wrong = format!("{listen}: mode and group are for the file of a Unix socket");
         let end = "`from` says which clients may come";
         let file =
             format!("[forward.a]\nlisten = \"{listen}\"\nmode = \"660\"\ngroup = 0\nconnect = 1\n");
