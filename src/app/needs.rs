@@ -257,13 +257,25 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     }
 }
 
+/// Returns whether a target is looked at by [`look_at_target`].
+fn has_path(target: &Address) -> bool {
+    matches!(
+        target,
+        Address::Unix(UnixAddress::Path(_)) | Address::File(_) | Address::Exec(_)
+    )
+}
+
 /// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with
 /// each, in the order of the rules.
 ///
 /// # Errors
 /// Returns why they were not looked at.
 pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
-    let targets: Vec<Address> = rules.iter().map(|it| it.connect.clone()).collect();
+    let targets = rules.iter().map(|it| &it.connect).filter(|it| has_path(it));
+    let targets: Vec<Address> = targets.cloned().collect();
+    if targets.is_empty() {
+        return Ok(Vec::new());
+    }
     give_up_if_slow(move || targets.iter().filter_map(look_at_target).collect())
 }
 

@@ -4,7 +4,7 @@ use std::io;
 
 #[cfg(unix)]
 use crate::app::log;
-use crate::error::Result;
+use crate::error::{Error, Operation, Result};
 use crate::thread::start_thread;
 
 /// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that
@@ -43,15 +43,15 @@ type SystemCloser = signal_hook::iterator::Handle;
 impl EndSignals {
     /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to
     /// open the log's file again: see [`asked`](EndSignals::asked).
-    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+    pub(super) fn take_with_reload() -> Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {
-            system: System::new([SIGINT, SIGTERM, SIGHUP])?,
+            system: System::new([SIGINT, SIGTERM, SIGHUP]).map_err(fail)?,
             reload: true,
         })
     }
 
-    pub(super) fn take() -> io::Result<EndSignals> {
+    pub(super) fn take() -> Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         if log::is_in_file() {
             return EndSignals::take_with_reload();
@@ -61,7 +61,7 @@ impl EndSignals {
             wanted.push(SIGHUP);
         }
         Ok(EndSignals {
-            system: System::new(wanted)?,
+            system: System::new(wanted).map_err(fail)?,
             reload: false,
         })
     }
@@ -92,6 +92,10 @@ impl EndSignals {
     pub(super) fn into_system(self) -> System {
         self.system
     }
+}
+
+fn fail(cause: io::Error) -> Error {
+    Error::new(Operation::Run, "the wait for signals", cause)
 }
 
 impl EndSignals {
@@ -131,14 +135,14 @@ enum Said {
 
 #[cfg(windows)]
 impl EndSignals {
-    pub(super) fn take() -> io::Result<EndSignals> {
+    pub(super) fn take() -> Result<EndSignals> {
         let (say, heard) = std::sync::mpsc::channel();
         let handler = say.clone();
         let tell = move || {
             // Without a receiver it has ended already.
             let _ = handler.send(Said::End);
         };
-        ctrlc::set_handler(tell).map_err(io::Error::other)?;
+        ctrlc::set_handler(tell).map_err(|e| fail(io::Error::other(e)))?;
         Ok(EndSignals {
             system: (say, heard),
         })
@@ -149,7 +153,7 @@ impl EndSignals {
         heard.take_while(|said| *said == Said::End).map(drop)
     }
 
-    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+    pub(super) fn take_with_reload() -> Result<EndSignals> {
         EndSignals::take()
     }
 

@@ -28,11 +28,11 @@ pub(crate) enum Step<I> {
     Unname(I),
     /// Gives another rule to a forward that listens there already.
     Replace(I, Rule),
-    /// Another place for a forward of the same name: it can listen there before the old one is
-    /// closed.
+    /// Moves a forward to another place under its name: it can listen there before the old
+    /// listener is closed.
     Move(I, Rule),
-    /// The same for forwards that are in each other's way, or each in its own: all are closed
-    /// before any listens again.
+    /// Moves forwards that are in each other's way, or each in its own: all are closed before any
+    /// listens again.
     Exchange(Vec<(I, Rule)>),
     Add(Rule),
 }
@@ -50,8 +50,8 @@ enum Found<'a, I> {
 /// Returns the steps by which the existing forwards become the wanted ones.
 ///
 /// A forward is known again by where it listens, by its name only among those that have their port
-/// chosen: a forward that keeps its address keeps its listener. What is not known by that, and came
-/// from the file, has moved if there is its name.
+/// chosen: a forward that keeps its address keeps its listener. One that isn't known again,
+/// and came from the file, has moved if its name is still there.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut holders: HashMap<_, VecDeque<usize>> = HashMap::new();
     let mut namesakes: HashMap<&str, VecDeque<usize>> = HashMap::new();

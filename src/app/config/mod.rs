@@ -419,7 +419,7 @@ impl Config {
                 continue;
             };
             if let Some(finding) = look_at_access(&rule, &self.defaults) {
-                let problem = needs::problem(forward, &forward.listen_line, &finding);
+                let problem = Problem::of_forward(&forward.name, &forward.listen_line, &finding);
                 complain(forward.listen_line.clone(), problem.text);
             }
             if let Err(e) = check_rule(&rule) {

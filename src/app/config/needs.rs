@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 
 use super::forward::Forward;
-use super::problems::{Line, Problem, Weight};
+use super::problems::{Problem, Weight};
 use super::{Config, Wanted};
 use crate::app::needs::{
-    Finding, HostAddresses, look_at_directory_of, look_at_listen, look_at_target, nearest,
+    HostAddresses, look_at_directory_of, look_at_listen, look_at_target, nearest,
 };
 use crate::app::slow::give_up_if_slow;
 
@@ -54,9 +54,9 @@ impl Config {
                 continue;
             };
             let listen = look_at_listen(&rule.listen, &mut known);
-            problems.extend(listen.map(|it| problem(forward, &forward.listen_line, &it)));
+            problems.extend(listen.map(|it| Problem::of_forward(name, &forward.listen_line, &it)));
             let target = look_at_target(&rule.connect);
-            problems.extend(target.map(|it| problem(forward, &forward.connect_line, &it)));
+            problems.extend(target.map(|it| Problem::of_forward(name, &forward.connect_line, &it)));
         }
         if let Some(path) = &self.control
             && let Some(directory) = path.parent()
@@ -70,14 +70,5 @@ impl Config {
             });
         }
         problems
-    }
-}
-
-/// Returns what is wrong with a forward's end as a problem of the file.
-pub(super) fn problem(forward: &Forward, line: &Line, finding: &Finding) -> Problem {
-    Problem {
-        line: Some(line.clone()),
-        text: format!("[forward.{}]: {finding}", forward.name),
-        weight: finding.weight,
     }
 }

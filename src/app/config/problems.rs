@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::app::escape;
+use crate::app::needs::Finding;
 pub(crate) use crate::app::needs::Weight;
 use crate::error::counted;
 
@@ -35,6 +36,15 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
+    /// Makes it of what is wrong with an end of a forward, which stands in that line.
+    pub(super) fn of_forward(name: &str, line: &Line, finding: &Finding) -> Problem {
+        Problem {
+            line: Some(line.clone()),
+            text: format!("[forward.{name}]: {finding}"),
+            weight: finding.weight,
+        }
+    }
+
     /// Returns it as a line, whatever names the file has.
     pub(crate) fn line_of(&self, file: &Path) -> String {
         let line = self.line.as_ref();
