@@ -17,6 +17,7 @@ use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::stream::closing::{GracefulClose, Outcome};
 use crate::sys::Wanted;
+use crate::thread::start_scoped_thread;
 use crate::time::after;
 
 /// How often a wait looks whether it is to end.
@@ -133,8 +134,9 @@ pub(crate) fn serve(
                 let (handle, stream) = (&handle, Arc::clone(&stream));
                 move || handle(number, &stream, peer)
             };
-            if let Err(e) = thread::Builder::new().spawn_scoped(scope, serve) {
-                warn!("no thread for {peer}: {e}");
+            let purpose = format!("to serve {peer}");
+            if let Err(e) = start_scoped_thread(scope, "hvsock-serve", &purpose, serve) {
+                warn!("{e}");
                 clients.lock().remove(&number);
             }
             number += 1;

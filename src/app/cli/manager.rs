@@ -64,6 +64,7 @@ mod system {
 
     use super::Handle;
     use crate::app::lossy_writer::{LossyWriter, Patience};
+    use crate::thread::start_thread;
 
     /// Tells that it is ready. A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
@@ -140,11 +141,10 @@ mod system {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("hvsock-watchdog".to_owned());
-        match thread.spawn(feed) {
+        match start_thread("hvsock-watchdog", "to feed the watchdog", feed) {
             Ok(_) => Some(end),
             Err(e) => {
-                tracing::error!("cannot feed the watchdog: {e}");
+                tracing::error!("{e}");
                 None
             }
         }

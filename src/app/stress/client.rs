@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::app::serve::{LOOK, Stop, close_gracefully};
 use crate::lock::{lock, recover};
 use crate::stream::Stream;
+use crate::thread::start_scoped_thread;
 
 use super::data::Data;
 use super::exchange::{Done, Exchange};
@@ -63,9 +64,10 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
     let lanes = (plan.parallel as u64).min(plan.connections);
     thread::scope(|scope| {
         for _ in 0..lanes {
-            let lane = thread::Builder::new().spawn_scoped(scope, || run.lane());
+            let lane = || run.lane();
+            let lane = start_scoped_thread(scope, "hvsock-lane", "for connections", lane);
             if let Err(e) = lane {
-                lock(&run.report).note(format!("no thread for a connection: {e}"));
+                lock(&run.report).note(e.to_string());
                 run.stop.ask();
                 break;
             }
