@@ -71,7 +71,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
-        // A program has nothing to do with ours.
+        // The output of a program is not ours.
         #[cfg(unix)]
         let is_ours = plan.exec.is_none();
         #[cfg(not(unix))]
@@ -208,7 +208,7 @@ impl Cat {
     /// Returns whether the end was asked for since the last call, by a signal or by the end of
     /// standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
-        // Those of threads of an earlier session say nothing any more.
+        // What an earlier session's threads have sent means nothing any more.
         self.events
             .try_iter()
             .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
@@ -304,8 +304,7 @@ impl Cat {
             if left.is_zero() {
                 return Ok(false);
             }
-            // A failure to wait is one of the socket: what there is to say of it, ours says as
-            // well.
+            // If the probe's socket fails, ours does, too, and tells why.
             if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }

@@ -63,9 +63,9 @@ impl Near<'_> {
         !matches!(self, Near::Standard(_))
     }
 
-    /// Returns whether what is still read here may have nobody who waits for it, once the peer has
-    /// ended: a terminal's user waits for us, not we for him. `is_hung_up` tells whether the peer
-    /// takes nothing more.
+    /// Returns whether a session may end before what is read here has ended, once the peer has: at
+    /// a terminal the user waits for this process. `is_hung_up` tells whether the peer takes
+    /// nothing more.
     pub(super) fn is_idle(&self, is_hung_up: impl FnOnce() -> bool) -> bool {
         match self {
             Near::Standard(_) => io::stdin().is_terminal() || is_hung_up(),

@@ -43,10 +43,10 @@ pub(super) struct Link<'a> {
     target: &'a Address,
     stop: &'a Stop,
     connection: Option<Connection>,
-    /// No dial before; and how long there is none after the next that comes to nothing.
+    /// When the next dial may begin, and how long the pause is if that one fails.
     next: Instant,
     pause: Duration,
-    /// It was told that nothing is delivered.
+    /// Whether it was said that nothing is delivered.
     complained: bool,
     /// When the last messages must have gone.
     end: Cell<Option<Instant>>,
@@ -187,7 +187,7 @@ struct Connection {
     /// When the peer said that it has nothing to say. It may have gone altogether: only a write
     /// tells.
     silent_since: Option<Instant>,
-    /// It has not: something written after that had no reset for an answer.
+    /// The peer has not gone: a write after that was not answered by a reset.
     is_there: bool,
     /// The last frame was not written to its end.
     torn: bool,
