@@ -1,4 +1,5 @@
-//! The command as a user has it: the real binary, its words, its files, its signals, its exit codes.
+//! The command as a user has it: the real binary, its words, its files, its signals, its exit
+//! codes.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -341,6 +342,39 @@ fn simulate_serves_a_directory_and_dies_of_a_rude_client() {
 }
 
 #[test]
+fn simulate_serves_a_socket_as_firecracker_does() {
+    let dir = private_dir();
+    let socket = dir.path().join("vm.sock");
+    let vm = |more: &[&str]| {
+        let words = [
+            "simulate",
+            "--vsock-mux",
+            text(&socket),
+            "--guest",
+            "7=echo",
+        ];
+        let vm = Running::start(&[&words, more].concat());
+        vm.says(&format!("a stand-in VM at vsock-mux://{}", text(&socket)));
+        vm
+    };
+    let mut first = vm(&["--guest", "9=heedless:5"]);
+    let to = format!("vsock-mux://:9{}", text(&socket));
+    let proxy = Running::start(&["forward", "tcp://127.0.0.1:0", &to]);
+    assert_eq!(ask(tcp(proxy.tcp_port()), b"").unwrap().len(), 5);
+    first.signal("TERM");
+    assert_eq!(first.exit_code(), Some(0));
+    let _second = vm(&["--half-close"]);
+    let to = format!("vsock-mux://:7{}?half-close=yes", text(&socket));
+    let proxy = Running::start(&["forward", "tcp://127.0.0.1:0", &to]);
+    assert_eq!(ask(tcp(proxy.tcp_port()), b"echo").unwrap(), b"echo");
+    fails(&["simulate"], 2, &["<DIR"]);
+    let both = ["simulate", "x", "--vsock-mux", "y"];
+    fails(&both, 2, &["cannot be used with"]);
+    let strict = ["simulate", "--vsock-mux", "y", "--strict"];
+    fails(&strict, 2, &["cannot be used with"]);
+}
+
+#[test]
 fn a_simulated_guest_dials_at_a_pace_and_has_rude_services() {
     let dir = private_dir();
     let mut vm = Running::start(&[
@@ -395,7 +429,8 @@ fn a_paused_guest_answers_when_it_goes_on() {
     client
         .set_read_timeout(Some(Duration::from_millis(100)))
         .unwrap();
-    // A stopped and continued test is interrupted here: the kernel restarts no read that has a timeout.
+    // A stopped and continued test is interrupted here: the kernel restarts no read that has a
+    // timeout.
     let silence = loop {
         match client.read(&mut [0; 8]) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -437,6 +472,28 @@ fn errors_say_what_why_and_how_to_mend_it() {
         &["expose", "--vm", vm],
         2,
         &["nothing to expose", "-L or -R"],
+    );
+    let control = "a value of --control follows a '=': --control=off";
+    fails(
+        &["expose", "--control", "off", "--vm", vm, "-L", "0:7"],
+        2,
+        &[control],
+    );
+    fails(
+        &[
+            "forward",
+            "--control",
+            "off",
+            "tcp://127.0.0.1:0",
+            "tcp://127.0.0.1:7",
+        ],
+        2,
+        &[control],
+    );
+    fails(
+        &["run", "--control", "off", "hvsock.toml"],
+        2,
+        &["the file says it"],
     );
     fails(
         &["expose", "--vm", vm, "-L", "7"],
@@ -573,7 +630,8 @@ fn a_state_directory_that_may_not_be_read_is_told_apart_from_none() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
     command.args(["expose", "--vm", text(&state), "-L", "0:7"]);
     if nobody_is_needed() {
-        // Root may read everything. The user nobody may run the binary only where it can be reached.
+        // Root may read everything. The user nobody may run the binary only where it can be
+        // reached.
         let binary = dir.path().join("hvsock");
         put_program(&binary);
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();

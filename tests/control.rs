@@ -1,4 +1,5 @@
-//! The control socket of a real hvsock: every call over raw HTTP, the commands that use it, and who is kept out of it.
+//! The control socket of a real hvsock: every call over raw HTTP, the commands that use it, and who
+//! is kept out of it.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -1126,8 +1127,8 @@ impl Sample {
     }
 }
 
-/// Reads Prometheus' text format, strictly: each family has one HELP and one TYPE, and then its samples, together, none
-/// twice; names, labels, escapes and numbers are as the format has them.
+/// Reads Prometheus' text format, strictly: each family has one HELP and one TYPE, and then its
+/// samples, together, none twice; names, labels, escapes and numbers are as the format has them.
 fn exposition(text: &str) -> Vec<Sample> {
     let is_name = |name: &str| {
         let mut chars = name.chars();
@@ -1194,4 +1195,161 @@ fn exposition(text: &str) -> Vec<Sample> {
         });
     }
     samples
+}
+
+/// Of the ports that stand for sockets in a directory no other test knows.
+#[test]
+fn a_range_is_added_as_a_whole_and_removed_at_once() {
+    let scene = Scene::new();
+    let place = |port: &str, name: &str| {
+        let path = scene.dir.path().join(name);
+        format!("vsock-mux://:{port}{}", text(&path))
+    };
+    let body = |listen: &str, connect: &str| {
+        json!({"name": "web", "listen": listen, "connect": connect}).to_string()
+    };
+    let names = |forwards: &Value| -> Vec<String> {
+        let all = forwards.as_array().unwrap().iter();
+        all.map(|it| it["name"].as_str().unwrap_or_default().to_owned())
+            .collect()
+    };
+    let carried = || names(&scene.call("GET", "/v1/forwards", "").1);
+    let range = body(&place("8000-8002", "vm"), &place("80-82", "guest"));
+    let (status, added) = scene.call("POST", "/v1/forwards", &range);
+    assert_eq!(status, 201, "{added}");
+    assert_eq!(names(&added), ["web-8000", "web-8001", "web-8002"]);
+    assert_eq!(added[1]["listen"], place("8001", "vm"));
+    assert_eq!(added[1]["connect"], place("81", "guest"));
+    assert_eq!(scene.call("POST", "/v1/forwards", &range), (200, added));
+    assert_eq!(scene.call("DELETE", "/v1/forwards/web-8001", "").0, 200);
+    let (status, removed) = scene.call("DELETE", "/v1/forwards/web", "");
+    assert_eq!(status, 200, "{removed}");
+    assert_eq!(names(&removed), ["web-8000", "web-8002"]);
+    assert_eq!(scene.call("DELETE", "/v1/forwards/web", "").0, 404);
+    // All or none.
+    let before = carried();
+    let file = |port: u16| scene.dir.path().join(format!("vm_{port}"));
+    let taken = UnixListener::bind(file(8002)).unwrap();
+    let (status, why) = scene.call("POST", "/v1/forwards", &range);
+    assert_eq!(status, 409, "{why}");
+    let error = why["error"].as_str().unwrap();
+    assert!(
+        error.contains(&place("8002", "vm")) && error.contains("none of the 3 forwards"),
+        "{error}"
+    );
+    assert_eq!(carried(), before);
+    assert!(!file(8000).exists() && !file(8001).exists());
+    drop(taken);
+    for (listen, connect, part) in [
+        (
+            "tcp://*:80-90",
+            "tcp://*:80",
+            "11 ports on one side, 1 port on the other",
+        ),
+        (
+            "tcp://*:90-80",
+            "tcp://*:80-90",
+            "listen: the range 90-80 goes down; write 80-90",
+        ),
+        ("tcp://*:80-", "tcp://*:80", "has no end; write 80-LAST"),
+        ("tcp://*:0-2", "tcp://*:80-82", "begins with port 0"),
+        ("vsock://:1-9999", "tcp://*:1-9999", "more than 4096 ports"),
+        ("tcp://*:1-2", "tcp://*:65535-65536", "connect: "),
+    ] {
+        let (status, why) = scene.call("POST", "/v1/forwards", &body(listen, connect));
+        let error = why["error"].as_str().unwrap();
+        assert!(status == 400 && error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn commands_take_a_range_where_they_take_an_address() {
+    let scene = Scene::new();
+    let place = |port: &str, name: &str| {
+        let path = scene.dir.path().join(name);
+        format!("vsock-mux://:{port}{}", text(&path))
+    };
+    let path = scene.control();
+    let hvsock = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(arguments).args(["--control", text(&path)]);
+        said(&output(command))
+    };
+    let (listen, connect) = (place("8000-8002", "vm"), place("80-82", "guest"));
+    let (code, out, err) = hvsock(&["add", "--name", "web", &listen, &connect]);
+    assert_eq!(code, Some(0), "{err}");
+    let line = |port: &str, guest: &str| {
+        format!(
+            "web-{port}: {} -> {}",
+            place(port, "vm"),
+            place(guest, "guest")
+        )
+    };
+    let lines = [line("8000", "80"), line("8001", "81"), line("8002", "82")];
+    assert_eq!(out.lines().collect::<Vec<_>>(), lines);
+    // What isn't there is told of by its address.
+    assert_eq!(hvsock(&["remove", "web-8001"]).0, Some(0));
+    let (code, out, err) = hvsock(&["remove", &listen]);
+    assert_eq!((code, out.lines().count()), (Some(1), 2), "{err}");
+    let part = format!("there is no forward \"{}\"", place("8001", "vm"));
+    assert!(err.contains(&part) && err.lines().count() == 1, "{err}");
+    // A VM's own range has a name, too.
+    let (vm, range) = (
+        place("", "vm").replace("://:", "://"),
+        format!("5000-5001:{connect}"),
+    );
+    let (code, _, err) = hvsock(&["add", "--name", "x", "--vm", &vm, "-R", &range]);
+    assert!(
+        code == Some(2) && err.contains("2 ports on one side"),
+        "{err}"
+    );
+    let range = range.replace("80-82", "80-81");
+    let (code, out, err) = hvsock(&["add", "--name", "x", "--vm", &vm, "-R", &range]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(
+        out.starts_with("x-5000: ") && out.contains("x-5001: "),
+        "{out}"
+    );
+    let (code, out, _) = hvsock(&["remove", "x"]);
+    assert_eq!((code, out.lines().count()), (Some(0), 2), "{out}");
+    let two = ["add", "--name", "x", &listen, &connect, "/a", "/b"];
+    let (code, _, err) = hvsock(&two);
+    assert!(
+        code == Some(2) && err.contains("one forward or range"),
+        "{err}"
+    );
+    // Who has the one that can't be had is named.
+    let other = ["forward", &place("8001", "vm"), "/nowhere"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    command.args(other).env("XDG_RUNTIME_DIR", scene.dir.path());
+    let other = Running::spawn(command);
+    other.says(&place("8001", "vm"));
+    let mut add = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+    add.args(["add", &listen, &connect, "--control", text(&path)]);
+    let (code, _, err) = said(&output({
+        add.env("XDG_RUNTIME_DIR", scene.dir.path());
+        add
+    }));
+    assert_eq!(code, Some(1), "{err}");
+    let process = format!("hvsock process {} listens there", other.child.0.id());
+    assert!(
+        err.contains(&process) && err.contains(&place("8001", "vm")),
+        "{err}"
+    );
+    drop(other);
+    // `forward` itself.
+    let forward = Running::start(&["forward", &listen, &connect, "--control=off"]);
+    for port in ["8000", "8001", "8002"] {
+        forward.says(&place(port, "vm"));
+    }
+    fails(
+        &["forward", &listen, &place("80", "guest")],
+        2,
+        &[&listen, "3 ports on one side, 1 port on the other"],
+    );
+    fails(
+        &["forward", "tcp://127.0.0.1:90-80", "/a"],
+        2,
+        &["the range 90-80 goes down; write 80-90"],
+    );
 }

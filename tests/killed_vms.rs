@@ -7,7 +7,7 @@
 mod command;
 mod common;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -208,4 +208,38 @@ fn no_client_takes_the_end_of_a_killed_vm_for_that_of_its_server() {
         let reasons = reasons(&proxy);
         assert!(reasons.iter().all(is_so), "round {round}: {reasons:?}");
     }
+}
+
+/// It knows the process by a connection: no file names it.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_vmm_whose_process_is_stopped_is_paused_until_it_goes_on() {
+    let dir = private_dir();
+    let [socket, behind] = ["vm", "behind"].map(|name| dir.path().join(name));
+    let guest = UnixListener::bind(&behind).unwrap();
+    let mut vmm = vmm(&socket, &behind);
+    let proxy = proxy(any_tcp(), mux(&socket));
+    let _client = tcp(port_of(&proxy, 0));
+    let mut dial = guest.accept().unwrap().0;
+    let mut line = [0; "CONNECT 80\n".len()];
+    dial.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"CONNECT 80\n");
+    // The VMM's answer is that of a guest.
+    dial.write_all(b"OK 1073741824\n").unwrap();
+    eventually("it has answered", || vm_of(&proxy).last_heard.is_some());
+    assert!(!vm_of(&proxy).paused);
+    vmm.signal("STOP");
+    eventually("it is stopped", || vm_of(&proxy).paused);
+    assert_eq!(vm_of(&proxy).up, Some(true));
+    vmm.signal("CONT");
+    eventually("it goes on", || !vm_of(&proxy).paused);
+    // A process that is gone is not stopped.
+    vmm.signal("STOP");
+    eventually("it is stopped again", || vm_of(&proxy).paused);
+    vmm.signal("KILL");
+    vmm.exit_code();
+    eventually("it is gone", || {
+        let vm = vm_of(&proxy);
+        vm.up == Some(false) && !vm.paused
+    });
 }

@@ -1,4 +1,5 @@
-//! The slots of a VM's device: what its guest dials, what drains, and what is lost take no more of them than their part.
+//! The slots of a VM's device: what its guest dials, what drains, and what is lost take no more of
+//! them than their part.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -269,7 +270,8 @@ fn lost_slots_are_shown_and_come_back_with_another_vm() {
     assert!(doctor.contains("0 of 10 connections"), "{doctor}");
 }
 
-/// The keepalive timers of this process' sockets with that port at one end, in hundredths of a second.
+/// The keepalive timers of this process' sockets with that port at one end, in hundredths of a
+/// second.
 #[cfg(target_os = "linux")]
 fn keepalive_timers(port: u16) -> Vec<Option<u64>> {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
@@ -315,4 +317,38 @@ fn clients_and_targets_are_asked_whether_they_are_still_there() {
         }
         drop((client, server, proxy));
     }
+}
+
+/// A device without a slot ends a dial at once. A program that doesn't listen looks the same, or
+/// nearly, and nobody is told that it was that.
+#[test]
+#[cfg(target_os = "linux")]
+fn clients_that_find_no_slot_are_told_the_same_whether_they_speak_or_not() {
+    let dir = private_dir();
+    let vm = Vm::builder(dir.path()).guest(7, Service::Echo).slots(3);
+    let vm = vm.start().unwrap();
+    let local = dir.path().join("local");
+    let proxy = proxy(unix(&local), hyperkit(dir.path(), 7));
+    let _held: Vec<_> = (0..3).map(|_| unix_client(&local)).collect();
+    eventually("all slots are taken", || vm.counters().live_slots == 3);
+    for n in 0..40 {
+        let mut client = unix_client(&local);
+        let kind = n % 4;
+        // The proxy may have ended it already.
+        let _ = match kind {
+            0 => Ok(()),
+            1 => client.shutdown(std::net::Shutdown::Write),
+            2 => client.write_all(b"a request"),
+            _ => client.write_all(&[b'x'; 100_000]),
+        };
+        let _ = client.read(&mut [0; 1]);
+        eventually("it has ended", || proxy.handle().ended().len() == n + 1);
+        let ended = proxy.handle().ended().pop().unwrap();
+        let why = ended.error.as_deref().unwrap_or_default();
+        let is_right = why.contains("are all slots of the VM taken");
+        assert!(is_right, "client {n}, of kind {kind}: {why:?}");
+        let last = proxy.forwards()[0].last_error.clone().unwrap().text;
+        assert_eq!(*last, *why);
+    }
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }

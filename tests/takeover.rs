@@ -1,4 +1,5 @@
-//! One hvsock takes over from another: the real binary, its listeners of all kinds, under load, and whatever goes wrong.
+//! One hvsock takes over from another: the real binary, its listeners of all kinds, under load, and
+//! whatever goes wrong.
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -13,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -1227,4 +1228,112 @@ fn an_upgrade_that_fails_is_told_of_with_its_reason_by_both() {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         fails(&parts);
     }
+}
+
+/// The others are carried.
+#[test]
+fn an_upgrade_after_which_a_forward_is_missing_fails_and_says_which() {
+    let scene = Scene::new();
+    let (first, second) = (scene.at("a"), scene.at("b"));
+    scene.write(&scene.forward("a", &first));
+    let mut old = scene.run();
+    let echo = format!("tcp://127.0.0.1:{}", scene.echo);
+    let other = ["forward", text(&second), &echo];
+    let other = Running::spawn(in_runtime(scene.dir.path(), &other));
+    other.says(text(&second));
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let metrics = format!("metrics = {port}\n");
+    let forwards = [scene.forward("a", &first), scene.forward("b", &second)].concat();
+    scene.write(&(metrics + &forwards));
+    let upgraded = output(in_runtime(scene.dir.path(), &["upgrade"]));
+    let pid = scene.pid();
+    let _stray = Stray(pid);
+    let said = String::from_utf8(upgraded.stdout).unwrap();
+    let why = String::from_utf8(upgraded.stderr).unwrap();
+    assert_eq!(upgraded.status.code(), Some(1), "{said}{why}");
+    assert!(
+        said.contains(&format!("process {pid} ")),
+        "{said:?}, {why:?}"
+    );
+    let has_it = format!("hvsock process {} listens there", other.child.0.id());
+    let metrics = "metrics can't be had now";
+    for part in [
+        "forward b can't be had now",
+        text(&second),
+        &has_it,
+        metrics,
+    ] {
+        assert!(why.contains(part), "{why:?} lacks {part:?}");
+    }
+    let logged = old.complains(&format!("process {pid} can't have forward b now"));
+    assert!(logged.contains(&has_it), "{logged}");
+    assert_eq!(old.exit_code(), Some(0));
+    assert_eq!(scene.names(), ["a", "b"]);
+    assert_eq!(ask(unix_client(&first), b"on").unwrap(), b"on");
+    drop(other);
+    let is_had = || scene.status()["forwards"][1]["state"] == "listening";
+    eventually("it is had", is_had);
+}
+
+#[test]
+fn an_upgrade_says_what_is_wrong_with_the_file() {
+    let scene = Scene::new();
+    scene.write(&scene.forward("tcp", 0));
+    let old = scene.run();
+    let pid = scene.pid();
+    scene.write("[forward.tcp]\nlisten = 0\nport = \"x\"\n");
+    let refused = output(in_runtime(scene.dir.path(), &["upgrade"]));
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{why}");
+    for part in [
+        "has not taken over",
+        "this one goes on as before",
+        "hvsock.toml:5: ",
+    ] {
+        assert!(why.contains(part), "{why:?} lacks {part:?}");
+    }
+    old.complains("the upgrade has failed");
+    old.complains("hvsock.toml:5: ");
+    // What the new one finds out later.
+    scene.write(&format!("control = \"off\"\n{}", scene.forward("tcp", 0)));
+    let refused = output(in_runtime(scene.dir.path(), &["upgrade"]));
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(why.contains("asked by its control socket"), "{why}");
+    assert_eq!(scene.pid(), pid);
+}
+
+#[test]
+fn what_came_from_standard_input_is_replaced_from_there_alone() {
+    let scene = Scene::new();
+    let begin = |more: &[&str]| {
+        scene.write(&scene.forward("a", scene.at("a")));
+        let mut command = in_runtime(scene.dir.path(), &[&["run", "-"], more].concat());
+        command.stdin(fs::File::open(scene.file()).unwrap());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let out = lines(child.stdout.take().unwrap());
+        let err = lines(child.stderr.take().unwrap());
+        Running {
+            child: Mortal(child),
+            out,
+            err,
+        }
+    };
+    let mut old = begin(&[]);
+    old.says("controlled at");
+    let refused = output(in_runtime(scene.dir.path(), &["upgrade"]));
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{why}");
+    for part in [
+        "came from standard input",
+        "hvsock run - --take-over <CONFIG",
+    ] {
+        assert!(why.contains(part), "{why:?} lacks {part:?}");
+    }
+    assert_eq!(scene.pid(), old.child.0.id());
+    let new = begin(&["--take-over"]);
+    new.says("took over");
+    assert_eq!(old.exit_code(), Some(0));
+    assert_eq!(scene.names(), ["a"]);
 }

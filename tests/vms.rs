@@ -195,6 +195,18 @@ fn a_vm_that_runs_here_is_listed_with_what_the_option_takes() {
     let row = row.unwrap_or_else(|| panic!("{said}"));
     assert!(row.contains(&format!("process {}", vmm.0.id())), "{row}");
     assert!(row.contains("Cloud Hypervisor"), "{row}");
+    assert!(row.contains(" running "), "{row}");
+    if cfg!(target_os = "linux") {
+        vmm.signal("STOP");
+        eventually("it is stopped", || {
+            let mut vms = in_runtime(dir.path(), &["vms"]);
+            vms.current_dir(dir.path()).env("HOME", dir.path());
+            let said = String::from_utf8(output(vms).stdout).unwrap();
+            let row = said.lines().find(|line| line.contains(text(&socket)));
+            row.is_some_and(|row| row.contains(" paused "))
+        });
+        vmm.signal("CONT");
+    }
     assert!(
         row.contains(&format!("vsock-mux://{}", text(&socket))),
         "{row}"
@@ -274,6 +286,13 @@ fn a_process_that_has_ended_runs_no_vm_though_nobody_has_waited_for_it() {
         row.split_whitespace().nth(2).unwrap().to_owned()
     };
     assert_eq!(state_of_vm(), "running");
+    if cfg!(target_os = "linux") {
+        // What `status` says of it as well.
+        hyperkit.signal("STOP");
+        eventually("it is stopped", || state_of_vm() == "paused");
+        hyperkit.signal("CONT");
+        eventually("it goes on", || state_of_vm() == "running");
+    }
     // It ends, and this process doesn't wait for it.
     drop(hyperkit.0.stdin.take());
     eventually("it runs no more", || state_of_vm() == "stopped");

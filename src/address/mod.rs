@@ -89,7 +89,7 @@ impl Address {
     ///
     /// # Errors
     /// As those of `Address::from_str`.
-    #[cfg(feature = "cli")]
+    #[cfg(all(feature = "cli", unix))]
     pub(crate) fn from_os(input: &std::ffi::OsStr) -> Result<Address, AddressError> {
         text::as_text(input).parse()
     }

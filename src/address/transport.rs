@@ -112,6 +112,9 @@ pub(crate) struct VmTraits {
     /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
     /// ones.
     pub(crate) can_be_probed: bool,
+    /// Every dial is answered at once, or a probe is that follows it, so that dials without an answer
+    /// tell of a guest or a VMM that hangs. Of a VM that is seen by its dials, their timeouts do.
+    pub(crate) shows_hangs: bool,
     pub(crate) seen_by: SeenBy,
 }
 
@@ -155,6 +158,7 @@ const ORDINARY: Transport = Transport {
         needs_pacing: false,
         loses_slots: false,
         can_be_probed: false,
+        shows_hangs: false,
         seen_by: SeenBy::Dials,
     },
     waiter: Waiter::Any,
@@ -177,6 +181,7 @@ pub(super) const HYPERKIT: Transport = Transport {
         needs_pacing: true,
         loses_slots: true,
         can_be_probed: true,
+        shows_hangs: true,
         seen_by: SeenBy::Files,
     },
     ..ORDINARY
@@ -212,6 +217,7 @@ pub(super) const VSOCK_MUX: Transport = Transport {
     half_close: HalfClose::BothDirections,
     needs_graceful_close: true,
     vm: VmTraits {
+        shows_hangs: true,
         seen_by: SeenBy::Files,
         ..ORDINARY.vm
     },

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::{Address, HyperkitVm, VsockMuxAddress, uri};
+use super::{Address, HyperkitVm, PORT_ANY, VsockMuxAddress, uri};
 
 /// A VM of any family, by what tells it from others. No port and no option of an address is part of
 /// it.
@@ -45,8 +45,13 @@ impl AnyVm {
     /// can listen there; `None` if no such dial is made in its family.
     pub(crate) fn probe_address(&self) -> Option<Address> {
         match self {
-            AnyVm::Hyperkit(vm) if self.traits().can_be_probed => Some(vm.probe_address().into()),
-            _ => None,
+            AnyVm::Hyperkit(vm) => Some(vm.probe_address().into()),
+            AnyVm::VsockMux(path) => Some(Address::VsockMux(VsockMuxAddress {
+                path: path.clone(),
+                port: PORT_ANY,
+                half_close: false,
+            })),
+            AnyVm::Vsock(_) | AnyVm::Hvsock(_) => None,
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The command: its words, its file and the requests to its control socket, turned into [`Rule`](crate::Rule)s; and
-//! what people look at.
+//! The command: its words, its file and the requests to its control socket, turned into
+//! [`Rule`](crate::Rule)s; and what people look at.
 
 #[cfg(unix)]
 mod answering;
@@ -17,6 +17,7 @@ mod needs;
 mod output;
 #[cfg(unix)]
 mod processes;
+mod ranges;
 mod rule;
 mod serve;
 mod slow;

@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::ranges::{expand, is_number};
 use crate::address::{Address, Host, Port, TcpAddress};
 use crate::proxy::{ProxyProtocol, Source, SourceError};
 use crate::sys;
 
 /// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
-
-/// The most ports of a range. Each is a listener with a descriptor.
-const MOST_PORTS: u32 = 4096;
 
 /// Returns what a value is, for people.
 pub(super) fn kind(value: &Value) -> &'static str {
@@ -139,7 +137,7 @@ pub(super) fn count(range: RangeInclusive<usize>) -> impl Fn(&Value) -> Result<u
 pub(super) fn ports(value: &Value) -> Result<Vec<Port>, String> {
     match value {
         Value::String(text) => {
-            let texts = expand_ports(text)?.into_iter();
+            let texts = expand(text)?.into_iter();
             texts.map(|text| port(&Value::String(text))).collect()
         }
         other => Ok(vec![port(other)?]),
@@ -311,52 +309,11 @@ pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, Str
 pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
     match value {
         Value::String(text) => {
-            let texts = expand_ports(text)?.into_iter();
+            let texts = expand(text)?.into_iter();
             texts.map(|text| address(&Value::String(text))).collect()
         }
         other => Ok(vec![address(other)?]),
     }
-}
-
-/// Returns the texts that one with a range of TCP or vsock ports at its end stands for, or the text
-/// itself. A path has no range.
-pub(super) fn expand_ports(text: &str) -> Result<Vec<String>, String> {
-    let whole = || Ok(vec![text.to_owned()]);
-    let schemes = ["tcp://", "tcp4://", "tcp6://"];
-    let address = schemes.iter().find_map(|it| text.strip_prefix(it));
-    let address = address.unwrap_or(text);
-    let (host, range) = address.rsplit_once(':').unwrap_or(("", address));
-    let Some((first, last)) = range.split_once('-') else {
-        return whole();
-    };
-    if host.contains(['/', '\\']) || !is_number(first) {
-        return whole();
-    }
-    if last.is_empty() {
-        return Err(format!("the range {range} has no end; write {first}-LAST"));
-    }
-    if !is_number(last) {
-        return whole();
-    }
-    let number = |text: &str| text.parse().map_err(|_| format!("{text} is no port"));
-    let (first, last): (u32, u32) = (number(first)?, number(last)?);
-    if first > last {
-        return Err(format!("the range {range} goes down; write {last}-{first}"));
-    }
-    if last - first >= MOST_PORTS {
-        return Err(format!(
-            "the range {range} has more than {MOST_PORTS} ports"
-        ));
-    }
-    if first == 0 && last > 0 {
-        return Err(format!(
-            "the range {range} begins with port 0, which stands for a free port; begin with another"
-        ));
-    }
-    let before = &text[..text.len() - range.len()];
-    Ok((first..=last)
-        .map(|port| format!("{before}{port}"))
-        .collect())
 }
 
 /// Reads a local address, as on the left of `-L`.
@@ -371,8 +328,8 @@ pub(super) fn address(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of their own, unlike those
-/// of `-L`.
+/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of
+/// their own, unlike those of `-L`.
 pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
     let ports = value.as_str().and_then(|text| text.split_once(':'));
     match ports {
@@ -381,10 +338,6 @@ pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
         )),
         _ => addresses(value),
     }
-}
-
-fn is_number(text: &str) -> bool {
-    !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
 }
 
 /// Reads where the metrics are served: `9100`, `"127.0.0.1:9100"`, a Unix socket or a vsock port.
@@ -416,8 +369,8 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
         .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
 }
 
-/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no shell fills in `~/`, so
-/// that it is done here.
+/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no
+/// shell fills in `~/`, so that it is done here.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
     let text = &*at_home(text)?;
     if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
@@ -438,7 +391,8 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     ) {
         return Err(format!("a URI has two slashes: {host}://…:{port}"));
     }
-    // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
+    // As in ssh. The other spelling of it there, an empty address, is too easily written by
+    // mistake.
     if text.starts_with(':') && !text.starts_with("::") {
         return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
     }

@@ -15,6 +15,8 @@ pub(crate) struct RunningVm {
     pub(crate) vmm: &'static str,
     /// What `--vm` takes for it.
     pub(crate) vm: String,
+    /// The number of its process.
+    pub(crate) process: u32,
 }
 
 /// Returns the VMs with a vsock device that these processes run.
@@ -43,14 +45,15 @@ fn of_process(process: &Process) -> Vec<RunningVm> {
         name: name.unwrap_or_else(|| format!("process {}", process.id)),
         vmm,
         vm,
+        process: process.id,
     };
     found.into_iter().map(vm).collect()
 }
 
 type Found = (&'static str, Option<String>, String);
 
-/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options may
-/// be written with one dash or two, as QEMU takes them.
+/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options
+/// may be written with one dash or two, as QEMU takes them.
 fn values<'a>(words: &[&'a str], option: &str) -> Vec<&'a str> {
     let named = |word: &'a str| {
         let name = word.strip_prefix('-')?;

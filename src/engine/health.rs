@@ -64,7 +64,7 @@ pub(crate) struct VmLook {
     pub(crate) is_alive: bool,
     /// The process that its pid file names, if that lives.
     pub(crate) process: Option<i32>,
-    /// Whether that process is stopped, as far as the system tells.
+    /// Whether its process is stopped, as far as the system tells.
     pub(crate) is_stopped: bool,
 }
 

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, Operation};
 
 /// The descriptors kept in reserve: for standard streams, the log, names that are being resolved,
-/// listeners that are being replaced.
+/// listeners that are being replaced, and what tells whether the processes of VMs live.
 const SPARE: u64 = 64;
 
 /// The descriptors for connections of guests, which can't be made to wait: hyperkit has 1,024

@@ -10,19 +10,65 @@ use crate::engine::rule::{Limits, VmLimits};
 use crate::lock::lock;
 use crate::name::SocketName;
 
+/// So many gates are kept, whether anything uses them or not.
+const FEW: usize = 64;
+
 /// The gates, which rules and workers share.
 #[derive(Debug)]
 pub(super) struct Gates {
-    /// By what identifies a VM. The workers have this lock, too: nothing that may block is done with
-    /// it.
-    all: Mutex<HashMap<AnyVm, Arc<Gate>>>,
+    /// The workers have this lock, too: nothing that may block is done with it.
+    all: Mutex<GateTable>,
     limits: Limits,
+}
+
+/// All gates, by what identifies a VM. Guests of any CID may dial a listener on a vsock port, so
+/// what nothing uses is dropped: when there are twice as many as were left the last time. So there
+/// are at most twice as many as are used, and one more costs the same however many there are.
+#[derive(Debug)]
+struct GateTable {
+    gates: HashMap<AnyVm, GateEntry>,
+    /// The number at which those are dropped that nothing uses.
+    sweep_at: usize,
+}
+
+#[derive(Debug)]
+struct GateEntry {
+    gate: Arc<Gate>,
+    /// Whether it has limits of its own.
+    is_limited: bool,
+}
+
+impl GateEntry {
+    /// Returns whether nothing would be lost with it: no forward, connection or client has it, and
+    /// it knows nothing that a VMM suffers for.
+    fn is_unused(&self) -> bool {
+        let traits = self.gate.vm().traits();
+        let is_harmed = traits.needs_pacing || traits.loses_slots;
+        // With the lock nobody can get it from here meanwhile.
+        !self.is_limited && !is_harmed && Arc::strong_count(&self.gate) == 1
+    }
+}
+
+impl GateTable {
+    fn insert(&mut self, identity: AnyVm, gate: Arc<Gate>) -> &mut GateEntry {
+        if self.gates.len() >= self.sweep_at {
+            self.gates.retain(|_, entry| !entry.is_unused());
+            self.sweep_at = FEW.max(self.gates.len() * 2);
+        }
+        let is_limited = false;
+        let entry = GateEntry { gate, is_limited };
+        self.gates.entry(identity).or_insert(entry)
+    }
 }
 
 impl Gates {
     pub(super) fn new(limits: Limits) -> Gates {
+        let all = GateTable {
+            gates: HashMap::new(),
+            sweep_at: FEW,
+        };
         Gates {
-            all: Mutex::default(),
+            all: Mutex::new(all),
             limits,
         }
     }
@@ -43,22 +89,33 @@ impl Gates {
     }
 
     fn insert(&self, identity: AnyVm, vm: &AnyVm) -> Arc<Gate> {
-        let new = || {
-            let limits = self.limits_of(&VmLimits::new(vm.clone()));
-            Arc::new(Gate::new(limits, vm.clone()))
-        };
-        Arc::clone(lock(&self.all).entry(identity).or_insert_with(new))
+        let mut all = lock(&self.all);
+        if let Some(entry) = all.gates.get(&identity) {
+            return Arc::clone(&entry.gate);
+        }
+        let limits = self.limits_of(&VmLimits::new(vm.clone()));
+        let gate = Arc::new(Gate::new(limits, vm.clone()));
+        Arc::clone(&all.insert(identity, gate).gate)
     }
 
     /// Sets the limits of a VM.
     pub(super) fn set_limits(&self, limits: &VmLimits) {
-        self.of(&limits.vm).set_limits(self.limits_of(limits));
+        let identity = canonical(&limits.vm);
+        let gate = self.insert(identity.clone(), &limits.vm);
+        gate.set_limits(self.limits_of(limits));
+        if let Some(entry) = lock(&self.all).gates.get_mut(&identity) {
+            entry.is_limited = limits.connections.is_some() || limits.unanswered.is_some();
+        }
     }
 
     /// Returns all of them.
     #[cfg(all(unix, feature = "cli"))]
     pub(super) fn all(&self) -> HashMap<AnyVm, Arc<Gate>> {
-        lock(&self.all).clone()
+        let all = lock(&self.all);
+        let gates = all.gates.iter();
+        gates
+            .map(|(identity, entry)| (identity.clone(), Arc::clone(&entry.gate)))
+            .collect()
     }
 
     /// Returns the caps that a VM's limits mean.
@@ -109,10 +166,59 @@ fn canonical_path(path: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::address::Port;
+    use crate::engine::id::ForwardId;
     use crate::name::VsockName;
+
+    /// Guests that have dialled once, of all CIDs that there are, leave nothing behind.
+    #[test]
+    fn gates_that_nothing_uses_are_dropped() {
+        let gates = Gates::new(Limits::default());
+        let guest = |cid| {
+            let port = Port(5000);
+            let guest = SocketName::Vsock(VsockName { cid, port });
+            gates.of_guest(&guest).unwrap()
+        };
+        let count = || lock(&gates.all).gates.len();
+        // One has a connection, one has limits, one would be harmed, and one has had all of that.
+        let connected = guest(3);
+        let slot = connected.accept(ForwardId(0), None, Instant::now());
+        drop(connected);
+        let mut limits = VmLimits::new(AnyVm::Vsock(4));
+        limits.connections = Some(5);
+        gates.set_limits(&limits);
+        let hyperkit = AnyVm::Hyperkit(HyperkitVm::new("/nowhere/vm"));
+        drop(gates.of(&hyperkit));
+        limits.vm = AnyVm::Vsock(5);
+        gates.set_limits(&limits);
+        limits.connections = None;
+        gates.set_limits(&limits);
+        let kept = [3, 4].map(|cid| Arc::downgrade(&guest(cid)));
+        let idle = Arc::downgrade(&guest(5));
+        for cid in 1_000..3_000 {
+            drop(guest(cid));
+            assert!(count() <= FEW, "{}", count());
+        }
+        let alive = kept.iter().filter(|gate| gate.upgrade().is_some());
+        assert_eq!(alive.count(), 2);
+        assert!(idle.upgrade().is_none());
+        let hyperkit = Arc::downgrade(&gates.of(&hyperkit));
+        // As many as are used are no reason to look for others at each.
+        let used: Vec<_> = (10_000..10_500).map(guest).collect();
+        assert!(lock(&gates.all).sweep_at >= 2 * FEW);
+        drop((used, slot));
+        for cid in 20_000..22_000 {
+            drop(guest(cid));
+        }
+        assert!(count() <= FEW, "{}", count());
+        assert!(kept[0].upgrade().is_none() && kept[1].upgrade().is_some());
+        assert!(hyperkit.upgrade().is_some());
+    }
 
     #[test]
     fn a_guest_is_known_by_its_cid() {

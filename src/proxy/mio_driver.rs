@@ -98,9 +98,11 @@ pub(crate) struct MioDriver {
     housekeeper: Housekeeper,
     #[cfg(unix)]
     keeper: Option<Link>,
+    #[cfg(unix)]
+    processes: sys::Processes,
     /// The processes of VMs that were looked up last.
     #[cfg(unix)]
-    processes: VecDeque<sys::Process>,
+    recent: VecDeque<sys::Process>,
 }
 
 impl MioDriver {
@@ -124,7 +126,9 @@ impl MioDriver {
             #[cfg(unix)]
             keeper,
             #[cfg(unix)]
-            processes: VecDeque::new(),
+            processes: sys::Processes::open(),
+            #[cfg(unix)]
+            recent: VecDeque::new(),
         })
     }
 
@@ -219,8 +223,9 @@ fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
     })
 }
 
-/// Looks at a VM from outside, without a connection to its socket.
-fn look_at(vm: &AnyVm) -> VmLook {
+/// Looks at a VM from outside, without a connection to its socket. `process` is the one that had it
+/// at the last dial.
+fn look_at(vm: &AnyVm, process: Option<i32>) -> VmLook {
     let mut look = match vm {
         AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
         AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
@@ -231,8 +236,9 @@ fn look_at(vm: &AnyVm) -> VmLook {
     };
     if let AnyVm::Hyperkit(vm) = vm {
         look.process = hyperkit::running_pid(&vm.state_dir);
-        look.is_stopped = look.process.is_some_and(sys::process_is_stopped);
     }
+    let process = look.process.or(process.filter(|_| look.is_alive));
+    look.is_stopped = process.is_some_and(sys::process_is_stopped);
     look
 }
 
@@ -639,16 +645,16 @@ impl Driver for MioDriver {
         let Some(id) = stream.peer_process().and_then(|it| it.id) else {
             return false;
         };
-        let index = self.processes.iter().position(|it| it.id == id);
-        let process = match index.and_then(|index| self.processes.remove(index)) {
+        let index = self.recent.iter().position(|it| it.id == id);
+        let process = match index.and_then(|index| self.recent.remove(index)) {
             Some(process) => process,
-            None => sys::Process::new(id),
+            None => self.processes.get(id),
         };
         let is_ending = process.is_ending();
         // A process that has ended is not remembered: its number may be used again.
         if !is_ending {
-            self.processes.push_front(process);
-            self.processes.truncate(PROCESSES);
+            self.recent.push_front(process);
+            self.recent.truncate(PROCESSES);
         }
         is_ending
     }
@@ -660,7 +666,7 @@ impl Driver for MioDriver {
 
     fn release_unused(&mut self) {
         #[cfg(unix)]
-        self.processes.clear();
+        self.recent.clear();
     }
 
     fn look_at_vm(&mut self, gate: &Arc<Gate>) {
@@ -676,7 +682,7 @@ impl Driver for MioDriver {
             if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
                 keeper.look_after(&vm.state_dir);
             }
-            let look = look_at(gate.vm());
+            let look = look_at(gate.vm(), gate.process());
             DriverEvent::VmSeen { gate, look }
         });
     }

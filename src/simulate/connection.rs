@@ -41,6 +41,8 @@ pub(crate) enum Origin {
 /// The guest's end.
 #[derive(Debug)]
 pub(super) enum Guest {
+    /// The client of a VMM's socket hasn't said which port it wants.
+    Unnamed,
     /// The guest's kernel hasn't answered yet.
     Unanswered,
     Builtin(Builtin),
@@ -95,6 +97,8 @@ pub(super) struct Connection {
     pub(super) guest: Guest,
     pub(super) host_ready: Ready,
     pub(super) guest_ready: Ready,
+    /// One direction goes on when the other has ended.
+    pub(super) half_close: bool,
     /// In the device's work queue.
     pub(super) queued: bool,
     /// Bytes written to the host's program, and read from it.
@@ -130,6 +134,7 @@ impl Connection {
             guest,
             host_ready: Ready::default(),
             guest_ready: Ready::default(),
+            half_close: true,
             queued: false,
             sent: 0,
             received: 0,
@@ -165,6 +170,7 @@ impl Connection {
     /// Has the guest forget this connection.
     pub(super) fn forget(&mut self) {
         self.guest = match self.guest {
+            Guest::Unnamed => return,
             Guest::Unanswered | Guest::Lost => Guest::Lost,
             _ => Guest::Forgotten,
         };
@@ -180,6 +186,14 @@ impl Connection {
     /// Moves bytes, as many as one turn may.
     pub(super) fn turn(&mut self, scratch: &mut [u8], paused: bool) -> Turn {
         match self.guest {
+            Guest::Unnamed => {
+                let moved = self.read_host(scratch) && !self.broken;
+                return match self.broken {
+                    true => Turn::Over,
+                    false if moved => Turn::Again,
+                    false => Turn::Idle,
+                };
+            }
             Guest::Unanswered | Guest::Connecting(_) => return Turn::Idle,
             Guest::Forgotten => return self.turn_forgotten(scratch, paused),
             Guest::Lost if self.host_gone => return Turn::Over,
@@ -190,6 +204,10 @@ impl Connection {
         moved |= self.read_host(scratch);
         if !paused {
             moved |= self.run_guest(scratch);
+        }
+        if self.host_eof && !self.half_close {
+            // It has ended both directions: what isn't out by now is lost.
+            self.to_host.clear();
         }
         moved |= self.flush();
         if self.is_over() {
@@ -217,6 +235,11 @@ impl Connection {
         if self.broken { Turn::Over } else { Turn::Idle }
     }
 
+    /// Says something to the host's program in the guest's place.
+    pub(super) fn say(&mut self, text: &[u8]) {
+        self.to_host.push(text);
+    }
+
     /// Writes to the host's program: bytes, then EOF. Returns whether anything was written.
     fn flush(&mut self) -> bool {
         let mut moved = false;
@@ -237,7 +260,8 @@ impl Connection {
                 }
             }
         }
-        if self.guest_eof && self.to_host.is_empty() && !self.host_shut && !self.guest_deaf {
+        let tells = self.half_close && !self.host_shut && !self.guest_deaf;
+        if self.guest_eof && self.to_host.is_empty() && tells {
             self.host_shut = true;
             // It fails only if the peer has gone, of which an event comes.
             let _ = self.host.shutdown(Shutdown::Write);
@@ -373,15 +397,22 @@ impl Connection {
     }
 
     /// Returns whether the device frees the slot: the guest has closed and all that it sent is out;
-    /// or both directions have ended; or a write failed, and the guest was reset.
+    /// or both directions have ended, which the host's end may do alone; or a write failed, and the
+    /// guest was reset.
     fn is_over(&self) -> bool {
         if self.broken {
+            return true;
+        }
+        let told = self.guest_shut || matches!(self.guest, Guest::Builtin(_));
+        let host_ended = self.host_eof && self.to_guest.is_empty() && told;
+        if host_ended && !self.half_close {
             return true;
         }
         if !self.guest_eof || !self.to_host.is_empty() {
             return false;
         }
-        let told = self.guest_shut || matches!(self.guest, Guest::Builtin(_));
-        self.guest_deaf || (self.host_eof && self.to_guest.is_empty() && told)
+        // TCP doesn't tell a close from a half-close, which would be kept from the host for ever.
+        let may_be_closed = matches!(self.guest, Guest::Socket(GuestSocket::Tcp(_)));
+        self.guest_deaf || host_ended || may_be_closed && !self.half_close
     }
 }

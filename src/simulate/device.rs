@@ -358,6 +358,7 @@ impl Device {
                         connection.guest = Guest::Socket(socket);
                     }
                     self.counters.answered += 1;
+                    self.confirm(key);
                 }
                 Err(_) => return self.refuse(key),
             }
@@ -381,7 +382,11 @@ impl Device {
         match turn {
             Turn::Idle => {}
             Turn::Again => self.queue(key),
-            Turn::Over => self.free(key),
+            Turn::Over => return self.free(key),
+        }
+        let connection = self.slots.get(key);
+        if connection.is_some_and(|it| matches!(it.guest, Guest::Unnamed)) {
+            self.read_mux_line(key);
         }
     }
 

@@ -55,6 +55,9 @@ pub(super) type Listeners = Vec<(UnixListener, Option<u32>)>;
 
 /// Returns the path of the socket that stands for `port` of `cid`.
 pub(super) fn socket_path(plan: &Plan, cid: u32, port: u32) -> PathBuf {
+    if let Some(mux) = &plan.mux {
+        return mux.host_path(port);
+    }
     plan.directory.join(format!(
         "{}{}",
         plan.prefix,
@@ -128,8 +131,23 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Makes the socket of a VMM; what an earlier one left there is replaced.
+fn prepare_mux(path: &Path, plan: &Plan, made: &mut Made) -> Result<Listeners> {
+    if sys::is_socket_alive(path).unwrap_or(false) {
+        let cause = io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there");
+        let error = Error::new(Operation::Listen, path.display(), cause);
+        return Err(error.with_remedy("choose another path, or stop that VM"));
+    }
+    let listener = listen(path, plan.backlog)?;
+    made.add(path);
+    Ok(vec![(listener, None)])
+}
+
 /// Makes the directory, its files and its sockets; what an earlier VM left there is replaced.
 pub(super) fn prepare(plan: &Plan, made: &mut Made) -> Result<Listeners> {
+    if let Some(mux) = &plan.mux {
+        return prepare_mux(&mux.path, plan, made);
+    }
     check_length(plan)?;
     check_vacant(plan)?;
     let failed = |path: &Path| {

@@ -74,6 +74,8 @@ impl Device {
         self.counters.accepted += 1;
         if self.taken() >= self.plan.slots {
             self.counters.turned_away += 1;
+        } else if self.plan.mux.is_some() {
+            self.greet(stream);
         } else if let Some(port) = self.listeners[index].port {
             self.dialled(stream, port, Origin::Forward);
         } else if let Some(stream) = self.read_line(stream) {
@@ -127,6 +129,24 @@ impl Device {
 
     /// Takes a dial of a host program to `port` of the guest.
     fn dialled(&mut self, stream: UnixStream, port: u32, origin: Origin) {
+        self.count_dial();
+        if self.fate.is_some() {
+            return;
+        }
+        set_buffers(&stream);
+        let connection = Connection::new(stream, origin, port, Guest::Unanswered);
+        if let Some(key) = self.insert(connection) {
+            self.dials.push_back(key);
+        }
+    }
+
+    /// Takes a dial of a connection that is there already.
+    pub(super) fn note_dial(&mut self, key: Key) {
+        self.count_dial();
+        self.dials.push_back(key);
+    }
+
+    fn count_dial(&mut self) {
         self.counters.dials += 1;
         let now = Instant::now();
         self.last_dial = Some(now);
@@ -142,14 +162,6 @@ impl Device {
             if Ring::overflows(level) {
                 self.note_offence(Rule::Burst, format!("{level} dials in the ring"));
             }
-        }
-        if self.fate.is_some() {
-            return;
-        }
-        set_buffers(&stream);
-        let connection = Connection::new(stream, origin, port, Guest::Unanswered);
-        if let Some(key) = self.insert(connection) {
-            self.dials.push_back(key);
         }
     }
 
@@ -213,10 +225,12 @@ impl Device {
             connection.to_guest.set_limit(TO_PAIR);
         }
         // A server behind the port answers when it has accepted.
-        if !matches!(guest, Guest::Connecting(_)) {
-            self.counters.answered += 1;
-        }
+        let is_answered = !matches!(guest, Guest::Connecting(_));
         connection.guest = guest;
+        if is_answered {
+            self.counters.answered += 1;
+            self.confirm(key);
+        }
         Ok(())
     }
 
@@ -308,7 +322,8 @@ impl Device {
         };
         self.counters.guest_dials += 1;
         set_buffers(&stream);
-        let connection = Connection::new(stream, Origin::Guest, port, guest);
+        let mut connection = Connection::new(stream, Origin::Guest, port, guest);
+        connection.half_close = self.plan.mux.as_ref().is_none_or(|mux| mux.half_close);
         let unwatched = || io::Error::other("the stand-in cannot watch it");
         self.insert(connection).ok_or_else(unwatched)
     }

@@ -5,7 +5,8 @@
 //! kills a VM. What it imitates is hyperkit's vsock device (`pci_virtio_sock.c`) with a Linux guest
 //! behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the
 //! guest's dials to `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills
-//! or hangs the device ([`Rule`]). It shares no code with the proxy.
+//! or hangs the device ([`Rule`]). [`Vm::behind_socket`] is one of another VMM, such as
+//! Firecracker's. It shares no code with the proxy.
 //!
 //! ```
 //! use hvsock::simulate::{Service, Vm};
@@ -29,6 +30,7 @@ mod guest;
 mod handshake;
 mod http;
 pub(crate) mod judge;
+mod mux;
 mod plan;
 pub(crate) mod rules;
 mod slots;
@@ -45,7 +47,7 @@ use crate::sys;
 use crate::time::after;
 use device::{Command, Device};
 use dial::{DialListener, Paced};
-use plan::{Plan, Shared};
+use plan::{Mux, Plan, Shared};
 use rules::{FAILED_DIALS, Strictness};
 use std::collections::HashMap;
 use std::io;
@@ -87,6 +89,16 @@ impl Builder {
     /// Sets the VM's name, which its web pages show; the directory's name by default.
     pub fn name(mut self, name: impl Into<String>) -> Builder {
         self.plan.name = name.into();
+        self
+    }
+
+    /// Sets whether a VMM with a socket for all ports lets one direction go on when the other has
+    /// ended. By default the host's half-close ends both, and the guest's is not passed on, as with
+    /// Firecracker. hyperkit always does ([`Vm::behind_socket`]).
+    pub fn half_close(mut self, half_close: bool) -> Builder {
+        if let Some(mux) = &mut self.plan.mux {
+            mux.half_close = half_close;
+        }
         self
     }
 
@@ -257,6 +269,7 @@ impl Vm {
         Builder {
             plan: Plan {
                 directory,
+                mux: None,
                 name,
                 cid: hyperkit::GUEST_CID,
                 connect_name: hyperkit::CONNECT_NAME.to_owned(),
@@ -276,7 +289,20 @@ impl Vm {
         }
     }
 
-    /// Returns the state directory.
+    /// Returns a builder of a VM behind a VMM's Unix socket at `path`, as with Firecracker and its
+    /// kin (`vsock-mux://`): whoever says `CONNECT PORT\n` there dials the guest, which dials the
+    /// host at `PATH_PORT`. No rule ([`Rule`]) can be broken there.
+    pub fn behind_socket(path: impl Into<PathBuf>) -> Builder {
+        let path = path.into();
+        let mut builder = Vm::builder(path.clone());
+        builder.plan.mux = Some(Mux {
+            path,
+            half_close: false,
+        });
+        builder
+    }
+
+    /// Returns the state directory, or the path of the VMM's socket.
     pub fn directory(&self) -> &Path {
         &self.plan.directory
     }
@@ -332,7 +358,8 @@ impl Vm {
     /// end of the connection.
     ///
     /// It fails at once if nobody listens there, which the device bears a few times only
-    /// ([`Rule::NoListener`]). The stream is a blocking one. Dropping it closes the program's socket.
+    /// ([`Rule::NoListener`]). The stream is a blocking one. Dropping it closes the program's
+    /// socket.
     pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let (program, device) = UnixStream::pair()?;
         let (reply, answer) = mpsc::channel();

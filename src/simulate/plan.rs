@@ -12,7 +12,10 @@ use crate::lock::lock;
 /// What a VM is to be.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
+    /// Of a VMM with a socket for all ports, where that is.
     pub(super) directory: PathBuf,
+    /// `None` is hyperkit.
+    pub(super) mux: Option<Mux>,
     pub(super) name: String,
     pub(super) cid: u32,
     pub(super) connect_name: String,
@@ -29,6 +32,23 @@ pub(super) struct Plan {
     pub(super) failed_dials: u64,
     /// Slots that a reboot of the guest takes for good.
     pub(super) lost_at_reboot: usize,
+}
+
+/// A VMM with a Unix socket for all ports.
+#[derive(Clone, Debug)]
+pub(super) struct Mux {
+    pub(super) path: PathBuf,
+    /// Whether one direction goes on when the other has ended.
+    pub(super) half_close: bool,
+}
+
+impl Mux {
+    /// Returns the path of the socket at which the guest dials a port of the host.
+    pub(super) fn host_path(&self, port: u32) -> PathBuf {
+        let mut path = self.path.clone().into_os_string();
+        path.push(format!("_{port}"));
+        path.into()
+    }
 }
 
 /// What the device tells its [`Vm`](super::Vm).

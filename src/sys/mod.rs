@@ -35,7 +35,8 @@
 //!   of a Unix socket.
 //! * `program_name(process)`: the name of the program that a process runs.
 //! * `unread(socket)`: how many bytes have come that were not read yet.
-//! * `Process`: another process, and whether it is ending.
+//! * `Process`: another process, and whether it is ending; `Processes`: all of them, to be asked
+//!   without waiting.
 //! * `detach_command(command, leads)`, `make_terminal()`, `hang_up_group(leader)` and its like:
 //!   programs that are started, and the ends of their groups.
 //! * `is_closed_by_peer(socket)`: whether the other end of a Unix socket is closed, not only

@@ -30,7 +30,7 @@ pub(crate) use identity::Identity;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 pub(crate) use place::Place;
-pub(crate) use process::Process;
+pub(crate) use process::{Process, Processes};
 pub(crate) use rights::{MOST_SENT, receive, refuse_descriptors, refuses_descriptors, send};
 #[cfg(feature = "cli")]
 pub(crate) use socket_path::SUN_PATH_LEN;

@@ -4,5 +4,6 @@
 
 mod device;
 mod guest;
+mod mux;
 mod rules;
 mod support;

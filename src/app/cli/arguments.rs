@@ -1,6 +1,7 @@
 //! Arguments of the command line that may be no UTF-8, as names of files may.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -10,11 +11,32 @@ use super::spec::{Locals, Remotes};
 #[cfg(unix)]
 use crate::address::ExecAddress;
 use crate::address::{Address, HyperkitVm, as_text};
+use crate::app::ranges::{join, parse_addresses};
 use crate::sys::os_string_from_bytes;
 
 /// Parses an address.
+#[cfg(unix)]
 pub(super) fn address() -> impl TypedValueParser<Value = Address> {
     OsStringValueParser::new().try_map(|text| Address::from_os(&text))
+}
+
+/// An address, or those of a range of ports; never none.
+#[derive(Clone, Debug)]
+pub(super) struct Addresses(pub(super) Vec<Address>);
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0[..] {
+            [] => Ok(()),
+            [first, .., last] => f.write_str(&join(first, last)),
+            [one] => one.fmt(f),
+        }
+    }
+}
+
+/// Parses an address, or those of a range of ports.
+pub(super) fn addresses() -> impl TypedValueParser<Value = Addresses> {
+    OsStringValueParser::new().try_map(|text| parse_addresses(&as_text(&text)).map(Addresses))
 }
 
 /// Parses an address, or what stands for one, to a text in which no byte is lost.

@@ -1,5 +1,7 @@
-//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by its control socket.
+//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by
+//! its control socket.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -8,6 +10,7 @@ use clap_complete::ArgValueCompleter;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use serde_json::{Value, json};
 
+use super::arguments::Addresses;
 use super::console::{complain, print, print_json, print_text};
 use super::given::GivenOptions;
 use super::occupant::Occupants;
@@ -16,7 +19,7 @@ use super::predecessor::left_behind;
 use super::reconciler::danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
-use super::summary::Report;
+use super::summary::{Report, tried_again};
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
@@ -24,6 +27,7 @@ use crate::app::control::{
     self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
 };
 use crate::app::escape;
+use crate::app::ranges::{expand, join};
 use crate::app::rule::RuleOptions;
 use crate::app::values::{parse_process, parse_time};
 use crate::keeper::LinkStatus;
@@ -32,8 +36,8 @@ use crate::proxy::{Counters, Rule};
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or among the temporary
-    /// files, or else that of the only hvsock that runs]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory,
+    /// or among the temporary files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// The process that is meant, as `hvsock ps` has it
@@ -228,17 +232,21 @@ fn ago(then: SystemTime, now: SystemTime) -> String {
 Examples:
   hvsock add --name web tcp://127.0.0.1:8080 /run/web.sock
   hvsock add --vm docker -L 8080:80 -L 2222:22
+  hvsock add --name web tcp://127.0.0.1:8000-8010 vsock://3:8000-8010
   hvsock add --name agent --vm docker -R 5000:./agent.sock
   hvsock add --from 192.168.7.0/24 'tcp://*:8081' tcp://127.0.0.1:80"
 )]
 pub(super) struct Add {
-    /// What the forward is called, by `hvsock remove` for example
+    /// What the forward is called, by `hvsock remove` for example; those of a range are called
+    /// NAME-PORT
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
-    addresses: Vec<Address>,
-    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
+    /// Pairs of an address to listen on and the address that its connections go to, as for `hvsock
+    /// forward`
+    #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::addresses())]
+    addresses: Vec<Addresses>,
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or
+    /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
@@ -274,49 +282,70 @@ impl Add {
         }
         if rules.len() != 1 && self.name.is_some() {
             return Err(Failure::Usage(
-                "--name is that of one forward, and there are more".into(),
+                "--name is that of one forward or range, and there are more".into(),
             ));
         }
         let path = self.which.path();
         let has_file = |it: &Rule| it.listen.listen_path().is_some();
-        let some_have_files = rules.iter().any(has_file);
-        for rule in rules {
+        let some_have_files = rules.iter().flatten().any(has_file);
+        for rules in rules {
+            let ([rule, ..], Some(last)) = (&rules[..], rules.last()) else {
+                continue;
+            };
             let mut body = self.options.0.clone();
-            if some_have_files && !has_file(&rule) {
+            if some_have_files && !has_file(rule) {
                 // Those are meant for the others.
                 body.retain(|key, _| !["mode", "owner", "group"].contains(&key.as_str()));
             }
             if !rule.from.is_empty() && !body.contains_key("from") {
-                let options = serde_json::to_value(RuleOptions::from(&rule)).unwrap_or_default();
+                let options = serde_json::to_value(RuleOptions::from(rule)).unwrap_or_default();
                 body.insert("from".to_owned(), options["from"].clone());
             }
             body.insert("name".to_owned(), json!(self.name));
-            body.insert("listen".to_owned(), json!(rule.listen.to_string()));
-            body.insert("connect".to_owned(), json!(rule.connect.to_string()));
+            body.insert("listen".to_owned(), json!(join(&rule.listen, &last.listen)));
+            let connect = join(&rule.connect, &last.connect);
+            body.insert("connect".to_owned(), json!(connect));
             let body = serde_json::Value::from(body);
             let answer = ask(&path, "POST", "/v1/forwards", &body.to_string());
-            let answer = answer.map_err(|why| name_occupant(why, &rule.listen))?;
+            let answer = answer.map_err(|why| name_occupant(why, &rules))?;
             if self.json {
                 print_json(answer.trim_end())?;
                 continue;
             }
-            let added: control::Forward = read(&answer)?;
-            print(format_args!(
-                "{}: {} -> {}",
-                added.label(),
-                added.listen,
-                added.connect
-            ))?;
+            for added in read::<Forwards>(&answer)?.list() {
+                let (name, listen) = (added.label(), &added.listen);
+                print(format_args!("{name}: {listen} -> {}", added.connect))?;
+            }
         }
         Ok(())
     }
 }
 
-/// Says which other hvsock listens where one was to listen.
-fn name_occupant(why: Unanswered, listen: &Address) -> Unanswered {
+/// One forward, or those of a range.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum Forwards {
+    Range(Vec<control::Forward>),
+    One(Box<control::Forward>),
+}
+
+impl Forwards {
+    fn list(&self) -> &[control::Forward] {
+        match self {
+            Forwards::Range(all) => all,
+            Forwards::One(one) => std::slice::from_ref(one),
+        }
+    }
+}
+
+/// Says which other hvsock listens where one of these was to listen.
+fn name_occupant(why: Unanswered, rules: &[Rule]) -> Unanswered {
     match why {
         Unanswered::Refused(problem) if problem.error.contains("in use") => {
-            let remedy = Occupants::default().remedy(listen).or(problem.remedy);
+            let is_named = |it: &&Rule| problem.error.contains(&format!("{}: ", it.listen));
+            let taken = rules.iter().find(is_named);
+            let occupant = taken.and_then(|it| Occupants::default().remedy(&it.listen));
+            let remedy = occupant.or(problem.remedy);
             Unanswered::Refused(Problem { remedy, ..problem })
         }
         other => other,
@@ -327,11 +356,17 @@ fn name_occupant(why: Unanswered, listen: &Address) -> Unanswered {
 ///
 /// They take no more clients. Those that are there go on, and are cut off after the grace.
 #[derive(Args, Debug)]
-#[command(after_help = "Examples:
+#[command(
+    after_help = "A range of ports is removed by its addresses, or by its name without a port.
+
+Examples:
   hvsock remove web
-  hvsock remove tcp://127.0.0.1:8080 --grace 0")]
+  hvsock remove tcp://127.0.0.1:8000-8010
+  hvsock remove tcp://127.0.0.1:8080 --grace 0"
+)]
 pub(super) struct Remove {
-    /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them
+    /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them; all
+    /// of a range at once
     #[arg(value_name = "NAME", required = true, add = ArgValueCompleter::new(complete::forward))]
     names: Vec<String>,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
@@ -344,29 +379,73 @@ pub(super) struct Remove {
 impl Remove {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
+        let mut is_whole = true;
         for name in &self.names {
             let call = format!("/v1/forwards/{}{}", segment(name), query(self.grace));
-            let removed: control::Forward = read(&ask(&path, "DELETE", &call, "")?)?;
-            let live = match removed.counters.live {
-                0 => String::new(),
-                n => format!("; {} may finish", table::counted(n, "connection")),
-            };
-            let (name, listen) = (removed.label(), &removed.listen);
-            print(format_args!(
-                "removed {name}: {listen} -> {}{live}",
-                removed.connect
-            ))?;
-            let listen = listen.parse().ok();
-            let danger = listen.and_then(|listen| danger(&name, &listen));
-            if let Some(why) = danger.filter(|_| !has_keeper(&path)) {
-                complain(why);
+            let removed: Forwards = read(&ask(&path, "DELETE", &call, "")?)?;
+            for it in removed.list() {
+                tell_removed(it, &path)?;
+            }
+            if let Forwards::Range(removed) = &removed {
+                for place in not_among(name, removed) {
+                    complain(format_args!("there is no forward {place:?}"));
+                    is_whole = false;
+                }
             }
         }
-        Ok(())
+        match is_whole {
+            true => Ok(()),
+            // It was said which is missing.
+            false => Err(Failure::Silent),
+        }
     }
 }
 
-/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests dial.
+/// Says that a forward is removed, and what is dangerous about that.
+fn tell_removed(removed: &control::Forward, path: &Path) -> Outcome {
+    let live = match removed.counters.live {
+        0 => String::new(),
+        n => format!("; {} may finish", table::counted(n, "connection")),
+    };
+    let (name, listen) = (removed.label(), &removed.listen);
+    let connect = &removed.connect;
+    print(format_args!("removed {name}: {listen} -> {connect}{live}"))?;
+    let listen = listen.parse().ok();
+    let danger = listen.and_then(|listen| danger(&name, &listen));
+    if let Some(why) = danger.filter(|_| !has_keeper(path)) {
+        complain(why);
+    }
+    Ok(())
+}
+
+/// Returns the places of a range at which none of these forwards has listened.
+fn not_among(range: &str, forwards: &[control::Forward]) -> Vec<String> {
+    let places = expand(range).unwrap_or_default();
+    if places.len() < 2 {
+        // It was a name.
+        return Vec::new();
+    }
+    let addresses = |it: &control::Forward| {
+        let texts = [&it.listen, &it.rule.listen].into_iter();
+        texts.filter_map(|it| it.parse().ok()).collect::<Vec<_>>()
+    };
+    let there: HashSet<Address> = forwards.iter().flat_map(addresses).collect();
+    // A number may be a port or an id.
+    let ports = there.iter().filter_map(|it| Some(it.as_tcp()?.port.into()));
+    let ids = forwards.iter().filter_map(|it| it.id);
+    let numbers: HashSet<u64> = ports.chain(ids).collect();
+    let is_missing = |place: &String| match place.parse() {
+        Ok(number) => !numbers.contains(&number),
+        Err(_) => {
+            let address = place.parse::<Address>().ok();
+            !address.is_some_and(|it| there.contains(&it))
+        }
+    };
+    places.into_iter().filter(is_missing).collect()
+}
+
+/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests
+/// dial.
 fn has_keeper(path: &Path) -> bool {
     let status = control::get::<control::Status>(path, "/v1/status");
     let keeper = status.ok().and_then(|status| status.keeper);
@@ -379,7 +458,8 @@ pub(super) fn query(grace: Option<Duration>) -> String {
 
 /// Have an hvsock that runs read its file again, and say what has changed
 ///
-/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't be had now.
+/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't
+/// be had now.
 #[derive(Args, Debug)]
 pub(super) struct Reload {
     /// Print what the control socket says, as it is
@@ -391,12 +471,7 @@ pub(super) struct Reload {
 
 impl Reload {
     pub(super) fn run(self) -> Outcome {
-        // What is wrong with the file has many lines.
-        let listed = |why: Unanswered| {
-            let why = why.to_string();
-            Failure::Listed(why.lines().map(str::to_owned).collect())
-        };
-        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(listed)?;
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list)?;
         let report: Report = read(&answer)?;
         match self.json {
             true => print_json(answer.trim_end())?,
@@ -413,11 +488,18 @@ impl Reload {
     }
 }
 
+/// Lists why something was not done: what is wrong with a file has many lines.
+fn list(why: Unanswered) -> Failure {
+    let why = why.to_string();
+    Failure::Listed(why.lines().map(str::to_owned).collect())
+}
+
 /// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
 ///
-/// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
-/// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
-/// on as before.
+/// It starts the program that is now where its own was, with its own words and --take-over, which
+/// takes over all its listening sockets. Its connections go on, and are cut off after its grace. If
+/// the new one can't start, the old one goes on as before, and it is said why. The exit code is 1
+/// then, and where the new one can't have a forward.
 #[derive(Args, Debug)]
 #[command(
     after_help = "It is for `hvsock run`. What the file says now is carried from then on.
@@ -434,26 +516,45 @@ impl Upgrade {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let before: control::Status = control::get(&path, "/v1/status")?;
-        let done: Value = read(&ask(&path, "POST", "/v1/upgrade", "")?)?;
+        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list)?;
+        let done: Value = read(&done)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
+        let carried = after.forwards.iter().filter(|it| it.id.is_some());
         print(format_args!(
             "process {} (hvsock {}) has taken over from {} (hvsock {}): {}",
             after.pid,
             after.version,
             before.pid,
             before.version,
-            table::counted(after.forwards.len() as u64, "forward"),
+            table::counted(carried.count() as u64, "forward"),
         ))?;
-        match (done["live"].as_u64(), done["grace_seconds"].as_f64()) {
-            (Some(live @ 1..), Some(grace)) => {
-                let (stay, pid) = (if live == 1 { "stays" } else { "stay" }, before.pid);
-                print(format_args!(
-                    "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
-                    table::counted(live, "connection"),
-                    grace.ceil()
-                ))
-            }
-            _ => Ok(()),
+        if let (Some(live @ 1..), Some(grace)) =
+            (done["live"].as_u64(), done["grace_seconds"].as_f64())
+        {
+            let (stay, pid) = (if live == 1 { "stays" } else { "stay" }, before.pid);
+            print(format_args!(
+                "{} {stay} with process {pid}, for at most {} s: `hvsock connections --pid {pid}`",
+                table::counted(live, "connection"),
+                grace.ceil()
+            ))?;
+        }
+        // One of an earlier version says nothing of them.
+        let failed = done["failed"].as_object().into_iter().flatten();
+        let mut missing: Vec<String> = failed
+            .map(|(name, why)| {
+                let why = why.as_str().unwrap_or_default();
+                format!("forward {name} can't be had now: {why}")
+            })
+            .collect();
+        missing.extend(after.unserved.iter().map(|it| {
+            let why = tried_again(&it.why);
+            format!("{} can't be had now: {why}", it.service)
+        }));
+        missing.iter().for_each(complain);
+        match missing.is_empty() {
+            true => Ok(()),
+            // It was said which, and why.
+            false => Err(Failure::Silent),
         }
     }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap_complete::ArgValueCompleter;
 
-use super::arguments;
+use super::arguments::{self, Addresses};
 use super::carrying::{Wanted, carry};
 use super::complete;
 use super::kept::KeepTrying;
@@ -11,7 +11,6 @@ use super::options::ProxyOptions;
 use super::outcome::Outcome;
 use super::rules::rules_of;
 use super::signals::EndSignals;
-use crate::address::Address;
 use crate::app::log::LogOptions;
 use crate::proxy::ForwardStatus;
 
@@ -35,13 +34,15 @@ Listening on hyperkit:// is taking what the guest dials: port PORT of the host, 
 Examples:
   hvsock forward tcp://127.0.0.1:8080 unix:///run/web.sock
   hvsock forward vsock://:2375 unix:///var/run/docker.sock
+  hvsock forward tcp://127.0.0.1:8000-8010 vsock://3:8000-8010
   hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state
   hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000
   hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
 pub(super) struct Forward {
-    /// Pairs of an address to listen on and the address that its connections go to
-    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::address())]
-    addresses: Vec<Address>,
+    /// Pairs of an address to listen on and the address that its connections go to; both may have a
+    /// range of ports, as tcp://127.0.0.1:8000-8010 has
+    #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::addresses())]
+    addresses: Vec<Addresses>,
     #[command(flatten)]
     patience: KeepTrying,
     #[command(flatten)]
@@ -54,7 +55,7 @@ impl Forward {
     }
 
     pub(super) fn run(self) -> Outcome {
-        let rules = rules_of(&self.addresses)?;
+        let rules = rules_of(&self.addresses)?.concat();
         let signals = EndSignals::take()?;
         let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
         let wanted = Wanted { rules, later: None };

@@ -1,5 +1,8 @@
 //! What has stayed with the processes from which an hvsock has taken over.
 
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::table;
@@ -8,7 +11,8 @@ use crate::app::control::{self, Connection, Status, ask_status, read};
 /// How long such a process may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How many take-overs are followed back: each may have happened within the grace of the one before.
+/// How many take-overs are followed back: each may have happened within the grace of the one
+/// before.
 const MOST: usize = 8;
 
 /// Asks a process that has handed over for its status, by the control socket under its number.
@@ -19,7 +23,29 @@ pub(super) fn find(process: u32) -> Option<Status> {
     (status.pid == process && status.successor.is_some()).then_some(status)
 }
 
-/// Returns the processes that have handed over, one to the next and the last to this one, and still run.
+/// What a process that was started to take over finds at its standard input: whatever else has a
+/// socket there, as a shell of sshd's has, is told nothing.
+pub(super) const TELL_WHY_NOT: &[u8] = b"hvsock upgrade\n";
+
+/// Tells the process that has started this one to take over why it doesn't, by standard input,
+/// which is a socket of that one's then.
+pub(super) fn tell_why_not(lines: &[String]) {
+    let Ok(input) = io::stdin().as_fd().try_clone_to_owned() else {
+        return;
+    };
+    let socket = UnixStream::from(input);
+    let mut asked = [0; TELL_WHY_NOT.len()];
+    let is_asked = socket.peer_addr().is_ok()
+        && socket.set_nonblocking(true).is_ok()
+        && (&socket).read_exact(&mut asked).is_ok();
+    if is_asked && asked == TELL_WHY_NOT {
+        // One that has gone wants to know nothing.
+        let _ = (&socket).write_all(lines.join("\n").as_bytes());
+    }
+}
+
+/// Returns the processes that have handed over, one to the next and the last to this one, and still
+/// run.
 fn predecessors(status: &Status) -> Vec<Status> {
     let mut found = Vec::new();
     let mut next = status.predecessor;

@@ -5,24 +5,26 @@ use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 
+use super::arguments::Addresses;
 use super::console::complain;
 use super::options::no_vm;
 use super::outcome::{Failure, Outcome};
 use super::spec::{Local, Locals, Remote, Remotes};
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, HyperkitVm};
+use crate::app::ranges::pair;
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, uri_of_vmm};
 use crate::lock::lock;
 use crate::proxy::Rule;
 
-/// Returns the rules of `-L` and `-R`.
+/// Returns the rules of each `-L` and `-R`: several, where that is a range.
 pub(super) fn rules_of_vm(
     name: &str,
     local: &[Locals],
     remote: &[Remotes],
-) -> Result<Vec<Rule>, Failure> {
+) -> Result<Vec<Vec<Rule>>, Failure> {
     let vm = VmPlace::find(name, &Places::from_env()).map_err(|e| no_vm(name, &e))?;
     if let VmPlace::Hyperkit(vm) = &vm {
         look_at(vm)?;
@@ -33,9 +35,9 @@ pub(super) fn rules_of_vm(
 /// The rules of a VM whose directory is not there yet, as soon as it is.
 pub(super) type Later = Box<dyn Fn() -> Option<Vec<Rule>> + Send + Sync>;
 
-/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had nothing to
-/// say of itself, and it is said how to find them anew. That is for VMs that are named by their
-/// directories; whoever mistypes a name is told so.
+/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had
+/// nothing to say of itself, and it is said how to find them anew. That is for VMs that are named
+/// by their directories; whoever mistypes a name is told so.
 pub(super) fn rules_of_vm_to_come(
     name: &str,
     local: &[Locals],
@@ -43,7 +45,7 @@ pub(super) fn rules_of_vm_to_come(
 ) -> Result<(Vec<Rule>, Option<Later>), Failure> {
     let places = Places::from_env();
     let Some(vm) = find_missing(name, &places) else {
-        return Ok((rules_of_vm(name, local, remote)?, None));
+        return Ok((rules_of_vm(name, local, remote)?.concat(), None));
     };
     let directory = &vm.state_dir;
     #[cfg(unix)]
@@ -63,12 +65,12 @@ pub(super) fn rules_of_vm_to_come(
         directory.display(),
         nearest.unwrap_or_default()
     ));
-    let rules_now = rules(&VmPlace::Hyperkit(vm), local, remote);
+    let rules_now = rules(&VmPlace::Hyperkit(vm), local, remote).concat();
     let (name, local, remote) = (name.to_owned(), local.to_vec(), remote.to_vec());
     let told = Mutex::new(None);
     let later = move || match VmPlace::find(&name, &places) {
         Ok(VmPlace::Hyperkit(vm)) if !vm.state_dir.is_dir() => None,
-        Ok(vm) => Some(rules(&vm, &local, &remote)),
+        Ok(vm) => Some(rules(&vm, &local, &remote).concat()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         // What is there now is not what is waited for, and may stay.
         Err(e) => {
@@ -115,21 +117,25 @@ fn find_missing(name: &str, places: &Places) -> Option<HyperkitVm> {
     is_missing(&vm.state_dir).then_some(vm)
 }
 
-fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for Local { listen, guest_port } in local.iter().flat_map(|it| &it.0) {
-        let rule = Rule::new(listen.clone(), vm.guest_port(*guest_port));
-        rules.push(rule.absolute());
-    }
-    for Remote { host_port, target } in remote.iter().flat_map(|it| &it.0) {
+fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Vec<Rule>> {
+    let local_rule = |it: &Local| {
+        let Local { listen, guest_port } = it;
+        Rule::new(listen.clone(), vm.guest_port(*guest_port)).absolute()
+    };
+    let remote_rule = |it: &Remote| {
+        let Remote { host_port, target } = it;
         let mut rule = Rule::new(vm.host_port(*host_port), target.clone());
         rule.from = vm.sources();
-        rules.push(rule.absolute());
-    }
-    rules
+        rule.absolute()
+    };
+    let local = local.iter().map(|it| it.0.iter().map(local_rule).collect());
+    let remote = remote.iter();
+    let remote = remote.map(|it| it.0.iter().map(remote_rule).collect());
+    local.chain(remote).collect()
 }
 
-/// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.
+/// Says at once what every client would find out: that there is no directory, that it can't be
+/// used, that no VM runs.
 fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     let directory = vm.state_dir.display();
     match vm.connect_path().symlink_metadata() {
@@ -163,8 +169,8 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     }
 }
 
-/// Refuses rules of which one would be in another's way, as the same port in another spelling is. That
-/// an address is given twice is found by the proxy.
+/// Refuses rules of which one would be in another's way, as the same port in another spelling is.
+/// That an address is given twice is found by the proxy.
 pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     let mut taken: HashMap<ListenKey<'_>, &Address> = HashMap::new();
     for Rule { listen, .. } in rules {
@@ -182,16 +188,20 @@ pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
-/// Returns the rules of addresses to listen on, each with the one to connect to behind it.
-pub(super) fn rules_of(addresses: &[Address]) -> Result<Vec<Rule>, Failure> {
+/// Returns the rules of addresses to listen on, each with the one to connect to behind it: several
+/// of a pair, where that has ranges.
+pub(super) fn rules_of(addresses: &[Addresses]) -> Result<Vec<Vec<Rule>>, Failure> {
     let (pairs, rest) = addresses.as_chunks::<2>();
     if let [alone] = rest {
         return Err(Failure::Usage(format!(
             "{alone} has no address to connect to: addresses come in pairs"
         )));
     }
-    let pairs = pairs.iter().cloned();
-    Ok(pairs
-        .map(|[listen, connect]| Rule::new(listen, connect).absolute())
-        .collect())
+    let rule = |(listen, connect)| Rule::new(listen, connect).absolute();
+    let rules = pairs.iter().map(|[listen, connect]| {
+        let pairs = pair(listen.0.clone(), connect.0.clone());
+        let pairs = pairs.map_err(|why| Failure::Usage(format!("{listen} {connect}: {why}")))?;
+        Ok(pairs.into_iter().map(rule).collect())
+    });
+    rules.collect()
 }

@@ -2,9 +2,17 @@
 
 #[cfg(unix)]
 use std::ffi::OsString;
+#[cfg(unix)]
+use std::io::Write as _;
+#[cfg(unix)]
+use std::os::fd::OwnedFd;
+#[cfg(unix)]
+use std::os::unix::net::UnixStream;
+#[cfg(unix)]
+use std::path::Path;
 use std::path::PathBuf;
 #[cfg(unix)]
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 #[cfg(unix)]
 use std::time::Duration;
@@ -20,11 +28,17 @@ use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
 use super::outcome::{Failure, Outcome};
+#[cfg(unix)]
+use super::predecessor;
 use super::reconciler::RetryThread;
 use super::running::{self, Doors, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
+#[cfg(unix)]
+use crate::app::config::STANDARD_INPUT;
 use crate::app::config::{Config, Problems, display_name};
+#[cfg(unix)]
+use crate::app::control::{Actions, Problem, Started, Succession};
 use crate::app::log::LogOptions;
 use crate::error::counted;
 #[cfg(unix)]
@@ -62,8 +76,8 @@ pub(super) struct Run {
     /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
-    /// Take over the listening sockets of the hvsock that runs there and is controlled where this one is to be: no client
-    /// is refused. Its connections go on, and are cut off after its grace
+    /// Take over the listening sockets of the hvsock that runs there and is controlled where this
+    /// one is to be: no client is refused. Its connections go on, and are cut off after its grace
     #[cfg(unix)]
     #[arg(long)]
     take_over: bool,
@@ -125,6 +139,12 @@ impl Run {
         };
         #[cfg(not(unix))]
         let started = Running::start(&self.file, configure);
+        #[cfg(unix)]
+        if let Err(why) = &started
+            && self.take_over
+        {
+            predecessor::tell_why_not(&why.lines());
+        }
         let (proxy, running, doors) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
@@ -179,22 +199,34 @@ fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 /// Starts the program that is now where this one was when it started, to take over from it.
 ///
 /// # Errors
-/// Why it can't be started, with its path.
+/// Why it can't be started, with its path; that there is no file which it could read.
 #[cfg(unix)]
-fn start_successor(program: &std::io::Result<PathBuf>) -> std::io::Result<Child> {
-    use std::io::Error;
-    let program = match program {
-        Ok(program) => program,
-        Err(e) => return Err(Error::new(e.kind(), e.to_string())),
+fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<Started, Problem> {
+    if file == Path::new(STANDARD_INPUT) {
+        let why = "what is carried came from standard input, and can't be read again";
+        let remedy = "give it to a new one: `hvsock run - --take-over <CONFIG`";
+        return Err(Problem::new(409, why).with_remedy(remedy));
+    }
+    let fail = |why: &dyn std::fmt::Display| {
+        let problem = Problem::new(500, format!("the program can't be started: {why}"));
+        problem.with_remedy("install it there, and ask again")
     };
+    let program = program.as_ref().map_err(|e| fail(e))?;
     let mut command = Command::new(program);
     command.args(words_to_take_over(std::env::args_os()));
-    // They are for this process only, and name it: it hands over the sockets that were passed to it.
+    // They are for this process only, and name it: it hands over the sockets that were passed to
+    // it.
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
-    let started = command.stdin(Stdio::null()).spawn();
-    started.map_err(|e| Error::new(e.kind(), format!("{}: {e}", program.display())))
+    // It is where the new one says why it can't take over.
+    let (mut report, theirs) = UnixStream::pair().map_err(|e| fail(&e))?;
+    report
+        .write_all(predecessor::TELL_WHY_NOT)
+        .map_err(|e| fail(&e))?;
+    let child = command.stdin(OwnedFd::from(theirs)).spawn();
+    let child = child.map_err(|e| fail(&format_args!("{}: {e}", program.display())))?;
+    Ok(Started { child, report })
 }
 
 /// Ends a proxy of which another process has the listeners.
@@ -218,13 +250,13 @@ fn control(
     proxy: &Proxy,
     program: std::io::Result<PathBuf>,
 ) -> crate::Result<crate::app::control::Control> {
-    use crate::app::control::{Actions, Problem, Succession};
     let [unchanged, ended] = [(); 2].map(|()| Arc::clone(running));
+    let file = running.file().to_owned();
     let succession = Succession {
-        file: running.file().to_owned(),
+        file: file.clone(),
         predecessor: running.predecessor(),
         while_unchanged: Box::new(move |f| unchanged.while_unchanged(f)),
-        start: Box::new(move || start_successor(&program)),
+        start: Box::new(move || start_successor(&program, &file)),
         end: Box::new(move |pid| end_after_hand_over(ended.handle(), ended.grace(), pid)),
     };
     let (read, options, grace, pending, exec) = (

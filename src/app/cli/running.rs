@@ -43,8 +43,8 @@ pub(super) struct Running {
     predecessor: Option<u32>,
     /// What the file said last. Never locked for long.
     config: Mutex<Arc<Config>>,
-    /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So
-    /// it is for those alone who do that.
+    /// Locked while the file is read and what it says is done: that may take for ever, as a disk
+    /// does. So it is for those alone who do that.
     state: Mutex<State>,
 }
 
@@ -61,6 +61,22 @@ struct State {
 pub(super) enum NotStarted {
     File(Problems),
     Failed(Failure),
+}
+
+#[cfg(unix)]
+impl NotStarted {
+    /// Returns why, of which the first line says what.
+    pub(super) fn lines(&self) -> Vec<String> {
+        match self {
+            NotStarted::File(problems) => {
+                let first = std::iter::once(problems.summary());
+                first.chain(problems.lines()).collect()
+            }
+            NotStarted::Failed(Failure::Usage(why) | Failure::Failed(why)) => vec![why.clone()],
+            NotStarted::Failed(Failure::Listed(lines)) => lines.clone(),
+            NotStarted::Failed(Failure::Program(_) | Failure::Silent) => Vec::new(),
+        }
+    }
 }
 
 impl<E: Into<Failure>> From<E> for NotStarted {
@@ -148,8 +164,8 @@ fn open_doors(_: &Path, config: &Config, _: &mut ProxyConfig) -> crate::Result<D
     Ok(Doors)
 }
 
-/// A proxy that starts with no forward, and gets them as when the file is read again: one that can't be had keeps no
-/// other.
+/// A proxy that starts with no forward, and gets them as when the file is read again: one that
+/// can't be had keeps no other.
 fn empty_proxy(config: &Config) -> ProxyConfig {
     let mut proxy = ProxyConfig::new(Vec::new());
     proxy.workers = config.workers;
@@ -161,12 +177,12 @@ fn empty_proxy(config: &Config) -> ProxyConfig {
 }
 
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to the proxy's
-    /// configuration what the file says nothing of.
+    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to
+    /// the proxy's configuration what the file says nothing of.
     ///
     /// # Errors
-    /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
-    /// there can be no proxy at all.
+    /// All that is wrong with the file; that another hvsock is controlled where this one is to be;
+    /// that there can be no proxy at all.
     pub(super) fn start(
         file: &Path,
         configure: impl FnOnce(&mut ProxyConfig),
@@ -186,12 +202,13 @@ impl Running {
         Ok((proxy, running, doors))
     }
 
-    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one is to be. That one has
-    /// no listeners any more when this returns, and accepts nobody; before, this one does not.
+    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one
+    /// is to be. That one has no listeners any more when this returns, and accepts nobody; before,
+    /// this one does not.
     ///
     /// # Errors
-    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand over. It goes on as
-    /// before then.
+    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand
+    /// over. It goes on as before then.
     #[cfg(unix)]
     pub(super) fn take_over(
         file: &Path,
@@ -200,7 +217,7 @@ impl Running {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let Some(path) = &config.control else {
             let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
-            return Err(Failure::Failed(format!("{}: {why}", file.display())).into());
+            return Err(Failure::Failed(format!("{}: {why}", display_name(file))).into());
         };
         let fail = |why: control::Unanswered| not_taken_over(&why);
         let old: control::Status = control::get(path, "/v1/status").map_err(fail)?;
@@ -211,7 +228,7 @@ impl Running {
         proxy.access_log |= config.access_log;
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
         let doors = control::take(&door_options(&config), &mut predecessor)
-            .map_err(|e| Failure::Failed(format!("{}: {e}", file.display())))?;
+            .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
         let doors = forbid(doors, &mut proxy);
         let added = predecessor.added();
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
@@ -221,10 +238,12 @@ impl Running {
         // The other one serves them until it has heard that this one can.
         running.handle().hold_clients();
         running.apply(&mut running.state(), wanted, Occasion::Asked);
+        let mut failed = running.reconciler.failures();
         for rule in added {
             let name = name_of(&rule);
             if let Err(e) = running.handle().add(rule) {
                 complain(format_args!("{name}, which was added by hand: {e}"));
+                failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
         let left = predecessor.left();
@@ -238,7 +257,7 @@ impl Running {
             ))
         })?;
         running.handle().admit_clients();
-        agreed.finish(running.handle(), old.pid, doors.inherited());
+        agreed.finish(running.handle(), old.pid, doors.inherited(), failed);
         running.predecessor = Some(old.pid);
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),
@@ -255,7 +274,7 @@ impl Running {
         for gone in left {
             say(format_args!(
                 "{gone} is not in {} and is closed",
-                file.display()
+                display_name(file)
             ));
         }
         Ok((proxy, running, doors))
@@ -357,7 +376,8 @@ impl Running {
         forwards.filter(meant).map(line).collect()
     }
 
-    /// Reads the file again, and says what has come of it. What it doesn't change is not touched, and nobody is cut off.
+    /// Reads the file again, and says what has come of it. What it doesn't change is not touched,
+    /// and nobody is cut off.
     ///
     /// # Errors
     /// All that is wrong with the file; then all stays as it was.
@@ -412,7 +432,8 @@ impl Running {
         }
         let address_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.address.clone());
         let sources_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.from.clone());
-        // That waits for a hand-over, after which another process carries what the file said before.
+        // That waits for a hand-over, after which another process carries what the file said
+        // before.
         if self.handle().is_stopping() {
             return Err(stopping());
         }
@@ -438,8 +459,8 @@ impl Running {
         Ok(summary)
     }
 
-    /// Tries again what could not be had, and looks again for VMs that were not there; says what has come of it, if
-    /// anything.
+    /// Tries again what could not be had, and looks again for VMs that were not there; says what
+    /// has come of it, if anything.
     pub(super) fn try_again(&self) {
         if let Some(summary) = self.look_again() {
             self.tell_of(&summary);

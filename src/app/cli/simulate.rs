@@ -14,52 +14,76 @@ use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
 use crate::address::{Address, Host, Port, TcpAddress, is_guest_cid};
 use crate::app::values::number;
+use crate::hyperkit::uri_of_vmm;
 use crate::simulate::{Dial, Endpoint, Service, Vm};
+
+/// What there is with hyperkit only.
+const OF_HYPERKIT: [&str; 6] = [
+    "cid",
+    "guest_forward",
+    "descriptors",
+    "failed_dials",
+    "strict",
+    "lenient",
+];
 
 /// How often the VM's fate and the signals are looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Stand in for a hyperkit VM: serve a state directory as hyperkit does, its frailties included
+/// Stand in for a VM: serve a state directory as hyperkit does, its frailties included, or a socket
+/// as Firecracker does
 #[derive(Args, Debug)]
 #[command(
     after_help = "The stand-in dies or hangs where hyperkit's device would, and says which rule its client broke (exit \
-    code 1). SIGUSR1 pauses the guest, SIGUSR2 lets it go on. The socket files stay behind, as hyperkit's do.
+    code 1). With --vsock-mux nothing can break it. SIGUSR1 pauses the guest, SIGUSR2 lets it go on. The socket files stay behind, as hyperkit's do.
 
 Examples:
   hvsock simulate /tmp/vm --guest 80=http --guest 7=echo
   hvsock simulate /tmp/vm --guest 22=tcp://127.0.0.1:22 --dial 5000=/tmp/dial
-  hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict"
+  hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict
+  hvsock simulate --vsock-mux /tmp/vm.sock --guest 80=http"
 )]
 pub(super) struct Simulate {
-    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85 bytes
-    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
-    directory: PathBuf,
+    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85
+    /// bytes
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath, required_unless_present = "vsock_mux", conflicts_with = "vsock_mux")]
+    directory: Option<PathBuf>,
+    /// In the place of DIR: the Unix socket of a VMM such as Firecracker, which vsock-mux:///PATH
+    /// leads to
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with_all = OF_HYPERKIT)]
+    vsock_mux: Option<PathBuf>,
+    /// With --vsock-mux: pass half-closes on, as Cloud Hypervisor does since June 2026; else the
+    /// host's ends both directions, and the guest's is kept back
+    #[arg(long, requires = "vsock_mux")]
+    half_close: bool,
     /// The guest's CID
     #[arg(long, value_name = "N", default_value = "3", value_parser = parse_cid)]
     cid: u32,
-    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), endless
-    /// (sends for ever, whatever it is told), heedless:BYTES (sends so much, and closes), reset (answers, and resets), or
-    /// a real server at an address
+    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads
+    /// nor writes), endless (sends for ever, whatever it is told), heedless:BYTES (sends so much,
+    /// and closes), reset (answers, and resets), or a real server at an address
     #[arg(long, value_name = "PORT=SERVICE|ADDRESS")]
     guest: Vec<Guest>,
     /// Guest ports with a socket of their own (hyperkit's guest_forwards=, at most 4)
     #[arg(long, value_name = "PORT")]
     guest_forward: Vec<Port>,
-    /// Programs in the guest that dial the host's PORT: each connection made to this local address is one; or so many a
-    /// second, once somebody listens on PORT
+    /// Programs in the guest that dial the host's PORT: each connection made to this local address
+    /// is one; or so many a second, once somebody listens on PORT
     #[arg(long, value_name = "PORT=ADDRESS|N/s")]
     dial: Vec<GuestDial>,
-    /// Connections that the device has room for; more are closed at once, as hyperkit does, without a word
+    /// Connections that the device has room for; more are closed at once, as hyperkit does, without
+    /// a word
     #[arg(long, value_name = "N", default_value_t = 1013, value_parser = number::<u16>(1..=1024))]
     slots: u16,
     /// Descriptors that hyperkit was started with: beyond the limit, connections hang
     #[arg(long, value_name = "N", value_parser = number::<u32>(1..=1 << 20))]
     descriptors: Option<u32>,
-    /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang after 1 to some
-    /// thousand
+    /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang
+    /// after 1 to some thousand
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = number(1..=u64::MAX))]
     failed_dials: u64,
-    /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20 ms after a dial
+    /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20
+    /// ms after a dial
     #[arg(long)]
     strict: bool,
     /// Only count what would kill the device
@@ -174,7 +198,11 @@ fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
 
 impl Simulate {
     pub(super) fn run(self) -> Outcome {
-        if let Some(parent) = self.directory.parent()
+        let place = match (&self.directory, &self.vsock_mux) {
+            (Some(place), _) | (None, Some(place)) => place,
+            (None, None) => return Err(Failure::Usage("give DIR, or --vsock-mux".into())),
+        };
+        if let Some(parent) = place.parent()
             && !parent.as_os_str().is_empty()
             && !parent.exists()
         {
@@ -183,8 +211,11 @@ impl Simulate {
                 format!("there is no directory {parent}: is the path right? Or make it first");
             return Err(Failure::Failed(why));
         }
-        let mut vm = Vm::builder(&self.directory)
-            .cid(self.cid)
+        let vm = match self.vsock_mux {
+            Some(_) => Vm::behind_socket(place).half_close(self.half_close),
+            None => Vm::builder(place).cid(self.cid),
+        };
+        let mut vm = vm
             .slots(self.slots.into())
             .failed_dials(self.failed_dials)
             .strict(self.strict)
@@ -210,11 +241,14 @@ impl Simulate {
             signals.add_signal(signal)?;
         }
         let vm = vm.guest_forwards(&forwards).start()?;
-        say(format_args!(
-            "a stand-in VM, CID {}, in {}",
-            self.cid,
-            self.directory.display()
-        ));
+        match self.vsock_mux {
+            Some(_) => say(format_args!("a stand-in VM at {}", uri_of_vmm(place))),
+            None => say(format_args!(
+                "a stand-in VM, CID {}, in {}",
+                self.cid,
+                place.display()
+            )),
+        }
         for Guest { port, service } in &self.guest {
             say(format_args!("guest port {port}: {service}"));
         }

@@ -3,10 +3,11 @@
 use std::str::FromStr;
 
 use crate::address::{Address, Port};
-use crate::app::values::{expand_ports, local_address, parse_port};
-use crate::error::counted;
+use crate::app::ranges::{expand, pair};
+use crate::app::values::{local_address, parse_port};
 
-/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
+/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the
+/// guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Local {
     pub(super) listen: Address,
@@ -23,15 +24,7 @@ pub(super) struct Remotes(pub(super) Vec<Remote>);
 
 /// Pairs the ports of two ranges, or two ports.
 fn pair_ports(one: &str, other: &str) -> Result<Vec<(String, String)>, String> {
-    let (ones, others) = (expand_ports(one)?, expand_ports(other)?);
-    if ones.len() != others.len() {
-        return Err(format!(
-            "{} on one side, {} on the other; write ranges of the same length, as in 8000-8010:8000-8010",
-            counted(ones.len() as u64, "port"),
-            counted(others.len() as u64, "port")
-        ));
-    }
-    Ok(ones.into_iter().zip(others).collect())
+    pair(expand(one)?, expand(other)?).map_err(|why| format!("{why}, as in 8000-8010:8000-8010"))
 }
 
 /// Refuses a port as docker writes it, such as `80/udp`.
@@ -90,7 +83,8 @@ impl FromStr for Remotes {
     }
 }
 
-/// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local address.
+/// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local
+/// address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remote {
     pub(super) host_port: Port,

@@ -3,9 +3,9 @@
 use clap::Error;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Options of other programs, the commands at which they are written, and what does here what they do
-/// there.
-const FOREIGN: [(&str, &[&str], &str); 10] = [
+/// Options of other programs, the commands at which they are written, and what does here what they
+/// do there.
+const FOREIGN: [(&str, &[&str], &str); 11] = [
     ("-p", SERVE, "docker's -p is -L here: -L 8080:80"),
     (
         "-D",
@@ -26,6 +26,11 @@ const FOREIGN: [(&str, &[&str], &str); 10] = [
         &["cat"],
         "a Unix socket is written as ./PATH or /PATH",
     ),
+    (
+        "--control",
+        &["run"],
+        "the file says it: control = \"off\", or a path",
+    ),
     ("-v", ANY, VERBOSE),
     ("--verbose", ANY, VERBOSE),
 ];
@@ -41,8 +46,8 @@ hvsock-services`)";
 
 const VERBOSE: &str = "the variable HVSOCK_LOG=debug has it say more";
 
-/// Says in an error of clap what is to be written, and not what clap takes for likely: that the word
-/// was to be a value, or a command that is spelled alike.
+/// Says in an error of clap what is to be written, and not what clap takes for likely: that the
+/// word was to be a value, or a command that is spelled alike.
 pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
     let tip = match error.kind() {
         ErrorKind::UnknownArgument => {
@@ -63,11 +68,30 @@ pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
         }
         _ => None,
     };
+    let tip = tip
+        .map(str::to_owned)
+        .or_else(|| tip_for_value(&error, words));
     if let Some(tip) = tip {
-        let tip = ContextValue::StyledStrs(vec![tip.to_owned().into()]);
+        let tip = ContextValue::StyledStrs(vec![tip.into()]);
         error.insert(ContextKind::Suggested, tip);
     }
     error
+}
+
+/// Tells how the value of `--control` is written, if it was written as a word of its own and
+/// refused as another argument.
+fn tip_for_value(error: &Error, words: &[String]) -> Option<String> {
+    if text(error, ContextKind::InvalidArg).is_some_and(|word| word == "--control") {
+        return None;
+    }
+    let at = words.iter().position(|word| word == "--control")?;
+    let value = words.get(at + 1)?;
+    let refused = [ContextKind::InvalidArg, ContextKind::InvalidValue];
+    let is_refused = refused
+        .into_iter()
+        .any(|kind| text(error, kind).as_ref() == Some(value));
+    (is_refused || value == "off")
+        .then(|| format!("a value of --control follows a '=': --control={value}"))
 }
 
 fn text(error: &Error, kind: ContextKind) -> Option<String> {
@@ -112,7 +136,8 @@ mod tests {
         Some(parsed.err()?.to_string())
     }
 
-    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a parser.
+    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a
+    /// parser.
     #[test]
     fn no_value_is_refused_in_the_words_of_a_parser() {
         let mut refused = 0;

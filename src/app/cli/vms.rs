@@ -10,6 +10,7 @@ use super::table;
 use crate::address::{CID_HOST, is_guest_cid};
 use crate::hyperkit::{self, Places};
 use crate::hyperv;
+use crate::sys;
 use crate::vsock;
 
 /// List the VMs that can be found here, and this system's own CID
@@ -60,7 +61,11 @@ fn hyperkit() -> Outcome {
     }
     let keepers = keepers(&survey.found);
     let rows = survey.found.into_iter().map(|vm| {
-        let state = if vm.running { "running" } else { "stopped" };
+        // The process may have ended since it was found.
+        let state = match hyperkit::running_pid(&vm.vm.state_dir) {
+            Some(process) => state_of(process),
+            None => "stopped",
+        };
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
@@ -74,15 +79,25 @@ fn hyperkit() -> Outcome {
     Ok(())
 }
 
+/// The state of a VM whose process lives, in the words of `hvsock status`.
+fn state_of(process: i32) -> &'static str {
+    match sys::process_is_stopped(process) {
+        true => "paused",
+        false => "running",
+    }
+}
+
 /// The rows of the VMs that other VMMs run here.
 #[cfg(unix)]
 fn others() -> Vec<[String; 4]> {
     use crate::app::{processes, vmms};
     // Where the system doesn't tell of processes, none is known.
     let found = vmms::find(&processes::list_all().unwrap_or_default()).into_iter();
-    found
-        .map(|it| [it.name, it.vmm.to_owned(), "running".to_owned(), it.vm])
-        .collect()
+    let row = |it: vmms::RunningVm| {
+        let state = i32::try_from(it.process).map_or("running", state_of);
+        [it.name, it.vmm.to_owned(), state.to_owned(), it.vm]
+    };
+    found.map(row).collect()
 }
 
 #[cfg(not(unix))]

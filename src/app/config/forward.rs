@@ -3,10 +3,10 @@
 use super::problems::Line;
 use super::section::Section;
 use crate::address::{Address, Port};
+use crate::app::ranges::{name_of, pair};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
-use crate::error::counted;
 use crate::proxy::Rule;
 
 /// One end of a forward.
@@ -18,14 +18,11 @@ enum End {
 }
 
 impl End {
-    /// Its port, where it has one.
-    fn port(&self) -> String {
+    /// Returns what the forward of a range is called that listens here.
+    fn name_of(&self, range: &str) -> String {
         match self {
-            End::At(address) => match address.as_tcp() {
-                Some(tcp) => tcp.port.to_string(),
-                None => address.to_string(),
-            },
-            End::Vm(port) => port.0.to_string(),
+            End::At(address) => name_of(range, address),
+            End::Vm(port) => format!("{range}-{}", port.0),
         }
     }
 }
@@ -94,22 +91,18 @@ impl Forward {
             section.finish();
             return read;
         };
-        if listen.len() != connect.len() {
-            let [listens, connects] =
-                [&listen, &connect].map(|it| counted(it.len() as u64, "port"));
-            section.complain(
-                None,
-                format!(
-                    "{listens} on one side, {connects} on the other; write ranges of the same length"
-                ),
-            );
-        }
+        let pairs = match pair(listen, connect) {
+            Ok(pairs) => pairs,
+            Err(why) => {
+                section.complain(None, why);
+                Vec::new()
+            }
+        };
         section.finish();
-        let is_range = listen.len() > 1;
-        let pairs = listen.into_iter().zip(connect);
-        let forwards = pairs.map(|(listen, connect)| Forward {
+        let is_range = pairs.len() > 1;
+        let forwards = pairs.into_iter().map(|(listen, connect)| Forward {
             name: match is_range {
-                true => format!("{}-{}", read.name, listen.port()),
+                true => listen.name_of(&read.name),
                 false => read.name.clone(),
             },
             listen_line: read.listen_line.clone(),

@@ -1,11 +1,13 @@
 //! The calls: what a request asks for, and what it is answered.
 
 use std::collections::HashSet;
+use std::io::{self, Read as _};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{fmt, io, thread};
+use std::{fmt, thread};
 
 use hyper::header::{ALLOW, HeaderValue};
 use serde::Serialize;
@@ -17,19 +19,21 @@ use tracing::{info, warn};
 use crate::address::Address;
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
+use crate::app::ranges::{expand, name_of};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
+use crate::error::counted;
 use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
 use super::endpoint::{Endpoint, Service};
 use super::events::Events;
-use super::handover;
 use super::handover::give::{Finishing, Successor};
+use super::handover::{self, FailedForwards};
 use super::http::{JSON, Request, Response, lines, response};
 use super::inherited::Inherited;
 use super::metrics;
-use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rule};
+use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rules};
 use super::problem::Problem;
 
 /// What the server needs of its program.
@@ -38,9 +42,11 @@ pub(crate) struct Actions {
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
-    /// Tells that the end was asked for here, how many connections there are then, and how long they may take.
+    /// Tells that the end was asked for here, how many connections there are then, and how long
+    /// they may take.
     pub(crate) stopping: fn(usize, Duration),
-    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
+    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is
+    /// changed meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How another process takes its place, if one can.
     pub(crate) succession: Option<Succession>,
@@ -63,9 +69,30 @@ pub(crate) struct Succession {
     /// Calls its argument while that file is not read, with the forwards for which it asks.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
-    pub(crate) start: Box<dyn Fn() -> io::Result<Child> + Send + Sync>,
+    pub(crate) start: Box<dyn Fn() -> Result<Started, Problem> + Send + Sync>,
     /// Ends this one, since that process has all its listeners.
     pub(crate) end: Box<dyn Fn(u32) + Send + Sync>,
+}
+
+/// A process that was started to take over.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) child: Child,
+    /// What it says here is why it doesn't take over.
+    pub(crate) report: UnixStream,
+}
+
+impl Started {
+    /// Returns what it has said, line by line, once it has ended.
+    fn reasons(mut self) -> Vec<String> {
+        const MOST_BYTES: u64 = 64 * 1024;
+        // Its own children may have the socket, too, and are not waited for.
+        let _ = self.report.set_nonblocking(true);
+        let mut said = Vec::new();
+        let _ = (&mut self.report).take(MOST_BYTES).read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        said.lines().map(str::to_owned).collect()
+    }
 }
 
 /// See [`Succession::while_unchanged`].
@@ -100,6 +127,8 @@ struct HandoverState {
     given_up: Option<u32>,
     /// The process that is taking over, or has.
     successor: Option<u32>,
+    /// The forwards that it can't have.
+    failed: FailedForwards,
     is_done: bool,
 }
 
@@ -123,7 +152,8 @@ const TURN: Duration = Duration::from_secs(5);
 /// Of all kinds together.
 pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 3;
 
-/// How long a process that was started may take to take over: a little less than our clients wait for an answer.
+/// How long a process that was started may take to take over: a little less than our clients wait
+/// for an answer.
 const UPGRADE: Duration = Duration::from_secs(9);
 
 /// How often it is looked whether that has happened.
@@ -177,8 +207,8 @@ impl Api {
         Api { inherited, ..self }
     }
 
-    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
-    /// never done: who asked would have given up.
+    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon
+    /// it is never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
         if service != Service::Metrics
             && request.method == "GET"
@@ -310,7 +340,8 @@ impl Api {
     }
 
     fn forwards(&self) -> Vec<Forward> {
-        // First: one that is carried at last just now has its row. It, and one that can't be changed, have one only.
+        // First: one that is carried at last just now has its row. It, and one that can't be
+        // changed, have one only.
         let mut pending = (self.actions.pending)();
         let carried = self.handle.forwards();
         let is_carried = |it: &Forward| {
@@ -335,10 +366,16 @@ impl Api {
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
-    /// The forward of that name, or else that listens there, or else that has this id, or else the only one
-    /// that listens on this TCP port.
+    /// The forward of that name, or else that listens there, or else that has this id, or else the
+    /// only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
-        let mut forwards = self.handle.forwards();
+        Api::find_in(&self.handle.forwards(), name).cloned()
+    }
+
+    fn find_in<'a>(
+        forwards: &'a [ForwardStatus],
+        name: &str,
+    ) -> Result<&'a ForwardStatus, Problem> {
         let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
         let address = name.parse::<Address>().ok();
         let there = |it: &ForwardStatus| {
@@ -365,7 +402,7 @@ impl Api {
             .or_else(|| forwards.iter().position(numbered))
             .or_else(|| only(&ported));
         match index {
-            Some(index) => Ok(forwards.swap_remove(index)),
+            Some(index) => Ok(&forwards[index]),
             None => {
                 let problem = Problem::new(404, format!("there is no forward {name:?}"));
                 Err(problem.with_remedy("`hvsock status` lists those that there are"))
@@ -373,23 +410,84 @@ impl Api {
         }
     }
 
+    /// Adds a forward, or those of a range: all of them, or none.
     fn add(&self, body: &[u8]) -> Answer {
         let usual = (self.actions.options)();
-        let rule = read_rule(body, usual.clone())?;
-        if let Some(finding) = look_at_access(&rule, &usual) {
+        let rules = read_rules(body, usual.clone())?;
+        if let Some(finding) = rules.iter().find_map(|it| look_at_access(it, &usual)) {
             return Err(refuse(finding));
         }
         let forwards = self.handle.forwards();
+        let asked = rules.len();
+        let there = rules.iter().map(|rule| self.find_same(rule, &forwards));
+        let there: Vec<Option<ForwardId>> = there.collect::<Result<_, _>>()?;
+        let lacking = rules
+            .iter()
+            .zip(&there)
+            .filter(|(_, there)| there.is_none());
+        let lacking: Vec<Rule> = lacking.map(|(rule, _)| rule.clone()).collect();
+        look_at_targets_of(&lacking)?;
+        let (mut ids, mut new) = (Vec::new(), Vec::new());
+        for (rule, there) in rules.into_iter().zip(there) {
+            if let Some(id) = there {
+                ids.push(id);
+                continue;
+            }
+            match self.handle.add(rule) {
+                Ok(id) => {
+                    ids.push(id);
+                    new.push(id);
+                }
+                Err(e) => {
+                    for id in new {
+                        // That it is gone already is as good.
+                        let _ = self.handle.remove(id, Duration::ZERO);
+                    }
+                    let mut problem = Problem::from(e);
+                    if asked > 1 {
+                        let all = counted(asked as u64, "forward");
+                        problem.error += &format!(" (so that none of the {all} is added)");
+                    }
+                    return Err(problem);
+                }
+            }
+        }
+        let forwards = self.handle.forwards();
+        let added = ids.iter().filter_map(|id| {
+            let added = forwards.iter().find(|it| it.id == *id)?;
+            if new.contains(id) {
+                info!("added {}", describe(added));
+            }
+            Some(Forward::from(added))
+        });
+        let added: Vec<Forward> = added.collect();
+        let status = if new.is_empty() { 200 } else { 201 };
+        match &added[..] {
+            [] => Err(Problem::new(409, "it was removed at once by somebody else")),
+            [one] if asked == 1 => json(status, one),
+            all => json(status, &all),
+        }
+    }
+
+    /// Returns the forward that does what a rule asks for, if one does.
+    ///
+    /// # Errors
+    /// That the rule can't be carried beside the forwards that are there, or may not be.
+    fn find_same(
+        &self,
+        rule: &Rule,
+        forwards: &[ForwardStatus],
+    ) -> Result<Option<ForwardId>, Problem> {
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
         let same = forwards.iter().find(named);
         let same = same.or_else(|| forwards.iter().find(there));
         if let Some(there) = same {
-            if there.rule == rule {
-                return json(200, &Forward::from(there));
+            if there.rule == *rule {
+                return Ok(Some(there.id));
             }
             let name = label(there);
-            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(&rule));
+            let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(rule));
             let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
@@ -402,32 +500,39 @@ impl Api {
             let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
             return Err(Problem::new(403, why).with_remedy(remedy));
         }
-        look_at_target_of(&rule)?;
-        let id = self.handle.add(rule)?;
-        let added = self.handle.forwards().into_iter().find(|it| it.id == id);
-        let Some(added) = added else {
-            return Err(Problem::new(409, "it was removed at once by somebody else"));
-        };
-        info!("added {}", describe(&added));
-        json(201, &Forward::from(&added))
+        Ok(None)
     }
 
+    /// Removes a forward, or those of a range that are there.
     fn remove(&self, name: &str, grace: Duration) -> Answer {
         let pending = self.pending(name);
-        let found = self.find(name).map_err(|e| match pending {
-            None => e,
-            Some(it) => {
-                let why = it.why.unwrap_or(it.state);
-                let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
-                problem.with_remedy(match self.actions.reload {
-                    Some(_) => "the file asks for it: take it out there, and reload",
-                    None => "it was asked for at the start, and is tried again",
-                })
+        let forwards = self.handle.forwards();
+        let none = match Api::find_in(&forwards, name) {
+            Ok(found) => {
+                self.handle.remove(found.id, grace)?;
+                info!("removed {}", describe(found));
+                return json(200, &Forward::from(found));
             }
-        })?;
-        self.handle.remove(found.id, grace)?;
-        info!("removed {}", describe(&found));
-        json(200, &Forward::from(&found))
+            Err(none) => none,
+        };
+        if let Some(it) = pending {
+            let why = it.why.unwrap_or(it.state);
+            let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
+            return Err(problem.with_remedy(match self.actions.reload {
+                Some(_) => "the file asks for it: take it out there, and reload",
+                None => "it was asked for at the start, and is tried again",
+            }));
+        }
+        let range = find_range(&forwards, name)?;
+        if range.is_empty() {
+            return Err(none);
+        }
+        for found in &range {
+            self.handle.remove(found.id, grace)?;
+            info!("removed {}", describe(found));
+        }
+        let removed: Vec<Forward> = range.into_iter().map(Forward::from).collect();
+        json(200, &removed)
     }
 
     fn close(&self, id: &str, asked_by: Option<u32>) -> Answer {
@@ -537,7 +642,13 @@ impl Api {
             match successor.give(&self.handle, &self.endpoints, listed, agree) {
                 Ok(left) => {
                     (succession.end)(pid);
-                    self.handover_state().is_done = true;
+                    for (name, why) in &left.failed {
+                        warn!("process {pid} can't have forward {name} now: {why}");
+                    }
+                    let mut state = self.handover_state();
+                    state.failed.clone_from(&left.failed);
+                    state.is_done = true;
+                    drop(state);
                     finishing = Some(left);
                 }
                 Err(e) => {
@@ -571,8 +682,8 @@ impl Api {
         is_told
     }
 
-    /// Tells the process that has taken over, if one has, what has become of the last connections. Nobody is told
-    /// anything after that.
+    /// Tells the process that has taken over, if one has, what has become of the last connections.
+    /// Nobody is told anything after that.
     pub(super) fn tell_successor_the_rest(&self) {
         self.tell_successor();
         *self.finishing() = None;
@@ -587,21 +698,34 @@ impl Api {
             let remedy = format!("this one goes on as before; {remedy}");
             Problem::new(500, why).with_remedy(remedy)
         };
-        let mut child = (succession.start)().map_err(|e| {
-            let why = format!("the program can't be started: {e}");
-            fail(why, "install it there, and ask again")
+        let mut started = (succession.start)().map_err(|problem| {
+            warn!("the upgrade has failed: {problem}; going on as before");
+            let remedy = problem.remedy.clone().unwrap_or_default();
+            problem.with_remedy(format!("this one goes on as before; {remedy}"))
         })?;
-        let pid = child.id();
+        let pid = started.child.id();
         info!("started process {pid} to take over");
         let end = Instant::now() + UPGRADE;
         loop {
             if let Some(pid) = self.successor() {
                 let grace = (self.actions.grace)().as_secs_f64();
                 let live = self.handle.live();
-                let told = serde_json::json!({"pid": pid, "live": live, "grace_seconds": grace});
+                let failed = self.handover_state().failed.clone();
+                let told = serde_json::json!({"pid": pid, "live": live, "grace_seconds": grace, "failed": failed});
                 return json(200, &told);
             }
-            if let Ok(Some(status)) = child.try_wait() {
+            if let Ok(Some(status)) = started.child.try_wait() {
+                if let [first, rest @ ..] = &started.reasons()[..] {
+                    let why = format!("the new process {pid} has not taken over: {first}");
+                    warn!("the upgrade has failed: {why}; going on as before");
+                    rest.iter().for_each(|line| warn!("{line}"));
+                    let mut lines = format!("{why}; this one goes on as before");
+                    for line in rest {
+                        lines += "\n";
+                        lines += line;
+                    }
+                    return Err(Problem::new(500, lines));
+                }
                 let why = format!("the new process {pid} has ended before it took over: {status}");
                 return Err(fail(
                     why,
@@ -614,8 +738,8 @@ impl Api {
                 ));
             }
             if Instant::now() >= end && self.give_up(pid) {
-                let _ = child.kill();
-                let _ = child.wait();
+                let _ = started.child.kill();
+                let _ = started.child.wait();
                 let seconds = UPGRADE.as_secs();
                 let why = format!(
                     "the new process {pid} has not taken over within {seconds} s, and was ended"
@@ -666,10 +790,10 @@ const ENDED: &str = "/v1/connections/ended";
 
 const EVENTS: &str = "/v1/events";
 
-/// Says in the log what a rule's target lacks now, and refuses a target that can never work.
-fn look_at_target_of(rule: &Rule) -> Result<(), Problem> {
-    let findings = look_at_targets(std::slice::from_ref(rule)).unwrap_or_else(|why| {
-        warn!("{} was not looked at: {why}", rule.connect);
+/// Says in the log what the targets of rules lack now, and refuses a target that can never work.
+fn look_at_targets_of(rules: &[Rule]) -> Result<(), Problem> {
+    let findings = look_at_targets(rules).unwrap_or_else(|why| {
+        warn!("the targets were not looked at: {why}");
         Vec::new()
     });
     for finding in findings {
@@ -685,6 +809,23 @@ fn refuse(finding: Finding) -> Problem {
     Problem::new(400, finding.what).with_remedy(finding.remedy)
 }
 
+/// Returns the forwards of a range that is written as an address, or named as it was when it was
+/// added.
+fn find_range<'a>(
+    forwards: &'a [ForwardStatus],
+    name: &str,
+) -> Result<Vec<&'a ForwardStatus>, Problem> {
+    let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
+    if addresses.len() > 1 {
+        let addresses = addresses.iter();
+        return Ok(addresses
+            .filter_map(|it| Api::find_in(forwards, it).ok())
+            .collect());
+    }
+    let is_named = |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
+    Ok(forwards.iter().filter(is_named).collect())
+}
+
 /// Returns a forward on a line: its name, if it has one, and both its ends.
 fn describe(forward: &ForwardStatus) -> String {
     let name = forward.rule.name.as_ref();
@@ -692,6 +833,7 @@ fn describe(forward: &ForwardStatus) -> String {
     format!("{name}{} -> {}", forward.listen, forward.rule.connect)
 }
 
+/// What a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
         Some(name) => format!("{name:?}"),

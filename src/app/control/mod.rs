@@ -1,46 +1,52 @@
-//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix socket.
+//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix
+//! socket.
 //!
 //! ```sh
 //! curl --unix-socket "$XDG_RUNTIME_DIR/hvsock/control.sock" http://hvsock/v1/forwards
-//! curl --unix-socket … http://hvsock/v1/forwards -d '{"name": "web", "listen": "tcp://127.0.0.1:0", "connect": "unix:///run/web.sock"}'
+//! curl --unix-socket … http://hvsock/v1/forwards \
+//!     -d '{"name": "web", "listen": "tcp://127.0.0.1:0", "connect": "unix:///run/web.sock"}'
 //! curl --unix-socket … http://hvsock/v1/forwards/web -X DELETE
 //! ```
 //!
-//! A forward without a name on port 0 is a new one each time it is added. All else that is added twice is there once.
+//! A forward without a name on port 0 is a new one each time it is added. All else that is added
+//! twice is there once.
 //!
 //! | call | what it does | answers |
 //! |---|---|---|
 //! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
 //! | `GET /v1/forwards` | the forwards | an array of [`Forward`] |
-//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another |
+//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out; where they have ranges of ports, one for each port, or none | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another; of a range an array |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
-//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was |
+//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was; of a range an array of those that were there |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
 //! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
 //! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`Ended`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
-//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200 and its process' id; 409 if there is no file; 500 if it doesn't take over |
+//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200, its process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
-//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where there is one) with
-//! status 400 (what was asked makes no sense), 403 (it may not be), 404, 405, 408 (the request didn't come), 409 (it is
-//! in the way of something that is there), 413 and 431 (too long), 501, 503 (the proxy is stopping, or
-//! another change takes long), 500. One request a connection.
+//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where
+//! there is one) with status 400 (what was asked makes no sense), 403 (it may not be), 404, 405,
+//! 408 (the request didn't come), 409 (it is in the way of something that is there), 413 and 431
+//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. One request a
+//! connection.
 //!
 //! # Who is let in
 //!
-//! The user whose process it is, and nobody else, not even root: the socket's permissions, its directory's, and the
-//! kernel's word on who has connected see to that. A guest least of all: no forward may lead there
-//! ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should one be led there all the same (by a symbolic
-//! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
-//! user's can't be told from the user.
+//! The user whose process it is, and nobody else, not even root: the socket's permissions, its
+//! directory's, and the kernel's word on who has connected see to that. A guest least of all: no
+//! forward may lead there ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should
+//! one be led there all the same (by a symbolic link that was changed later), who connects is our
+//! own process, and is refused for that. Another proxy of the same user's can't be told from the
+//! user.
 //!
 //! Guests, where they may control it at all, are told by their CIDs, if any is named.
 //!
-//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two guards is there for them.
+//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two
+//! guards is there for them.
 
 mod api;
 mod client;
@@ -67,8 +73,9 @@ use crate::app::guest_control::GuestControl;
 use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
-pub(crate) use api::{Actions, Succession};
+pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
+pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
@@ -145,8 +152,9 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
 /// Binds the sockets.
 ///
 /// # Errors
-/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied` if others could get
-/// at the control socket; what the system says otherwise: but see [`Unavailable`].
+/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied`
+/// if others could get at the control socket; what the system says otherwise: but see
+/// [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
     open(options, |_, _| None)
 }
@@ -230,8 +238,8 @@ impl Bound {
             .collect()
     }
 
-    /// Where those are that were asked for, in words and as an address, and why nobody can be served
-    /// there, if so.
+    /// Where those are that were asked for, in words and as an address, and why nobody can be
+    /// served there, if so.
     pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::address::Address;
+use crate::app::ranges::{name_of, pair, parse_addresses};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
 use crate::engine::relay::Side;
@@ -76,8 +76,9 @@ pub(crate) struct Forward {
     /// Where it listens, with the port that was chosen if the rule says 0.
     pub(crate) listen: String,
     pub(crate) connect: String,
-    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone), `closed` (the proxy is stopping);
-    /// of those that aren't carried `waiting` (for its VM's directory) or `failed` (it is tried again).
+    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone),
+    /// `closed` (the proxy is stopping); of those that aren't carried `waiting` (for its VM's
+    /// directory) or `failed` (it is tried again).
     pub(crate) state: String,
     /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
     pub(crate) why: Option<String>,
@@ -143,7 +144,8 @@ pub(crate) struct Connection {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Ended {
     pub(crate) id: u64,
-    /// The process that carried it, if that was another one, which was taken over from: the ids are that one's.
+    /// The process that carried it, if that was another one, which was taken over from: the ids are
+    /// that one's.
     #[serde(default)]
     pub(crate) carried_by: Option<u32>,
     /// The forward's id, which may have been removed.
@@ -297,8 +299,8 @@ pub(crate) struct Process {
 }
 
 impl Connection {
-    /// Returns connections as they are told, each with the program of its process: that is looked up
-    /// here, once for each process, and not by the proxy's workers.
+    /// Returns connections as they are told, each with the program of its process: that is looked
+    /// up here, once for each process, and not by the proxy's workers.
     pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<Connection> {
         let mut programs = HashMap::new();
         let told = statuses.iter().map(|status| Connection {
@@ -384,8 +386,18 @@ impl From<&Rule> for RuleBody {
     }
 }
 
-/// Reads the rule that is asked for; what is left out is as in `usual`.
+/// Reads the rule of one forward; what is left out is as in `usual`.
 pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem> {
+    let mut rules = read_rules(body, usual)?;
+    match (rules.pop(), rules.is_empty()) {
+        (Some(rule), true) => Ok(rule),
+        _ => Err(Problem::new(400, "that is the rule of a range")),
+    }
+}
+
+/// Reads the rule that is asked for, or the rules of a range of ports; what is left out is as in
+/// `usual`.
+pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, Problem> {
     let no_rule = |why: &dyn fmt::Display| {
         let problem = Problem::new(400, format!("that is no rule: {why}"));
         problem.with_remedy(
@@ -397,19 +409,29 @@ pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem
         Value::Object(asked) => asked,
         _ => return Err(no_rule(&"it is not an object with listen and connect")),
     };
-    let mut address = |key| {
+    let mut addresses = |key| {
         let asked = asked.remove(key);
         let asked = asked.ok_or_else(|| no_rule(&format_args!("{key} is missing")))?;
         let text = values::text(&asked).map_err(|why| wrong(key, why))?;
-        text.parse::<Address>()
-            .map_err(|e| wrong(key, e.to_string()))
+        parse_addresses(&text).map_err(|why| wrong(key, why))
     };
-    let mut rule = Rule::new(address("listen")?, address("connect")?);
+    let pairs = pair(addresses("listen")?, addresses("connect")?);
+    let pairs = pairs.map_err(|why| wrong("listen and connect", why))?;
     let name = asked.remove("name").filter(|name| !name.is_null());
     let name = name.map(|name| values::text(&name)).transpose();
-    rule.name = name.map_err(|why| wrong("name", why))?;
-    if let Some(name) = &rule.name {
-        check_name(name).map_err(|why| wrong("name", why.to_owned()))?;
+    let name = name.map_err(|why| wrong("name", why))?;
+    let is_range = pairs.len() > 1;
+    let mut rules = Vec::new();
+    for (listen, connect) in pairs {
+        let mut rule = Rule::new(listen, connect);
+        rule.name = match is_range {
+            true => name.as_deref().map(|name| name_of(name, &rule.listen)),
+            false => name.clone(),
+        };
+        if let Some(name) = &rule.name {
+            check_name(name).map_err(|why| wrong("name", why.to_owned()))?;
+        }
+        rules.push(rule);
     }
     let mut options = usual;
     let mut set = |path: &[String], value| {
@@ -442,7 +464,8 @@ pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem
             value => set(&[key], value)?,
         }
     }
-    Ok(options.applied_to(rule))
+    let rules = rules.into_iter();
+    Ok(rules.map(|rule| options.applied_to(rule)).collect())
 }
 
 impl RuleBody {
@@ -549,7 +572,8 @@ impl From<&ForwardStatus> for Forward {
 }
 
 impl Forward {
-    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at times.
+    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at
+    /// times.
     pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> Forward {
         Forward {
             id: None,
@@ -612,8 +636,8 @@ impl Vm {
         limit.is_some_and(|most| connections + lost + predecessor >= most)
     }
 
-    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do about
-    /// it.
+    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do
+    /// about it.
     pub(crate) fn slots(&self) -> String {
         let VmStatus {
             connections,

@@ -199,6 +199,8 @@ pub(super) struct GateState {
     pub(super) next_drain: u64,
     /// Whether the process that began to listen was alive at a dial.
     pub(super) has_seen_process: bool,
+    /// That process, if the last dial found it alive.
+    pub(super) process: Option<i32>,
     /// The cap, while this process leaves some of its slots to a successor.
     pub(super) whole_cap: Option<usize>,
     /// The slots that its predecessor still has.
@@ -246,6 +248,7 @@ impl Gate {
             drains: Vec::new(),
             next_drain: 0,
             has_seen_process: false,
+            process: None,
             whole_cap: None,
             others: OtherSlots::default(),
         };
@@ -394,6 +397,7 @@ impl Gate {
         state.has_told_turned_away = false;
         state.drains.clear();
         state.has_seen_process = false;
+        state.process = None;
         state.pending = 0;
         state.next_probe = None;
         state.patience = PROBE_PATIENCE;
@@ -405,12 +409,22 @@ impl Gate {
     /// Returns how many of the latest dials the guest has not answered, where that number is
     /// limited.
     pub(super) fn unanswered(&self) -> u64 {
-        if !self.traits.needs_pacing {
-            return 0;
+        match self.traits.needs_pacing {
+            true => self.open_dials(),
+            false => 0,
         }
+    }
+
+    /// Returns how many of the latest dials the guest has not answered, whether that harms or not.
+    pub(super) fn open_dials(&self) -> u64 {
         let answered = self.answered.load(Ordering::Relaxed);
         let dialled = self.dialled.load(Ordering::Relaxed);
         dialled.saturating_sub(answered)
+    }
+
+    /// Returns the process that has the VM's socket, as the last dial found it.
+    pub(crate) fn process(&self) -> Option<i32> {
+        self.state().process
     }
 
     pub(crate) fn status(&self, now: Instant) -> VmStatus {

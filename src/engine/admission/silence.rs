@@ -1,9 +1,12 @@
 //! Whether a guest has fallen silent: it has answered none of its latest dials for a while, though
 //! it has been asked.
 //!
-//! That a dial brings nothing back says little: its service may wait for the client. So after
-//! [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it all
+//! That a dial to hyperkit brings nothing back says little: its service may wait for the client. So
+//! after [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it all
 //! dials before. Only a guest that answers neither is called silent.
+//!
+//! Other VMMs say themselves that a dial was taken or refused. Where they say nothing, a probe is
+//! sent as well: it stays when the clients have given up, and its answer is the end of the silence.
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +34,7 @@ impl Gate {
     /// `None` if all dials were answered. The earlier of several dials may be forgotten: then
     /// something has come since.
     fn nothing_since(&self, state: &GateState) -> Option<Instant> {
-        if self.unanswered() == 0 {
+        if !self.traits.shows_hangs || self.open_dials() == 0 {
             return None;
         }
         let (_, dialled_at) = state.silence.oldest?;
@@ -81,7 +84,7 @@ impl Gate {
     }
 
     fn warn_of_silence(&self, probes: u64, is_stopped: bool) {
-        let dials = self.unanswered().saturating_sub(probes).max(1);
+        let dials = self.open_dials().saturating_sub(probes).max(1);
         let vm = &self.vm;
         let why = match is_stopped {
             true => "its process is stopped",
@@ -107,7 +110,7 @@ mod tests {
 
     use super::super::{Admission, GateLimits, Slot, SlotWake};
     use super::*;
-    use crate::address::HyperkitVm;
+    use crate::address::{AnyVm, HyperkitVm};
     use crate::engine::health::{VmIdentity, VmLook};
     use crate::engine::id::ForwardId;
     use crate::sys::Identity;
@@ -207,6 +210,47 @@ mod tests {
             assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
             assert!(!is_silent(&gate, at));
         }
+    }
+
+    /// Of a VMM that says itself whether a dial was taken: a line without an answer says it all.
+    #[test]
+    fn a_vmm_that_answers_no_dial_is_asked_once_and_no_other_is() {
+        let limits = GateLimits::UNLIMITED;
+        let vm = AnyVm::VsockMux("/run/vm".into());
+        let gate = Arc::new(Gate::new(limits, vm));
+        let start = Instant::now();
+        let at = |seconds| start + seconds * SECOND;
+        let taken = dial(&gate, start);
+        taken.note_answer(start);
+        assert_eq!(gate.check_silence(false, at(1_000)), SilenceCheck::Done);
+        let given_up = dial(&gate, at(1_000));
+        drop(given_up);
+        let check = |seconds| gate.check_silence(false, at(seconds));
+        assert_eq!(check(1_024), SilenceCheck::Done);
+        assert_eq!(check(1_025), SilenceCheck::ProbeWanted);
+        let probe = probe(&gate, at(1_025));
+        for seconds in [1_026, 1_030, 1_031, 5_000] {
+            assert_eq!(check(seconds), SilenceCheck::Done);
+            assert_eq!(is_silent(&gate, at(seconds)), seconds >= 1_030);
+        }
+        // Nothing harms it, so nothing is limited.
+        assert_eq!(gate.status(at(5_000)).unanswered, 0);
+        probe.note_answer(at(5_000));
+        drop(probe);
+        assert_eq!(check(5_001), SilenceCheck::Done);
+        assert!(!is_silent(&gate, at(5_001)));
+        assert_eq!(check(9_000), SilenceCheck::Done);
+    }
+
+    /// A CID is marked down by a dial that times out.
+    #[test]
+    fn a_cid_is_not_asked() {
+        let gate = Arc::new(Gate::new(GateLimits::UNLIMITED, AnyVm::Vsock(3)));
+        let start = Instant::now();
+        drop(dial(&gate, start));
+        let at = start + 1_000 * SECOND;
+        assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+        assert!(!is_silent(&gate, at));
     }
 
     #[test]

@@ -112,11 +112,14 @@ impl Slot {
         }
     }
 
-    /// Notes whether the process that began to listen had ended when the dial was made. Returns
-    /// whether another one serves the socket: one that has served it before is about to be gone.
-    pub(crate) fn note_listener(&self, has_ended: bool) -> bool {
+    /// Notes the process that began to listen, and whether it had ended when the dial was made.
+    /// Returns whether another one serves the socket: one that has served it before is about to be
+    /// gone.
+    pub(crate) fn note_listener(&self, process: Option<u32>, has_ended: bool) -> bool {
         let mut state = self.gate.state();
         if state.epoch == self.epoch {
+            let process = process.and_then(|id| i32::try_from(id).ok());
+            state.process = process.filter(|_| !has_ended);
             state.has_seen_process |= !has_ended;
             return has_ended && !state.has_seen_process;
         }

@@ -716,11 +716,11 @@ fn a_listener_that_was_alive_at_a_dial_is_nobodys_heir() {
     let now = Instant::now();
     let dial = || go(&gate, now);
     // Whoever has begun to listen had ended before the first dial.
-    assert!(dial().note_listener(true));
-    assert!(!dial().note_listener(false));
+    assert!(dial().note_listener(None, true));
+    assert!(!dial().note_listener(None, false));
     // It ends just now.
     let last = dial();
-    assert!(!last.note_listener(true));
+    assert!(!last.note_listener(None, true));
     last.note_vm_end(now);
-    assert!(dial().note_listener(true));
+    assert!(dial().note_listener(None, true));
 }

@@ -56,7 +56,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         };
         if pair.was_refused() {
-            let error = self.refused_by_eof();
+            let error = self.refused_by_eof(&pair.ends[Side::Server]);
             self.end_because(EndReason::Refused(RefusalReason::ByTarget));
             self.note_refusal(&error, RefusalReason::ByTarget, cx.now);
         }
@@ -196,9 +196,13 @@ impl<S: ConnectionSocket> Connection<S> {
         mut dial: Box<Dial>,
         cx: &mut Context<'_, S>,
     ) -> CloseProgress<S> {
-        if let Ok(false) = dial.shake_hands(&mut end.socket) {
-            let how = How::ShakeHands(dial);
-            return Closing { end, how }.wait_until(None);
+        match dial.shake_hands(&mut end.socket) {
+            Ok(false) => {
+                let how = How::ShakeHands(dial);
+                return Closing { end, how }.wait_until(None);
+            }
+            Ok(true) => self.note_handshake(cx),
+            Err(_) => {}
         }
         // If there is no connection after all, the drain reads its end.
         end.shutdown_write();

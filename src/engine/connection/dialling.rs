@@ -277,7 +277,8 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         if let Some(slot) = &mut self.slots[Side::Server] {
             slot.note_dial(dialled.identity, cx.now);
-            self.is_inherited = slot.note_listener(dialled.has_listener_ended);
+            let process = dialled.socket.peer_process().and_then(|it| it.id);
+            self.is_inherited = slot.note_listener(process, dialled.has_listener_ended);
         }
         let (client, mut dial) = match self.take_state() {
             State::Waiting { client, dial, .. } => (client, dial),
@@ -355,8 +356,14 @@ impl<S: ConnectionSocket> Connection<S> {
             },
             false => Ok(false),
         };
+        let was_asked = race.dial.is_shaking_hands();
         match attempt {
-            Ok(true) => self.begin_relaying(Acceptance::Unknown, cx),
+            Ok(true) => {
+                if was_asked {
+                    self.note_handshake(cx);
+                }
+                self.begin_relaying(Acceptance::Unknown, cx);
+            }
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
             Ok(false) => self.wait_for_answers(cx),
             Err(_) if self.return_to_earlier(cx) => {}
@@ -375,11 +382,21 @@ impl<S: ConnectionSocket> Connection<S> {
                     self.enter(State::waiting(client, race.dial));
                     cx.request(Action::Discard(server.socket));
                 }
+                if was_asked && !has_vm_ended {
+                    self.note_handshake(cx);
+                }
                 match has_vm_ended {
                     true => self.take_vm_end(cx),
                     false => self.attempt_failed(error, cx),
                 }
             }
+        }
+    }
+
+    /// Notes that the VMM has answered the dial, whether it was taken or refused.
+    pub(super) fn note_handshake(&self, cx: &Context<'_, S>) {
+        if let Some(slot) = &self.slots[Side::Server] {
+            slot.note_answer(cx.now);
         }
     }
 
@@ -395,12 +412,14 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Returns the error of a target that has refused by an EOF. A VM that has no slot left does
-    /// the same, and where many are taken both are named.
-    pub(super) fn refused_by_eof(&self) -> Error {
+    /// Returns the error of a target that has refused by an EOF, at that end. A VM that has no slot
+    /// left does the same, and where that may be so both are named: where many are taken, and where
+    /// the end is a reset. A device without a slot leaves the line unread, whatever follows it; a
+    /// guest that refuses leaves at most what follows.
+    pub(super) fn refused_by_eof(&self, server: &End<S>) -> Error {
         let target = &self.forward.rule.connect;
         let gate = self.forward.gates[Side::Server].as_ref();
-        match gate.is_some_and(|gate| gate.may_lack_slots()) {
+        match server.was_reset() || gate.is_some_and(|gate| gate.may_lack_slots()) {
             true => dial::refused_by_guest_or_device(target),
             false => dial::refused_by_eof(target),
         }

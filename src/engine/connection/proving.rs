@@ -6,11 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::dial::Dial;
 use crate::engine::Phase;
 use crate::engine::admission::Slot;
 use crate::engine::forward::Forward;
 use crate::engine::relay::{End, Readiness, Side};
 use crate::name::{Peer, SocketName};
+use crate::stream::endpoint::Endpoint;
 use crate::time::after;
 
 use super::action::{Action, Context};
@@ -22,20 +24,24 @@ use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a probe of a socket that was dialled at a port on which no_client listens. The guest's
-    /// refusal says that it runs and has taken all earlier dials.
+    /// Makes a probe of a socket that was dialled at `endpoint`, a port on which nobody listens. The
+    /// guest's refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn for_probe(
         forward: Arc<Forward>,
+        endpoint: Endpoint,
         dialled: Dialled<S>,
         mut slot: Slot,
         phase: Phase,
         now: Instant,
     ) -> Connection<S> {
         slot.note_dial(dialled.identity, now);
-        let is_inherited = slot.note_listener(dialled.has_listener_ended);
-        let mut end = End::new(dialled.socket);
-        end.shutdown_write();
+        let process = dialled.socket.peer_process().and_then(|it| it.id);
+        let is_inherited = slot.note_listener(process, dialled.has_listener_ended);
+        let mut dial = Dial::new(now);
+        dial.add([endpoint]);
+        dial.begin_attempt(now);
+        let end = Closing::dialled(End::new(dialled.socket), dial);
         // However long the answer takes, a probe is not given up, since the answer may come at any
         // time. But a probe for which no event can arrive is closed by a timer, and none outlives
         // the proxy.
@@ -44,7 +50,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Phase::Running => None,
             _ => Some(now + LAST_DRAIN),
         };
-        let ends = [None, Some(Closing::drain(end))];
+        let ends = [None, Some(end)];
         let state = State::Closing {
             ends,
             until,
@@ -157,6 +163,7 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Takes the guest's refusal, or the end of its VM: the client is refused, or held.
     fn take_refusal(&mut self, cx: &mut Context<'_, S>) {
         let mut has_vm_ended = false;
+        let mut error = None;
         if let State::Proving {
             client,
             server,
@@ -164,6 +171,7 @@ impl<S: ConnectionSocket> Connection<S> {
             ..
         } = self.take_state()
         {
+            error = Some(self.refused_by_eof(&server));
             has_vm_ended = self.has_vm_ended(&server, cx);
             // The end of the VM says nothing of other dials.
             if !has_vm_ended && let Some(slot) = &self.slots[Side::Server] {
@@ -175,8 +183,9 @@ impl<S: ConnectionSocket> Connection<S> {
         if has_vm_ended {
             return self.take_vm_end(cx);
         }
-        let error = self.refused_by_eof();
-        self.dial_failed(error, cx);
+        if let Some(error) = error {
+            self.dial_failed(error, cx);
+        }
     }
 
     /// Reads at once whether the answer to a probe has arrived.

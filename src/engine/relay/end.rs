@@ -49,6 +49,7 @@ pub(crate) struct End<S> {
     pub(crate) input: Half,
     pub(crate) output: Half,
     received: u64,
+    was_reset: bool,
 }
 
 /// Reads per [`End::discard`]; with the buffer's size it bounds the work.
@@ -67,6 +68,7 @@ impl<S: Socket> End<S> {
             input: Half::Open,
             output: Half::Open,
             received: 0,
+            was_reset: false,
         }
     }
 
@@ -98,6 +100,12 @@ impl<S: Socket> End<S> {
     /// Returns the number of bytes read so far.
     pub(crate) fn received(&self) -> u64 {
         self.received
+    }
+
+    /// Returns whether a call has reported a reset. A Unix socket of Linux reports one if its peer
+    /// closed with bytes unread.
+    pub(crate) fn was_reset(&self) -> bool {
+        self.was_reset
     }
 
     /// Returns whether nothing more will arrive.
@@ -175,7 +183,10 @@ impl<S: Socket> End<S> {
                     io::ErrorKind::WouldBlock => self.readable = false,
                     // The end is readable still: the next turn tries again.
                     io::ErrorKind::Interrupted => {}
-                    kind => self.input = Half::Failed(kind),
+                    kind => {
+                        self.was_reset |= kind == io::ErrorKind::ConnectionReset;
+                        self.input = Half::Failed(kind);
+                    }
                 }
                 None
             }
@@ -211,7 +222,10 @@ impl<S: Socket> End<S> {
                 match e.kind() {
                     io::ErrorKind::WouldBlock => self.writable = false,
                     io::ErrorKind::Interrupted => {}
-                    kind => self.output = Half::Failed(kind),
+                    kind => {
+                        self.was_reset |= kind == io::ErrorKind::ConnectionReset;
+                        self.output = Half::Failed(kind);
+                    }
                 }
                 0
             }

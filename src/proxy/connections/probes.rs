@@ -67,7 +67,8 @@ impl<D: Driver> Connections<D> {
             .load
             .fetch_add(1, Ordering::Relaxed);
         cx.shared.note_begin(forward, Holder::Probes);
-        let probe = Connection::for_probe(Arc::clone(forward), dialled, slot, cx.phase, cx.now);
+        let probe =
+            Connection::for_probe(Arc::clone(forward), probe, dialled, slot, cx.phase, cx.now);
         self.table.insert(probe);
         self.call(id, cx, Connection::begin_probe);
         true

@@ -16,13 +16,49 @@ pub(crate) struct Process {
     pages: Option<fs::File>,
 }
 
-impl Process {
-    pub(crate) fn new(id: u32) -> Process {
-        Process {
-            id,
+/// All processes, for a caller that must not wait: what it asks touches nothing but what the kernel
+/// has in memory. A path is not walked for it, which may lead through a file system that hangs.
+///
+/// A pidfd would tell too late: a process closes its files, which its peers see as an EOF, before
+/// it counts as ended there.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    /// `/proc`, if it is there.
+    #[cfg(target_os = "linux")]
+    directory: Option<fs::File>,
+}
+
+impl Processes {
+    /// Opens what is asked later. This may wait.
+    pub(crate) fn open() -> Processes {
+        Processes {
             #[cfg(target_os = "linux")]
-            pages: fs::File::open(format!("/proc/{id}/statm")).ok(),
+            directory: fs::File::open("/proc").ok(),
         }
+    }
+
+    pub(crate) fn get(&self, id: u32) -> Process {
+        #[cfg(target_os = "linux")]
+        {
+            use nix::fcntl::{OFlag, openat};
+            use nix::sys::stat::Mode;
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            let open = |directory| openat(directory, &*format!("{id}/statm"), flags, Mode::empty());
+            let pages = self.directory.as_ref().and_then(|it| open(it).ok());
+            Process {
+                id,
+                pages: pages.map(fs::File::from),
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        Process { id }
+    }
+}
+
+impl Process {
+    /// Makes one that is asked once. This may wait.
+    pub(crate) fn new(id: u32) -> Process {
+        Processes::open().get(id)
     }
 
     /// Returns whether it is ending or has ended; false where that isn't known.

@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, EndedLine, FileLine, Head, Mine, Slots, SocketLine, Taken, Use, Wire, Yours};
+use super::{Done, EndedLine, FailedForwards, FileLine, Head, Mine, Slots, SocketLine, Taken};
+use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::endpoint::{Endpoint, Service};
@@ -32,8 +33,8 @@ impl Successor {
         Wire::new(stream).map(Successor)
     }
 
-    /// Gives it all sockets that it takes. The configuration asks for the forwards that are `listed`; `agree`
-    /// says whether the hand-over is still wanted when the successor is ready.
+    /// Gives it all sockets that it takes. The configuration asks for the forwards that are
+    /// `listed`; `agree` says whether the hand-over is still wanted when the successor is ready.
     ///
     /// Returns the connection to it, by which it is told of the slots that this process still has.
     ///
@@ -58,6 +59,7 @@ impl Successor {
         let mut taken = Vec::new();
         let mut guest_ports = Vec::new();
         let mut hears_of_ended = false;
+        let mut failed = FailedForwards::new();
         let handed = handle.hand_over(|offered| {
             let of_forwards: usize = offered.iter().map(|it| it.sockets.len()).sum();
             wire.send(&Head {
@@ -87,7 +89,10 @@ impl Successor {
             let slots = Slots::keep(handle, Remainder::HalfOfFree);
             wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
-                Ok(mine) => hears_of_ended = mine.hears_of_ended,
+                Ok(mine) => {
+                    hears_of_ended = mine.hears_of_ended;
+                    failed = mine.failed;
+                }
                 // One that hangs has them all the same.
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                 Err(e) => return Err(e),
@@ -124,6 +129,7 @@ impl Successor {
         Ok(Finishing {
             wire: self.0,
             told: slots,
+            failed,
             ended: hears_of_ended.then(HashSet::new),
         })
     }
@@ -134,14 +140,16 @@ impl Successor {
 pub(in crate::app::control) struct Finishing {
     wire: Wire,
     told: Slots,
-    /// Those of the last connections that have ended of which it knows, by their processes and ids; `None` if it is of
-    /// an earlier version, and hears of none.
+    /// The forwards that the successor can't have.
+    pub(in crate::app::control) failed: FailedForwards,
+    /// Those of the last connections that have ended of which it knows, by their processes and ids;
+    /// `None` if it is of an earlier version, and hears of none.
     ended: Option<HashSet<(Option<u32>, u64)>>,
 }
 
 impl Finishing {
-    /// Tells the successor of the slots that are left, if they have become fewer, and of the connections that have
-    /// `ended`, if it doesn't know them.
+    /// Tells the successor of the slots that are left, if they have become fewer, and of the
+    /// connections that have `ended`, if it doesn't know them.
     ///
     /// # Errors
     /// That it has ended, or takes nothing.

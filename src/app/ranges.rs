@@ -1,0 +1,209 @@
+//! Ranges of ports: `8000-8010` in the place of a port, on the command line, in a file, and as
+//! JSON.
+
+use std::ops::Range;
+
+use crate::address::Address;
+use crate::error::counted;
+
+/// The most ports of a range. Each is a listener with a descriptor.
+const MOST_PORTS: u32 = 4096;
+
+/// The schemes whose port ends the authority.
+const SCHEMES: [&str; 6] = ["tcp", "tcp4", "tcp6", "vsock", "vsock-mux", "hyperkit"];
+
+/// Returns where the port of an address stands, or a range in its place. A path has none.
+fn find_port(text: &str) -> Option<Range<usize>> {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+        let is_path = host.contains(['/', '\\']) || matches!(host, "unix" | "exec" | "file");
+        return (!is_path).then(|| text.len() - port.len()..text.len());
+    };
+    let is = |known: &str| known.eq_ignore_ascii_case(scheme);
+    let start = scheme.len() + "://".len();
+    let end_at = |marks: &[char], from: usize| {
+        let end = text[from..].find(marks);
+        end.map_or(text.len(), |at| from + at)
+    };
+    if is("hvsock") {
+        let port = start + rest.find('/')? + 1;
+        return Some(port..end_at(&['?', '#'], port));
+    }
+    let end = end_at(&['/', '?', '#'], start);
+    let colon = text[start..end].rfind(':')?;
+    SCHEMES
+        .iter()
+        .any(|known| is(known))
+        .then(|| start + colon + 1..end)
+}
+
+/// Returns the texts that an address with a range of ports stands for, or the text itself.
+///
+/// # Errors
+/// Why the range is none.
+pub(super) fn expand(text: &str) -> Result<Vec<String>, String> {
+    let whole = || Ok(vec![text.to_owned()]);
+    let Some(place) = find_port(text) else {
+        return whole();
+    };
+    let range = &text[place.clone()];
+    let Some((first, last)) = range.split_once('-') else {
+        return whole();
+    };
+    if !is_number(first) {
+        return whole();
+    }
+    if last.is_empty() {
+        return Err(format!("the range {range} has no end; write {first}-LAST"));
+    }
+    if !is_number(last) {
+        return whole();
+    }
+    let number = |text: &str| text.parse().map_err(|_| format!("{text} is no port"));
+    let (first, last): (u32, u32) = (number(first)?, number(last)?);
+    if first > last {
+        return Err(format!("the range {range} goes down; write {last}-{first}"));
+    }
+    if last - first >= MOST_PORTS {
+        return Err(format!(
+            "the range {range} has more than {MOST_PORTS} ports"
+        ));
+    }
+    if first == 0 && last > 0 {
+        return Err(format!(
+            "the range {range} begins with port 0, which stands for a free port; begin with another"
+        ));
+    }
+    let (before, behind) = (&text[..place.start], &text[place.end..]);
+    let of_port = |port| format!("{before}{port}{behind}");
+    Ok((first..=last).map(of_port).collect())
+}
+
+/// Parses an address, or the addresses of a range of ports.
+///
+/// # Errors
+/// Why it is none.
+pub(super) fn parse_addresses(text: &str) -> Result<Vec<Address>, String> {
+    // Without a scheme it is a path.
+    let texts = match text.contains("://") {
+        true => expand(text)?,
+        false => vec![text.to_owned()],
+    };
+    let address = |text: String| text.parse::<Address>().map_err(|e| e.to_string());
+    texts.into_iter().map(address).collect()
+}
+
+/// Pairs what the two ends of a range stand for.
+///
+/// # Errors
+/// That there isn't as much of both.
+pub(super) fn pair<A, B>(ones: Vec<A>, others: Vec<B>) -> Result<Vec<(A, B)>, String> {
+    if ones.len() != others.len() {
+        return Err(format!(
+            "{} on one side, {} on the other; write ranges of the same length",
+            counted(ones.len() as u64, "port"),
+            counted(others.len() as u64, "port")
+        ));
+    }
+    Ok(ones.into_iter().zip(others).collect())
+}
+
+/// Returns the text that stands for all addresses of a range, of which these are the first and the
+/// last.
+pub(super) fn join(first: &Address, last: &Address) -> String {
+    let (text, last) = (first.to_string(), last.to_string());
+    match (find_port(&text), find_port(&last)) {
+        (Some(from), Some(to)) if text != last => {
+            format!("{}-{}{}", &text[..from.end], &last[to], &text[from.end..])
+        }
+        _ => text,
+    }
+}
+
+/// Returns what the forward of a range is called that listens there: the name of the range, and the
+/// port.
+pub(super) fn name_of(range: &str, listen: &Address) -> String {
+    let text = listen.to_string();
+    let port = find_port(&text).map_or(&*text, |place| &text[place]);
+    format!("{range}-{port}")
+}
+
+/// Returns whether a text is a decimal number.
+pub(super) fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_stands_where_a_port_does() {
+        for (text, first, last) in [
+            ("8000-8002", "8000", "8002"),
+            ("[::1]:8000-8002", "[::1]:8000", "[::1]:8002"),
+            ("my-host:1-2", "my-host:1", "my-host:2"),
+            ("tcp://*:8000-8002", "tcp://*:8000", "tcp://*:8002"),
+            ("TCP6://[::1]:1-2", "TCP6://[::1]:1", "TCP6://[::1]:2"),
+            (
+                "vsock://3:80-82?framing=yes",
+                "vsock://3:80?framing=yes",
+                "vsock://3:82?framing=yes",
+            ),
+            (
+                "vsock-mux://:80-82/run/a:1-2",
+                "vsock-mux://:80/run/a:1-2",
+                "vsock-mux://:82/run/a:1-2",
+            ),
+            (
+                "hyperkit://4:80-82/vm",
+                "hyperkit://4:80/vm",
+                "hyperkit://4:82/vm",
+            ),
+            (
+                "hvsock://parent/80-82?framing=yes",
+                "hvsock://parent/80?framing=yes",
+                "hvsock://parent/82?framing=yes",
+            ),
+        ] {
+            let all = expand(text).unwrap();
+            let ends = [all.first(), all.last()].map(Option::unwrap);
+            assert_eq!(ends, [first, last], "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_range_stays_as_it_is() {
+        for text in [
+            "8000",
+            "/run/a:1-2",
+            "unix:1-2",
+            "unix:///run/a:1-2",
+            "exec:/bin/a?arg=b:1-2",
+            "tcp://1-2",
+            "tcp://[::1]",
+            "hyperkit://:80/vm/a:1-2",
+            "hvsock://parent/12345678-1234-1234-1234-123456789abc",
+            r"\\.\pipe\a:1-2",
+            "web-1",
+        ] {
+            assert_eq!(expand(text), Ok(vec![text.to_owned()]), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_range_is_written_as_it_was_read() {
+        for text in [
+            "tcp://127.0.0.1:8000-8002",
+            "tcp://[::1]:8000-8002",
+            "vsock-mux://:80-82/run/a",
+            "unix:///run/a",
+        ] {
+            let all = parse_addresses(text).unwrap();
+            assert_eq!(join(&all[0], &all[all.len() - 1]), text);
+        }
+        let one = parse_addresses("hyperkit://:80/vm").unwrap();
+        assert_eq!(name_of("web", &one[0]), "web-80");
+    }
+}
