@@ -451,7 +451,8 @@ fn to_add_what_is_there_changes_nothing() {
             .contains("its name is web, not beside"),
         "{why}"
     );
-    let all = json!({"name": "w", "listen": "tcp://127.0.0.1:0", "connect": "/x", "wait": 2.5,
+    let listen = scene.dir.path().join("w");
+    let all = json!({"name": "w", "listen": text(&listen), "connect": "/x", "wait": 2.5,
         "timeouts": {"idle": 60}, "mode": "660", "connections": 9, "reserved": 2});
     let (_, added) = scene.call("POST", "/v1/forwards", &all.to_string());
     let rule = &added["rule"];
