@@ -37,7 +37,8 @@ pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
 /// Opens a regular file to be read, links followed, without waiting.
 ///
 /// # Errors
-/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason; what the system says.
+/// `IsADirectory`; `InvalidInput` if it is no regular file for another reason; what the system
+/// says.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Asked before as well: to open a device may have an effect.
     check(&fs::metadata(path)?)?;
@@ -49,8 +50,8 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens a file to append to it, and makes it (0600) if there is none. It may be a device, or a FIFO
-/// that somebody reads; a write to it may wait, but the open does not.
+/// Opens a file to append to it, and makes it (0600) if there is none. It may be a device, or a
+/// FIFO that somebody reads; a write to it may wait, but the open does not.
 ///
 /// # Errors
 /// `IsADirectory`; `InvalidInput` if it is a socket, or a FIFO that nobody reads; what the system
@@ -104,13 +105,14 @@ fn check(metadata: &Metadata) -> io::Result<()> {
         _ if kind.is_file() => Ok(()),
         _ if kind.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
         _ => {
-            let why = format!("it is {}, not a regular file", name(kind));
+            let why = format!("it is {}, not a regular file", describe_kind(kind));
             Err(io::Error::new(io::ErrorKind::InvalidInput, why))
         }
     }
 }
 
-fn name(kind: FileType) -> &'static str {
+/// Returns what is in a file's place, in words.
+pub(crate) fn describe_kind(kind: FileType) -> &'static str {
     #[cfg(unix)]
     {
         use std::os::unix::fs::FileTypeExt;
@@ -121,8 +123,11 @@ fn name(kind: FileType) -> &'static str {
             _ => {}
         }
     }
-    let _ = kind;
-    "something else"
+    match kind {
+        _ if kind.is_file() => "a regular file",
+        _ if kind.is_dir() => "a directory",
+        _ => "something else",
+    }
 }
 
 #[cfg(all(test, unix))]

@@ -11,10 +11,12 @@
 //! use hvsock::{Address, Proxy, ProxyConfig, Rule, Stream};
 //! use std::io::{Read, Write};
 //!
-//! // A stand-in for a VM, with a web server on its vsock port 80. A real one has its state directory already.
+//! // A stand-in for a VM, with a web server on its vsock port 80. A real one has its state
+//! // directory already.
 //! let dir = tempfile::tempdir()?;
 //! let vm = Vm::builder(dir.path()).guest(80, Service::Http).start()?;
-//! let guest: Address = HyperkitAddress::new(dir.path(), 80).into(); // or "hyperkit://:80/state/dir".parse()?
+//! // Or "hyperkit://:80/state/dir".parse()?
+//! let guest: Address = HyperkitAddress::new(dir.path(), 80).into();
 //!
 //! // Directly:
 //! let mut stream = Stream::connect(&guest)?;
@@ -98,6 +100,8 @@ pub mod services;
 pub mod simulate;
 mod stream;
 mod sys;
+#[cfg(any(feature = "cli", feature = "tokio", windows, test))]
+mod thread;
 mod time;
 #[cfg(all(unix, feature = "tokio"))]
 pub mod tokio;

@@ -179,7 +179,8 @@ fn ends_with_its_peer_if_told_to() {
 fn ends_with_the_reader_of_its_output() {
     let (path, _dir, server) = server(move |mut stream| {
         stream.write_all(b"one").unwrap();
-        // It says no more, so that no write can tell. What ends here is a reset, for the answer wasn't read to its end.
+        // It says no more, so that no write can tell. What ends here is a reset, for the answer
+        // wasn't read to its end.
         let _ = stream.read(&mut [0; 8]);
     });
     let mut child = Mortal(cat(&[&path]).spawn().unwrap());
@@ -290,7 +291,8 @@ fn one_client_after_the_other_until_a_signal() {
         client.write_all(name.as_bytes()).unwrap();
         // Standard input stays open: a client that closes is done with all the same.
     }
-    // More than lies in between: when it is written, this one has been taken, and those before it are through.
+    // More than lies in between: when it is written, this one has been taken, and those before it
+    // are through.
     let mut last = UnixStream::connect(&path).unwrap();
     last.set_write_timeout(Some(PATIENCE)).unwrap();
     last.write_all(&[b'.'; 2 << 20]).unwrap();
@@ -400,7 +402,8 @@ fn idle_clients_cost_nothing() {
         client.write_all(b"x").unwrap();
         client.read_exact(&mut [0]).unwrap();
     }
-    // How often its threads have slept, but for the one that takes clients and the one that takes signals.
+    // How often its threads have slept, but for the one that takes clients and the one that takes
+    // signals.
     let naps = || -> u64 {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", cat.child.0.id())).unwrap();
         let naps = |task: std::io::Result<std::fs::DirEntry>| -> u64 {

@@ -1,4 +1,5 @@
-//! The command as a user has it: the real binary, its words, its files, its signals, its exit codes.
+//! The command as a user has it: the real binary, its words, its files, its signals, its exit
+//! codes.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -428,7 +429,8 @@ fn a_paused_guest_answers_when_it_goes_on() {
     client
         .set_read_timeout(Some(Duration::from_millis(100)))
         .unwrap();
-    // A stopped and continued test is interrupted here: the kernel restarts no read that has a timeout.
+    // A stopped and continued test is interrupted here: the kernel restarts no read that has a
+    // timeout.
     let silence = loop {
         match client.read(&mut [0; 8]) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -628,7 +630,8 @@ fn a_state_directory_that_may_not_be_read_is_told_apart_from_none() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
     command.args(["expose", "--vm", text(&state), "-L", "0:7"]);
     if nobody_is_needed() {
-        // Root may read everything. The user nobody may run the binary only where it can be reached.
+        // Root may read everything. The user nobody may run the binary only where it can be
+        // reached.
         let binary = dir.path().join("hvsock");
         put_program(&binary);
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();

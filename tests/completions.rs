@@ -15,7 +15,8 @@ use std::process::{Command, Stdio};
 use command::*;
 use common::*;
 
-/// A user's own directories, hvsock in the PATH, its scripts, and an hvsock that runs and has a connection.
+/// A user's own directories, hvsock in the PATH, its scripts, and an hvsock that runs and has a
+/// connection.
 struct World {
     // It ends before its directory goes.
     _running: Running,
@@ -237,8 +238,8 @@ fn fish_completes() {
     }
 }
 
-/// Types into an interactive zsh on a terminal of its own, which has found the script in its fpath, presses the tab key, and
-/// has the line printed that stands there then.
+/// Types into an interactive zsh on a terminal of its own, which has found the script in its fpath,
+/// presses the tab key, and has the line printed that stands there then.
 const ZSH: &str = r#"
 zmodload zsh/zpty || exit 3
 zpty -b z zsh -f -i

@@ -1,4 +1,5 @@
-//! The control socket of a real hvsock: every call over raw HTTP, the commands that use it, and who is kept out of it.
+//! The control socket of a real hvsock: every call over raw HTTP, the commands that use it, and who
+//! is kept out of it.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -450,7 +451,8 @@ fn to_add_what_is_there_changes_nothing() {
             .contains("its name is web, not beside"),
         "{why}"
     );
-    let all = json!({"name": "w", "listen": "tcp://127.0.0.1:0", "connect": "/x", "wait": 2.5,
+    let listen = scene.dir.path().join("w");
+    let all = json!({"name": "w", "listen": text(&listen), "connect": "/x", "wait": 2.5,
         "timeouts": {"idle": 60}, "mode": "660", "connections": 9, "reserved": 2});
     let (_, added) = scene.call("POST", "/v1/forwards", &all.to_string());
     let rule = &added["rule"];
@@ -1126,8 +1128,8 @@ impl Sample {
     }
 }
 
-/// Reads Prometheus' text format, strictly: each family has one HELP and one TYPE, and then its samples, together, none
-/// twice; names, labels, escapes and numbers are as the format has them.
+/// Reads Prometheus' text format, strictly: each family has one HELP and one TYPE, and then its
+/// samples, together, none twice; names, labels, escapes and numbers are as the format has them.
 fn exposition(text: &str) -> Vec<Sample> {
     let is_name = |name: &str| {
         let mut chars = name.chars();

@@ -161,6 +161,18 @@ fn full_slots_are_no_answer_of_the_guest() {
             guest["remedy"].as_str().unwrap().contains(&shows),
             "{guest}"
         );
+        // Of one that wasn't asked nothing is said.
+        let nobodys = dir.path().join("d");
+        let at = format!("--control={}", text(&nobodys));
+        let other = Running::start(&["forward", "tcp://127.0.0.1:0", "/nowhere", &at]);
+        other.tcp_port();
+        let report = examine(&state, &["--control", text(&nobodys)]);
+        let guest = report.check("guest");
+        let alone = format!("the hvsock of {} was asked alone", text(&nobodys));
+        assert!(
+            guest["remedy"].as_str().unwrap().contains(&alone),
+            "{guest}"
+        );
     }
     clients.truncate(4);
     eventually("slots are free", || vm.counters().live_slots == 4);
@@ -236,7 +248,11 @@ fn each_hvsock_that_carries_the_vm_is_asked() {
     says(&report, &few, "warning", full);
     assert_eq!(report.all("slots").len(), 1, "{report:?}");
     let report = examine(&["--pid", &pid(&other)]);
-    report.says("slots", "skipped", "doesn't lead to the VM");
+    report.says("slots", "failed", "doesn't lead to the VM");
+    report.says("slots", "failed", &pid(&other));
+    assert_eq!(report.code, Some(1));
+    let remedy = report.check("slots")["remedy"].as_str().unwrap();
+    assert!(remedy.contains("`hvsock ps`"), "{remedy}");
     // What can't be asked is not passed over.
     many.signal("STOP");
     let report = examine(&[]);
@@ -245,6 +261,45 @@ fn each_hvsock_that_carries_the_vm_is_asked() {
     says(&report, &many, "skipped", silent);
     says(&report, &few, "warning", full);
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+/// A process that is no hvsock, and a control socket that isn't there: what was asked for can't be
+/// said.
+#[test]
+fn an_hvsock_that_is_named_must_answer() {
+    let dir = private_dir();
+    let (state, nowhere) = (dir.path().join("vm"), dir.path().join("c"));
+    let _vm = Vm::builder(&state).guest(7, Service::Echo).start().unwrap();
+    let own = std::process::id().to_string();
+    let asked = |vm: &str, more: &[&str]| {
+        let arguments = [&["doctor", "--vm", vm, "--port", "7"], more].concat();
+        Report::of(in_runtime(dir.path(), &arguments))
+    };
+    let vmm = dir.path().join("vmm");
+    let listener = UnixListener::bind(&vmm).unwrap();
+    let served = std::thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut [0; "CONNECT 7\n".len()]).unwrap();
+            stream.write_all(b"OK 1073741824\n").unwrap();
+        }
+    });
+    let vmm = format!("vsock-mux://{}", text(&vmm));
+    for (vm, name) in [(text(&state), "slots"), (&vmm, "health")] {
+        for (named, part) in [
+            (["--pid", &own], format!("process {own} is no hvsock")),
+            (["--control", text(&nowhere)], text(&nowhere).to_owned()),
+        ] {
+            let report = asked(vm, &named);
+            report.says(name, "failed", &part);
+            let remedy = report.check(name)["remedy"].as_str().unwrap();
+            assert!(remedy.contains("hvsock"), "{remedy}");
+            // The rest is looked at all the same.
+            report.says("port 7 (0x7)", "ok", "is listened on");
+            assert_eq!(report.code, Some(1), "{report:?}");
+        }
+    }
+    served.join().unwrap();
 }
 
 #[test]

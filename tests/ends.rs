@@ -1,5 +1,6 @@
 //! Connections that have ended, in part or on both sides: what can still be read is read, whatever
-//! the system says to who sets an option there. And what fits into a Unix socket, and into its address.
+//! the system says to who sets an option there. And what fits into a Unix socket, and into its
+//! address.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)]
@@ -101,8 +102,8 @@ fn what_a_relay_writes_at_once_fits_into_a_unix_socket() {
     assert!(room(&accepted) >= LEAST);
 }
 
-/// A path is bound and dialled whether it fits into the system's `sockaddr_un` (104 bytes with a NUL
-/// on macOS, 108 on Linux) or not.
+/// A path is bound and dialled whether it fits into the system's `sockaddr_un` (104 bytes with a
+/// NUL on macOS, 108 on Linux) or not.
 #[test]
 fn a_path_of_any_length_is_bound_and_dialled() {
     let root = private_dir();

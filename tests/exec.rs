@@ -228,10 +228,14 @@ fn a_program_that_can_not_be_started_is_a_refusal_with_its_reason() {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
     for (program, reason, absent) in [
-        ("/no/such/program", "is the path right?", 1),
-        (plain.to_str().unwrap(), "chmod +x", 0),
-        (script.to_str().unwrap(), "interpreter in its first line", 1),
-        ("/", "that is a directory", 0),
+        (
+            "/no/such/program",
+            "there is no program /no/such/program: is the path right?",
+            1,
+        ),
+        (plain.to_str().unwrap(), "chmod +x /", 0),
+        (script.to_str().unwrap(), "interpreter in the first line", 1),
+        ("/", "/ is a directory", 0),
     ] {
         let (proxy, client) = started(dir.path(), ExecAddress::new(program));
         assert_eq!(rest(client), "");
@@ -589,7 +593,8 @@ fn how_a_program_has_failed_is_told_wherever_it_is_told_why_a_connection_ended()
     assert!(status.contains("1 program failed"), "{status}");
 }
 
-/// Nobody waits for a program that goes on behind its last word for long; what becomes of it is told all the same.
+/// Nobody waits for a program that goes on behind its last word for long; what becomes of it is
+/// told all the same.
 #[test]
 fn the_failure_of_a_program_that_outlives_its_connection_is_told_later() {
     let dir = private_dir();
@@ -827,7 +832,7 @@ fn a_file_is_sent_to_each_client_from_its_beginning() {
         (1, 1)
     );
     let why = &forward.last_error.as_ref().unwrap().text;
-    assert!(why.contains("that is a directory"), "{why}");
+    assert!(why.contains("is a directory; name a file in it"), "{why}");
 }
 
 #[test]

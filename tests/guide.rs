@@ -1,5 +1,5 @@
-//! Runs every command that the README and the guide show, in a network, a `/tmp` and a process table of their own, so
-//! that the ports and paths which stand there are free.
+//! Runs every command that the README and the guide show, in a network, a `/tmp` and a process
+//! table of their own, so that the ports and paths which stand there are free.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -10,7 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// What is not run here, and who runs it, or why nobody does: how such commands begin, or what is in them.
+/// What is not run here, and who runs it, or why nobody does: how such commands begin, or what is
+/// in them.
 const ELSEWHERE: [(&str, &str); 15] = [
     ("scripts/install", "`scripts/package --test` runs it"),
     ("scripts/uninstall", "`scripts/package --test` runs it"),
@@ -53,7 +54,8 @@ const LASTING: [(&str, bool); 8] = [
     ("hvsock cat -l", false),
 ];
 
-/// What the pages take for granted: a VM named docker, a few files, and the functions that run the commands.
+/// What the pages take for granted: a VM named docker, a few files, and the functions that run the
+/// commands.
 const BEGIN: &str = r#"
 set -euo pipefail
 ip link set lo up

@@ -1,4 +1,5 @@
-//! A proxy that is changed while it runs: forwards come and go, connections are told of, and nobody else notices.
+//! A proxy that is changed while it runs: forwards come and go, connections are told of, and nobody
+//! else notices.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

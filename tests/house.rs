@@ -1,6 +1,7 @@
-//! Who imports whom in `src`: no circles, from a floor only to those below, and in the engine as its
-//! table says. Imports are read from `use` lines and from paths; a call of a method is none. And the
-//! words and names of `src`: a thing has the word of its field, and a name means one thing.
+//! Which file imports which in `src`: no circles, from a floor only to those below, and in the
+//! engine as its table says. Imports are read from `use` lines and from paths; a call of a method
+//! is none. And the words and names of `src`: a thing has the word of its field, and a name means
+//! one thing.
 
 #![cfg(unix)] // The sources are the same everywhere.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -375,6 +376,7 @@ const FLOORS: [(&str, &[&str]); 8] = [
             "lock.rs",
             "nearest.rs",
             "sys",
+            "thread.rs",
             "time.rs",
         ],
     ),
@@ -555,6 +557,154 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
         }
     }
     files
+}
+
+/// Finds calls of std's functions that panic where the system gives no thread, outside of tests.
+#[derive(Default)]
+struct PanickingThreads {
+    found: usize,
+}
+
+/// Returns whether an item is there for tests only.
+fn is_for_tests(attributes: &[syn::Attribute]) -> bool {
+    attributes.iter().any(|it| match &it.meta {
+        syn::Meta::List(list) if list.path.is_ident("cfg") => {
+            let words = list.tokens.to_string();
+            // `not(test)` and `any(…, test)` are not for them alone.
+            words == "test" || words.starts_with("all (") && words.contains("test")
+        }
+        _ => false,
+    })
+}
+
+impl<'a> Visit<'a> for PanickingThreads {
+    fn visit_item_mod(&mut self, item: &'a syn::ItemMod) {
+        if !is_for_tests(&item.attrs) {
+            visit::visit_item_mod(self, item);
+        }
+    }
+
+    fn visit_item_fn(&mut self, item: &'a syn::ItemFn) {
+        if !is_for_tests(&item.attrs) {
+            visit::visit_item_fn(self, item);
+        }
+    }
+
+    fn visit_path(&mut self, path: &'a syn::Path) {
+        let names: Vec<String> = path
+            .segments
+            .iter()
+            .map(|it| it.ident.to_string())
+            .collect();
+        self.found += usize::from(names.ends_with(&["thread".to_owned(), "spawn".to_owned()]));
+        visit::visit_path(self, path);
+    }
+
+    fn visit_expr_method_call(&mut self, call: &'a syn::ExprMethodCall) {
+        let on_scope = match &*call.receiver {
+            syn::Expr::Path(receiver) => receiver.path.is_ident("scope"),
+            _ => false,
+        };
+        self.found += usize::from(on_scope && call.method == "spawn");
+        visit::visit_expr_method_call(self, call);
+    }
+}
+
+/// Returns whether a text of Rust starts threads by functions that panic.
+fn panics_without_threads(text: &str) -> bool {
+    let mut calls = PanickingThreads::default();
+    calls.visit_file(&syn::parse_file(text).unwrap());
+    calls.found > 0
+}
+
+#[test]
+fn no_thread_is_started_by_a_function_that_panics() {
+    for (text, panics) in [
+        ("fn f() { std::thread::spawn(|| ()); }", true),
+        (
+            "fn f() { thread::scope(|scope| { scope.spawn(|| ()); }) }",
+            true,
+        ),
+        ("fn f() { thread::Builder::new().spawn(|| ()); }", false),
+        (
+            "#[cfg(test)] mod tests { fn f() { thread::spawn(|| ()); } }",
+            false,
+        ),
+    ] {
+        assert_eq!(panics_without_threads(text), panics, "{text}");
+    }
+    let mut wrong = Vec::new();
+    for path in files_below(&source()) {
+        let file = path.strip_prefix(source()).unwrap().to_str().unwrap();
+        // The files of modules that are for tests: `mod tests;` in another.
+        let is_test = |part: &str| ["tests", "tests.rs", "sim", "proptests.rs"].contains(&part);
+        if !file.ends_with(".rs") || file.split('/').any(is_test) {
+            continue;
+        }
+        if panics_without_threads(&fs::read_to_string(&path).unwrap()) {
+            wrong.push(format!(
+                "{file}: start threads by crate::thread, which fails and says why"
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The longest line of a comment, in characters.
+const LONGEST_COMMENT: usize = 100;
+
+/// The files and folders whose comments are still to be wrapped.
+const UNWRAPPED: &[&str] = &[
+    "src/address/transport.rs",
+    "src/app/config/conflicts.rs",
+    "src/dial/exec.rs",
+    "src/engine/admission/",
+    "src/engine/connection/",
+    "src/engine/relay/mod.rs",
+    "src/engine/status.rs",
+    "src/proxy/",
+    "src/stream/",
+    "src/sys/unix/place.rs",
+    "tests/guest/src/",
+];
+
+/// Returns whether a line is one of a comment that has too many characters. A row of a table can't
+/// be broken.
+fn is_long_comment(line: &str) -> bool {
+    let line = line.trim_end();
+    let begun = line.trim_start();
+    let text = begun.trim_start_matches(['/', '!']).trim_start();
+    begun.starts_with("//") && !text.starts_with('|') && line.chars().count() > LONGEST_COMMENT
+}
+
+#[test]
+fn lines_of_comments_are_short() {
+    let long = format!("    /// {}", "word ".repeat(20));
+    assert!(is_long_comment(&long) && !is_long_comment(&long[8..]));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut wrong = Vec::new();
+    for path in [root.join("src"), root.join("tests")]
+        .iter()
+        .flat_map(|it| files_below(it))
+    {
+        let file = path.strip_prefix(root).unwrap().to_str().unwrap();
+        let is_left_out = file.split('/').any(|part| part == "target")
+            || UNWRAPPED.iter().any(|it| file.starts_with(it));
+        if !file.ends_with(".rs") || is_left_out {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let long = text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| is_long_comment(line));
+        wrong.extend(long.map(|(number, _)| format!("{file}:{}", number + 1)));
+    }
+    assert!(
+        wrong.is_empty(),
+        "comments of more than {LONGEST_COMMENT} characters in a line:\n{}",
+        wrong.join("\n")
+    );
 }
 
 #[test]

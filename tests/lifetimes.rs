@@ -1,4 +1,5 @@
-//! What a proxy that runs for months sees: VMs that go and come back, connections on which nothing moves.
+//! What a proxy that runs for months sees: VMs that go and come back, connections on which nothing
+//! moves.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -1,4 +1,5 @@
-//! The sockets in a loop of mio's: an echo server on a port that a guest dials, and a client that shakes hands.
+//! The sockets in a loop of mio's: an echo server on a port that a guest dials, and a client that
+//! shakes hands.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -16,7 +16,8 @@ use hvsock::proxy::ConnectionState;
 use hvsock::{Address, Proxy, Rule};
 use socket2::SockRef;
 
-/// A VMM that takes one connection after the other: checks the line, and leaves the rest to `answer`.
+/// A VMM that takes one connection after the other: checks the line, and leaves the rest to
+/// `answer`.
 fn vmm(path: &Path, answer: impl Fn(UnixStream) + Send + 'static) {
     let listener = UnixListener::bind(path).unwrap();
     std::thread::spawn(move || {
@@ -265,7 +266,8 @@ fn guests_dial_the_socket_of_their_port() {
     let guest = unix_client(&file);
     let (accepted, _) = listener.accept().unwrap();
     accepted.set_read_timeout(Some(PATIENCE)).unwrap();
-    // The host's half-close is kept back until the guest has finished: it would take the guest's direction with it.
+    // The host's half-close is kept back until the guest has finished: it would take the guest's
+    // direction with it.
     (&accepted).write_all(b"answer").unwrap();
     accepted.shutdown(Shutdown::Write).unwrap();
     let mut answer = [0; 6];

@@ -140,7 +140,8 @@ fn a_proxy_that_stops_leaves_nothing_behind() {
     assert_eq!(client.write(b"").unwrap(), 0);
     let mut back: Vec<u8> = Vec::new();
     let mut buffer = [0; 10_000];
-    // Until the rest fits into the pipe and the write under way: then the proxy has nothing more to do.
+    // Until the rest fits into the pipe and the write under way: then the proxy has nothing more to
+    // do.
     while proxy.forwards()[0].counters.accepted == 0 || proxy.forwards()[0].counters.live > 0 {
         let n = client.read(&mut buffer).unwrap();
         assert!(n > 0 && back.len() + n < LEN - 10_000, "{}", back.len());

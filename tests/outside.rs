@@ -1,5 +1,5 @@
-//! Whatever happens outside the sockets (a log, a file, a name, a clock that jumps, a listener that is shut down), traffic
-//! flows.
+//! Whatever happens outside the sockets (a log, a file, a name, a clock that jumps, a listener that
+//! is shut down), traffic flows.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

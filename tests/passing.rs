@@ -1,7 +1,7 @@
 //! Descriptors that a peer passes over a Unix socket, and that nobody has asked for.
 //!
-//! Linux 6.16 can refuse them for all who come to a listener. Those who came before it was told to, as may be of one that
-//! was passed, are served as on a kernel that can't.
+//! Linux 6.16 can refuse them for all who come to a listener. Those who came before it was told to,
+//! as may be of one that was passed, are served as on a kernel that can't.
 
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -66,7 +66,8 @@ fn listener_with_client(path: &Path) -> (UnixListener, UnixStream) {
     (listener, client)
 }
 
-/// A proxy with one worker, which carries what comes to the passed listener, and, as forward 1, what comes to a TCP port.
+/// A proxy with one worker, which carries what comes to the passed listener, and, as forward 1,
+/// what comes to a TCP port.
 fn proxy_on(path: &Path, listener: UnixListener, target: Address, other: Address) -> Proxy {
     let rules = vec![Rule::new(unix(path), target), Rule::new(any_tcp(), other)];
     let mut config = config(rules);
@@ -145,7 +146,8 @@ fn a_server_that_is_dialled_can_pass_none_where_the_kernel_refuses() {
     assert_eq!(&got, b"z");
 }
 
-/// A read of a Unix socket ends where descriptors were passed, and no event tells of what stands behind them.
+/// A read of a Unix socket ends where descriptors were passed, and no event tells of what stands
+/// behind them.
 #[test]
 fn descriptors_passed_amid_much_else_keep_nothing_back() {
     const MUCH: usize = 1 << 18;

@@ -143,7 +143,8 @@ fn a_refusal_is_a_reset_with_and_without_data_and_half_close() {
                     }
                     client.read(&mut [0; 16])
                 });
-                // Where the machine stalls longer than a half-close is held back, an EOF may be the answer to that.
+                // Where the machine stalls longer than a half-close is held back, an EOF may be the
+                // answer to that.
                 let late = half_closes && begun.elapsed() >= Duration::from_millis(10);
                 let refused = is_reset(end);
                 assert!(
@@ -177,8 +178,8 @@ fn an_empty_answer_is_no_refusal() {
     assert_well(&vm);
 }
 
-// Where a Unix socket that is closed with bytes unread shows as an EOF, that can't be told from a refusal.
-// (So it is where Linux is given the manners of macOS, which is built with that switch.)
+// Where a Unix socket that is closed with bytes unread shows as an EOF, that can't be told from a
+// refusal. (So it is where Linux is given the manners of macOS, which is built with that switch.)
 #[cfg(all(target_os = "linux", not(mio_unsupported_force_poll_poll)))]
 #[test]
 fn a_guest_that_reads_and_closes_at_once_without_a_byte_has_taken_the_connection() {

@@ -1,4 +1,5 @@
-//! The PROXY protocol: who the client is goes to the target first, and is taken from proxies that are trusted.
+//! The PROXY protocol: who the client is goes to the target first, and is taken from proxies that
+//! are trusted.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -395,7 +396,8 @@ fn listens(path: &Path) {
     eventually("the server listens", || UnixStream::connect(path).is_ok());
 }
 
-/// Asks a server behind forwards of both versions, from TCP and from a Unix socket, which says who its client is.
+/// Asks a server behind forwards of both versions, from TCP and from a Unix socket, which says who
+/// its client is.
 fn assert_tells(dir: &Path, server: &Path) {
     for version in [ProxyProtocol::V1, ProxyProtocol::V2] {
         let path = dir.join(format!("from-{version}"));

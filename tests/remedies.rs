@@ -1,5 +1,5 @@
-//! What the command says to someone whose words, files or system are not as they should be: the right remedy, and
-//! nothing left behind.
+//! What the command says to someone whose words, files or system are not as they should be: the
+//! right remedy, and nothing left behind.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -9,7 +9,7 @@ mod command;
 mod common;
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -163,7 +163,7 @@ fn without_descriptors_that_is_the_remedy() {
     let directory = dir.path().join("hvsock");
     fs::create_dir(&directory).unwrap();
     let mut permissions = fs::metadata(&directory).unwrap().permissions();
-    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o700);
+    permissions.set_mode(0o700);
     fs::set_permissions(&directory, permissions).unwrap();
     let _listener = UnixListener::bind(directory.join("control.sock")).unwrap();
     for arguments in ["cat tcp://127.0.0.1:1", "cat -l tcp://127.0.0.1:0"] {
@@ -457,7 +457,9 @@ fn what_a_file_needs_and_is_not_there_is_told_with_its_line() {
     for made in ["none", "vms/late"] {
         fs::create_dir_all(dir.path().join(made)).unwrap();
     }
-    fs::write(dir.path().join("none/f"), "").unwrap();
+    let program = dir.path().join("none/f");
+    fs::write(&program, "").unwrap();
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
     let file = file
         .replace("192.0.2.1:7", "0")
         .replace("/none\"", "/none/f\"");
@@ -483,6 +485,280 @@ fn what_a_file_needs_and_is_not_there_is_told_with_its_line() {
             "{said}"
         );
     }
+}
+
+/// Makes what a target may name by mistake, and returns each with what is said of it, and whether
+/// it can never work.
+fn wrong_targets(dir: &Path) -> Vec<(String, String, bool)> {
+    let at = |name: &str| dir.join(name);
+    fs::create_dir(at("directory")).unwrap();
+    fs::write(at("plain"), "echo").unwrap();
+    let fifo = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    nix::unistd::mkfifo(&at("fifo"), fifo).unwrap();
+    let here = text(dir);
+    let targets = [
+        (
+            "exec:HERE/directory",
+            "it is a directory; name a program in it",
+            true,
+        ),
+        ("exec:HERE/fifo", "it is a FIFO, and no program", true),
+        (
+            "exec:HERE/plain",
+            "it is not executable; make it a program: chmod +x HERE/plain",
+            true,
+        ),
+        (
+            "exec:HERE/none",
+            "it is not there; its clients are refused until it is",
+            false,
+        ),
+        (
+            "exec:HERE/none/p",
+            "there is no directory HERE/none yet",
+            false,
+        ),
+        (
+            "file:HERE/directory",
+            "it is a directory; name a file in it",
+            true,
+        ),
+        ("file:HERE/fifo", "it is a FIFO, not a regular file", true),
+        (
+            "file:HERE/none",
+            "it is not there; its clients are refused until it is",
+            false,
+        ),
+        (
+            "unix:HERE/directory",
+            "it is a directory; name a socket in it",
+            true,
+        ),
+        (
+            "unix:HERE/plain",
+            "it is a regular file, and no socket",
+            true,
+        ),
+        (
+            "unix:HERE/none/s",
+            "there is no directory HERE/none yet",
+            false,
+        ),
+    ];
+    let targets = targets.map(|(target, said, never)| {
+        let [target, said] = [target, said].map(|it| it.replace("HERE", here));
+        (target, said, never)
+    });
+    targets.to_vec()
+}
+
+/// The file, the command line and the control socket look at the same, and say the same.
+#[test]
+fn a_target_that_can_not_work_is_told_by_all_that_take_one() {
+    let dir = private_dir();
+    let (control, listen) = (dir.path().join("c"), dir.path().join("s"));
+    let at = format!("--control={}", text(&control));
+    let start = [
+        "forward",
+        "tcp://127.0.0.1:0",
+        "tcp://127.0.0.1:1",
+        &at,
+        "--allow-exec",
+    ];
+    let hvsock = Running::start(&start);
+    hvsock.says("controlled");
+    for (target, said, never) in wrong_targets(dir.path()) {
+        let file = format!("[forward.a]\nlisten = 0\nconnect = \"{target}\"\n");
+        let (code, told) = checked(dir.path(), &file);
+        assert!(
+            told.contains(&said) && told.contains("hvsock.toml:3: "),
+            "{target}: {told}"
+        );
+        assert_eq!(code, Some(i32::from(never)), "{target}");
+        assert_eq!(told.contains("note: "), !never, "{told}");
+
+        let forward = ["forward", text(&listen), &target];
+        match never {
+            true => fails(&forward, 1, &[&said]),
+            false => {
+                let running = Running::start(&forward);
+                running.complains(&said);
+                running.says(&target[..5]);
+            }
+        }
+        // What is killed leaves it.
+        assert_eq!(listen.exists(), !never, "{target}");
+        let _ = fs::remove_file(&listen);
+
+        let add = ["add", text(&listen), &target, "--control", text(&control)];
+        match never {
+            true => fails(&add, 1, &[&said]),
+            false => {
+                let output = run(&add);
+                assert_eq!(output.status.code(), Some(0), "{output:?}");
+                hvsock.complains(&said);
+                let name = text(&listen);
+                let output = run(&["remove", name, "--control", text(&control), "--grace", "0"]);
+                assert_eq!(output.status.code(), Some(0), "{output:?}");
+            }
+        }
+    }
+}
+
+/// Who may do all can't be told so.
+#[test]
+fn a_target_that_this_user_may_not_use_is_told_of() {
+    let dir = private_dir();
+    let allow = |name: &str, mode| {
+        let path = dir.path().join(name);
+        fs::write(&path, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        path
+    };
+    let (secret, others) = (allow("secret", 0o000), allow("others", 0o001));
+    if fs::read(&secret).is_ok() {
+        return println!("skipped: this user may read all; run it as another one");
+    }
+    for (target, said) in [
+        (
+            format!("file:{}", text(&secret)),
+            "this user may not read it",
+        ),
+        (
+            format!("exec:{}", text(&others)),
+            "this user may not start it",
+        ),
+    ] {
+        let file = format!("[forward.a]\nlisten = 0\nconnect = \"{target}\"\n");
+        let (code, told) = checked(dir.path(), &file);
+        assert_eq!(code, Some(0), "{told}");
+        assert!(told.contains(said) && told.contains("note: "), "{told}");
+    }
+}
+
+/// A user's limit of threads is told of, with its remedy, and nothing panics.
+#[test]
+fn without_threads_that_is_the_remedy() {
+    let dir = private_dir();
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    let program = dir.path().join("hvsock");
+    put_program(&program);
+    // One that no other process has: root is not bound, and of another there may be any number.
+    let user = format!("{}", 1_000_000 + std::process::id());
+    let limited = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", &user, "--regid", &user, "--clear-groups"]);
+        command
+            .args(["prlimit", "--nproc=1", text(&program)])
+            .args(arguments);
+        command
+            .env("HOME", dir.path())
+            .env_remove("XDG_RUNTIME_DIR");
+        command
+    };
+    let mut probe = limited(&["--version"]);
+    let probe = probe.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !probe.is_ok_and(|it| it.success()) {
+        return println!("skipped: needs root, and setpriv and prlimit of util-linux");
+    }
+    let file = dir.path().join("hvsock.toml");
+    fs::write(&file, "[forward.a]\nlisten = 0\nconnect = 1\n").unwrap();
+    let log = dir.path().join("log");
+    for (words, code) in [
+        (&["cat", "exec:/bin/cat"][..], 1),
+        (&["cat", "-l", "--echo", "tcp://127.0.0.1:0"], 1),
+        (&["stress", "--server", "tcp://127.0.0.1:0"], 1),
+        (&["syslog", text(&log), "tcp://127.0.0.1:9"], 1),
+        (&["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:9"], 1),
+        // What can be done without is done without.
+        (&["check", text(&file)], 0),
+        (&["ps"], 0),
+    ] {
+        let output = output(limited(words));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {said}");
+        assert!(!said.contains("panicked"), "{words:?}: {said}");
+        let is_told = said.contains("Resource temporarily unavailable");
+        assert!(is_told || words == ["ps"], "{words:?}: {said:?}");
+        if !["ps", "forward"].contains(&words[0]) {
+            assert!(said.contains("`ulimit -u`"), "{words:?}: {said}");
+        }
+        assert!(!log.exists());
+    }
+}
+
+#[test]
+fn permissions_are_for_listeners_that_have_a_file() {
+    let dir = private_dir();
+    let (control, socket) = (dir.path().join("c"), dir.path().join("s"));
+    for listen in ["tcp://127.0.0.1:0", "vsock://:7"] {
+        let wrong = format!("{listen}: mode and group are for the file of a Unix socket");
+        let end = "`from` says which clients may come";
+        let file =
+            format!("[forward.a]\nlisten = \"{listen}\"\nmode = \"660\"\ngroup = 0\nconnect = 1\n");
+        let (code, told) = checked(dir.path(), &file);
+        assert_eq!(code, Some(1), "{told}");
+        for part in ["hvsock.toml:2: ", &wrong, end] {
+            assert!(told.contains(part), "{told} lacks {part}");
+        }
+        // Of all forwards it may be said: it is meant for those that have one.
+        let file = format!(
+            "[defaults]\nmode = \"660\"\n[forward.a]\nlisten = \"{listen}\"\nconnect = 1\n"
+        );
+        let (code, told) = checked(dir.path(), &file);
+        assert_eq!(code, Some(0), "{told}");
+        let forward = [
+            "forward",
+            listen,
+            "tcp://127.0.0.1:1",
+            "--mode",
+            "660",
+            "--group",
+            "0",
+        ];
+        fails(&forward, 2, &[&wrong, end]);
+    }
+    let at = format!("--control={}", text(&control));
+    let pairs = [
+        "tcp://127.0.0.1:0",
+        "tcp://127.0.0.1:1",
+        text(&socket),
+        "tcp://127.0.0.1:1",
+    ];
+    let hvsock = Running::start(&[&["forward"], &pairs[..], &["--mode", "660", &at]].concat());
+    hvsock.says("controlled");
+    let control = ["--control", text(&control)];
+    fn add<'a>(words: &[&'a str], control: &[&'a str]) -> Vec<&'a str> {
+        [&["add"], words, control].concat()
+    }
+    // What it has by itself is no mistake, and neither is what is meant for another.
+    assert!(run(&add(&pairs[..2], &control)).status.success());
+    assert!(
+        run(&add(&[&pairs[..2], &["--mode", "660"]].concat(), &control))
+            .status
+            .success()
+    );
+    fails(
+        &add(&[&pairs[..2], &["--mode", "666"]].concat(), &control),
+        1,
+        &["mode is for the file of a Unix socket", "leave it out"],
+    );
+    let other = dir.path().join("t");
+    let both = [
+        "tcp://127.0.0.1:0",
+        "tcp://127.0.0.1:1",
+        text(&other),
+        "tcp://127.0.0.1:1",
+    ];
+    assert!(
+        run(&add(&[&both[..], &["--mode", "666"]].concat(), &control))
+            .status
+            .success()
+    );
+    assert_eq!(
+        other.metadata().unwrap().permissions().mode() & 0o777,
+        0o666
+    );
 }
 
 #[test]

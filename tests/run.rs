@@ -1,4 +1,5 @@
-//! `hvsock run` and `check`: the real binary, its file, and what a changed file does to those who are connected.
+//! `hvsock run` and `check`: the real binary, its file, and what a changed file does to those who
+//! are connected.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -163,7 +164,7 @@ fn run_refuses_what_check_does() {
     for part in [
         "a file is there; remove it",
         "plain is no directory; choose another path",
-        "it is a directory; name a file in it",
+        "it is a directory; name a program in it",
         "there is no directory",
         "3 things are wrong",
     ] {
@@ -612,7 +613,8 @@ fn a_file_that_changes_under_load_loses_no_byte() {
     let vms = ["one", "two"].map(|name| vm(&dir.path().join(name)));
     let server = echo_server();
     let at = |name: &str| dir.path().join(name);
-    // What a round has: `kept` and `dialled` always, `changed` always but differently, of three others two.
+    // What a round has: `kept` and `dialled` always, `changed` always but differently, of three
+    // others two.
     let file_of = |round: usize| {
         let mut file = format!(
             r#"
@@ -896,7 +898,8 @@ fn no_forward_of_the_file_leads_to_its_control_socket() {
     assert_eq!(proxy.exit_code(), Some(0));
 }
 
-/// Signals are heeded whatever the file has become, and what is half written is no wish to carry nothing.
+/// Signals are heeded whatever the file has become, and what is half written is no wish to carry
+/// nothing.
 #[test]
 fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     let dir = private_dir();
@@ -936,7 +939,8 @@ fn a_file_that_can_not_be_meant_changes_nothing_and_blocks_nobody() {
     assert_eq!(proxy.exit_code(), Some(0));
 }
 
-/// Idle clients of one forward, when descriptors are few, are in nobody's way who keeps some, or if it has few.
+/// Idle clients of one forward, when descriptors are few, are in nobody's way who keeps some, or if
+/// it has few.
 #[test]
 fn a_hundred_idle_clients_of_one_forward_starve_no_other() {
     let dir = private_dir();

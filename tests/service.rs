@@ -206,7 +206,8 @@ fn a_passed_socket_that_nobody_wants_is_an_error() {
     is_refused(command, &["LISTEN_FDS=\"some\""]);
 }
 
-/// Those of a file whose forward can't be had yet are kept for it; those that none of its forwards wants are an error.
+/// Those of a file whose forward can't be had yet are kept for it; those that none of its forwards
+/// wants are an error.
 #[test]
 fn a_passed_socket_waits_with_its_forward() {
     let dir = private_dir();

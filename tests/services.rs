@@ -1,5 +1,5 @@
-//! Windows' register of services, by the command and by the library: for real on Windows (and under Wine), its absence
-//! elsewhere. What is registered here is taken out again.
+//! Windows' register of services, by the command and by the library: for real on Windows (and under
+//! Wine), its absence elsewhere. What is registered here is taken out again.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -86,8 +86,8 @@ mod windows {
 
     use super::*;
 
-    /// A service that nobody has, and that isn't registered any more at the end. There is one at a time: who reads the
-    /// list while another takes something out of it may miss a third.
+    /// A service that nobody has, and that isn't registered any more at the end. There is one at a
+    /// time: who reads the list while another takes something out of it may miss a third.
     struct Ours(ServiceId, #[allow(dead_code)] MutexGuard<'static, ()>);
 
     static ONE: Mutex<()> = Mutex::new(());

@@ -1,4 +1,5 @@
-//! The places of one VM among its forwards: a noisy one can't lock the others out, and who waits, waits in the backlog.
+//! The places of one VM among its forwards: a noisy one can't lock the others out, and who waits,
+//! waits in the backlog.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

@@ -1,4 +1,5 @@
-//! The slots of a VM's device: what its guest dials, what drains, and what is lost take no more of them than their part.
+//! The slots of a VM's device: what its guest dials, what drains, and what is lost take no more of
+//! them than their part.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -269,7 +270,8 @@ fn lost_slots_are_shown_and_come_back_with_another_vm() {
     assert!(doctor.contains("0 of 10 connections"), "{doctor}");
 }
 
-/// The keepalive timers of this process' sockets with that port at one end, in hundredths of a second.
+/// The keepalive timers of this process' sockets with that port at one end, in hundredths of a
+/// second.
 #[cfg(target_os = "linux")]
 fn keepalive_timers(port: u16) -> Vec<Option<u64>> {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();

@@ -165,9 +165,7 @@ fn the_file_says_it_and_check_tells_what_is_wrong() {
     let dir = private_dir();
     let file = dir.path().join("f.toml");
     let text = |from: &str| {
-        format!(
-            "[forward.a]\nlisten = 0\nconnect = \"tcp://127.0.0.1:9\"\ngroup = 0\nfrom = {from}\n"
-        )
+        format!("[forward.a]\nlisten = 0\nconnect = \"tcp://127.0.0.1:9\"\nfrom = {from}\n")
     };
     for (from, code, part) in [
         ("[\"192.168.7.0/24\", \"::1\"]", 0, "is right"),

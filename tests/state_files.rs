@@ -1,4 +1,5 @@
-//! What the files of a state directory may turn out to be: whatever it is, nothing waits for it, and it is said.
+//! What the files of a state directory may turn out to be: whatever it is, nothing waits for it,
+//! and it is said.
 
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]

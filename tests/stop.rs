@@ -32,8 +32,8 @@ fn times_without_end_end_nobody() {
     proxy.wait().unwrap();
 }
 
-/// The workers hear of the end one after the other: who has nothing left to do must not leave while another one may
-/// still hand a connection over.
+/// The workers hear of the end one after the other: who has nothing left to do must not leave while
+/// another one may still hand a connection over.
 #[test]
 fn clients_that_come_at_the_very_end_do_not_keep_it() {
     let directory = tempfile::Builder::new()
@@ -59,7 +59,8 @@ fn clients_that_come_at_the_very_end_do_not_keep_it() {
         let over = AtomicBool::new(false);
         thread::scope(|scope| {
             let crowd = scope.spawn(|| {
-                // As many as the last worker may want to share; they leave at once, so that all is quiet in between.
+                // As many as the last worker may want to share; they leave at once, so that all is
+                // quiet in between.
                 while !over.load(Ordering::SeqCst) {
                     let last = path(names[WORKERS - 1].clone());
                     let all: Vec<_> = (0..8).map(|_| UnixStream::connect(&last)).collect();

@@ -1,4 +1,5 @@
-//! One hvsock takes over from another: the real binary, its listeners of all kinds, under load, and whatever goes wrong.
+//! One hvsock takes over from another: the real binary, its listeners of all kinds, under load, and
+//! whatever goes wrong.
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 

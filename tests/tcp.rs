@@ -1,4 +1,5 @@
-//! What every system carries: TCP to TCP, by the proxy, by `cat` and by `stress`. This one runs under Wine, too.
+//! What every system carries: TCP to TCP, by the proxy, by `cat` and by `stress`. This one runs
+//! under Wine, too.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -257,7 +258,8 @@ fn a_stream_has_what_stds_has() {
     assert_eq!(&given, b"given");
 }
 
-/// No end of ours keeps a small message back to send it with the next, nor waits for ever for a peer that is no more.
+/// No end of ours keeps a small message back to send it with the next, nor waits for ever for a
+/// peer that is no more.
 #[cfg(unix)]
 #[test]
 fn both_ends_send_small_messages_at_once_and_look_after_their_peers() {

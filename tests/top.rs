@@ -203,7 +203,8 @@ impl Terminal {
     }
 }
 
-/// What doesn't change from one run to another: the headings, the keys, the forwards and their states.
+/// What doesn't change from one run to another: the headings, the keys, the forwards and their
+/// states.
 fn layout(lines: &[String]) -> Vec<String> {
     let words = |line: &String, n| line.split(' ').take(n).collect::<Vec<_>>().join(" ");
     let mut layout = Vec::new();

@@ -65,7 +65,8 @@ fn echoes(mut stream: impl Read + Write) -> bool {
 }
 
 /// How a VM with a limit of 9 connections, 8 of them for its guest, is to be served, of which
-/// `proxy` has a forward to it from TCP, and one from it to `server`. `dial` is a dial of its guest.
+/// `proxy` has a forward to it from TCP, and one from it to `server`. `dial` is a dial of its
+/// guest.
 fn keeps_its_limit<S: Read + Write>(
     proxy: &Proxy,
     server: &UnixListener,

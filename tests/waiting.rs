@@ -105,8 +105,8 @@ fn a_service_that_speaks_first_and_one_that_says_nothing_are_no_refusals() {
         guest.read_to_end(&mut rest).unwrap();
         guest.write_all(&rest).unwrap();
     });
-    // It takes the connection, has nothing to say, and ends when it is told to: at once, and nobody could tell it from a
-    // refusal.
+    // It takes the connection, has nothing to say, and ends when it is told to: at once, and nobody
+    // could tell it from a refusal.
     let (end, told) = mpsc::channel::<()>();
     let told = Arc::new(Mutex::new(told));
     let mute = Service::custom(move |guest| {

@@ -25,7 +25,8 @@ const NOUNS: [&str; 15] = [
     "VM",
 ];
 
-/// Returns the sources of what people read; the stand-in and the simulated world tell of themselves.
+/// Returns the sources of what people read; the stand-in and the simulated world tell of
+/// themselves.
 fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
@@ -39,8 +40,8 @@ fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Returns the noun that stands in the plural behind a number of which nobody knows that it isn't one.
-/// A constant isn't, nor is what follows `of`, `all` or a slash.
+/// Returns the noun that stands in the plural behind a number of which nobody knows that it isn't
+/// one. A constant isn't, nor is what follows `of`, `all` or a slash.
 fn counted(line: &str) -> Option<&'static str> {
     let line = line.trim_start();
     if line.starts_with("//") {

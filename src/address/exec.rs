@@ -70,7 +70,10 @@ impl FromStr for ExecAddress {
 
     fn from_str(input: &str) -> Result<ExecAddress, AddressError> {
         let uri = Uri::parse_path(input, EXEC, EXEC_EXAMPLE)?;
-        let program = uri.local_path("of the program is missing")?;
+        let program = uri.local_path(
+            "of the program is missing",
+            "begins with a name, and no program is searched for: write its path, as /usr/bin/NAME or ./NAME",
+        )?;
         let mut address = ExecAddress::new(program);
         let mut pty = None;
         for (key, value) in uri.pairs() {
@@ -124,7 +127,10 @@ impl FromStr for FileAddress {
 
     fn from_str(input: &str) -> Result<FileAddress, AddressError> {
         let uri = Uri::parse_path(input, FILE, FILE_EXAMPLE)?;
-        let path = uri.local_path("of the file is missing")?;
+        let path = uri.local_path(
+            "of the file is missing",
+            "begins with a name: write the file's path, as /srv/NAME or ./NAME",
+        )?;
         uri.query(&[])?;
         Ok(FileAddress { path })
     }
@@ -203,6 +209,8 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
         assert!("file:/etc/motd?arg=x".parse::<FileAddress>().is_err());
-        assert!("file:motd".parse::<FileAddress>().is_err());
+        let error = "file:motd".parse::<FileAddress>().unwrap_err().to_string();
+        assert!(error.contains("write the file's path"), "{error}");
+        assert!(!error.contains("program"), "{error}");
     }
 }

@@ -79,8 +79,8 @@ impl fmt::Display for Host {
 
 /// A TCP address: `tcp://HOST:PORT`, `tcp4://HOST:PORT` or `tcp6://HOST:PORT`.
 ///
-/// To listen on `localhost` or `*` is to listen on IPv4 and IPv6, as far as the machine has them; to
-/// listen on another name is to listen on the first address of it.
+/// To listen on `localhost` or `*` is to listen on IPv4 and IPv6, as far as the machine has them;
+/// to listen on another name is to listen on the first address of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TcpAddress {
     /// The host.
@@ -106,8 +106,8 @@ impl TcpAddress {
         }
     }
 
-    /// Returns the addresses that its host stands for, the one of IPv4 first, as far as that is known
-    /// without resolving it: there is none for a name but `localhost`.
+    /// Returns the addresses that its host stands for, the one of IPv4 first, as far as that is
+    /// known without resolving it: there is none for a name but `localhost`.
     pub(crate) fn known_ips(&self) -> Vec<IpAddr> {
         let both: [IpAddr; 2] = match &self.host {
             Host::Ip(ip) => return vec![*ip],
@@ -122,8 +122,8 @@ impl TcpAddress {
         both.into_iter().filter(is_included).collect()
     }
 
-    /// Returns the address that was bound when this one was asked for: with the port that the kernel
-    /// chose, and a name resolved, unless it stands for addresses of either family.
+    /// Returns the address that was bound when this one was asked for: with the port that the
+    /// kernel chose, and a name resolved, unless it stands for addresses of either family.
     pub(crate) fn bound_at(&self, bound: SocketAddr) -> TcpAddress {
         let host = match &self.host {
             Host::Name(_) if self.known_ips().len() < 2 => Host::Ip(bound.ip()),

@@ -184,16 +184,14 @@ impl<'a> Uri<'a> {
     }
 
     /// Decodes the path of [`parse_path`](Uri::parse_path): `/abs`, or `./rel` for the relative
-    /// `rel`. A path that begins with a name is refused, lest it look like that of a program that is
-    /// searched for.
-    pub(super) fn local_path(&self, missing: &str) -> Result<PathBuf, AddressError> {
+    /// `rel`. A path that begins with a name is refused, lest it look like that of a program that
+    /// is searched for. `missing` and `named` are what is said of no path, and of a name.
+    pub(super) fn local_path(&self, missing: &str, named: &str) -> Result<PathBuf, AddressError> {
         let error = |reason: &str| self.error(Part::Path, self.path, reason);
         let text = match self.path {
             "" | "/" => return Err(self.error(Part::Path, "", missing)),
             path if path.starts_with(['/']) || path.starts_with("../") => path,
-            path => path.strip_prefix("./").ok_or_else(|| {
-                error("begins with a name, and no program is searched for: write its path, as /usr/bin/NAME or ./NAME")
-            })?,
+            path => path.strip_prefix("./").ok_or_else(|| error(named))?,
         };
         let path = decode_path(text).map_err(error)?;
         // `.//rel` is a relative path, too. (Windows has another root, which is written otherwise.)

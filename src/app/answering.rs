@@ -1,13 +1,13 @@
 //! The hvsock processes that can be asked for their status.
 
 use std::path::PathBuf;
-use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::app::control::{self, Status, ask_status, read};
 use crate::app::processes::{self, Process};
+use crate::thread::start_thread;
 
 /// How long a process may take to answer. One that is stopped never does.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -32,14 +32,21 @@ impl Hvsock {
 /// Returns the system's error, if it doesn't tell of processes.
 pub(crate) fn find() -> std::io::Result<Vec<Hvsock>> {
     let asking = processes::list()?.into_iter().map(|process| {
-        thread::spawn(move || Hvsock {
-            answer: ask(&process),
-            process,
-        })
+        let asked = process.clone();
+        let thread = start_thread("hvsock-ask", "to ask an hvsock", move || ask(&asked));
+        (process, thread)
     });
     // All are begun before the first is waited for.
     let asking: Vec<_> = asking.collect();
-    Ok(asking.into_iter().filter_map(|it| it.join().ok()).collect())
+    let answered = asking.into_iter().map(|(process, thread)| Hvsock {
+        answer: match thread {
+            Ok(thread) => thread.join().ok().flatten(),
+            // Without a thread of its own it is asked in its turn.
+            Err(_) => ask(&process),
+        },
+        process,
+    });
+    Ok(answered.collect())
 }
 
 /// Asks a process at each place where its control socket may be; another's answer is none. Returns
@@ -59,8 +66,8 @@ fn ask(process: &Process) -> Option<(PathBuf, String)> {
     answers.next()
 }
 
-/// Returns where a process is controlled: its own socket, or the one that it was given, or else where
-/// its own would be.
+/// Returns where a process is controlled: its own socket, or the one that it was given, or else
+/// where its own would be.
 pub(crate) fn find_control_of(process: u32) -> PathBuf {
     let own = control::find_own_path(process);
     if own.symlink_metadata().is_ok() {

@@ -3,13 +3,13 @@
 use std::borrow::Cow;
 
 /// Escapes all that would move a terminal, turn the direction of writing or begin a new line: for
-/// what is to stand in one line, whoever has named it.
+/// names that are to stand in one line.
 pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, |c| c.escape_default().to_string())
 }
 
-/// As [`line()`], but newlines and tabs stay: for a text of many lines, in which names were escaped
-/// before.
+/// Escapes as [`line()`] does, but newlines and tabs stay: for a text of many lines, in which names
+/// were escaped before.
 pub(crate) fn text(text: &str) -> Cow<'_, str> {
     escape(text, |c| match c {
         '\n' | '\t' => c.to_string(),
@@ -17,7 +17,8 @@ pub(crate) fn text(text: &str) -> Cow<'_, str> {
     })
 }
 
-/// As [`text`], in JSON, whose values stay what they are: such characters stand in strings only.
+/// Escapes as [`text`] does, in JSON, whose values stay what they are: such characters stand in
+/// strings only.
 pub(crate) fn json(json: &str) -> Cow<'_, str> {
     escape(json, |c| match c {
         '\n' | '\t' => c.to_string(),

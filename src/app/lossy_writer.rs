@@ -14,10 +14,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lock::{lock, recover};
+use crate::thread::start_thread;
 
 /// How many bytes may wait for their stream.
 const MOST_BYTES: usize = 256 * 1024;
@@ -112,11 +112,15 @@ impl LossyWriter {
 
     /// Has a message written, or drops it. Of a process with unlimited patience nothing is dropped
     /// that can be written.
+    ///
+    /// Where the system gives no thread, it is written here by a process with unlimited patience.
+    /// Any other keeps it for the next call that finds a thread, or for
+    /// [`flush`](LossyWriter::flush).
     pub(crate) fn send(&'static self, bytes: Vec<u8>) {
         let mut state = self.state();
         if !state.runs {
-            let thread = thread::Builder::new().name(self.name.to_owned());
-            state.runs = thread.spawn(|| self.run()).is_ok();
+            let write = || self.run();
+            state.runs = start_thread(self.name, "to write lines", write).is_ok();
         }
         let is_full = |it: &State| {
             // One gap is better than many: after it there is to be room for more than a line.
@@ -130,7 +134,7 @@ impl LossyWriter {
             let woken = self.changed.wait(state);
             state = recover(woken);
         }
-        if !state.runs || is_full(&state) {
+        if is_full(&state) {
             state.dropped += 1;
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
@@ -138,8 +142,27 @@ impl LossyWriter {
         let dropped = std::mem::take(&mut state.dropped);
         state.bytes += bytes.len();
         state.waiting.push_back(Message { dropped, bytes });
+        let runs = state.runs;
         drop(state);
         self.changed.notify_all();
+        if !runs && patience() == Patience::Unlimited {
+            self.write_waiting();
+        }
+    }
+
+    /// Writes on this thread what waits.
+    fn write_waiting(&self) {
+        loop {
+            let mut state = self.state();
+            let Some(message) = state.waiting.pop_front() else {
+                return;
+            };
+            state.bytes -= message.bytes.len();
+            drop(state);
+            if self.write_all(&message.bytes).1.is_err() {
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Writes what comes, for ever.
@@ -216,8 +239,12 @@ impl LossyWriter {
         const LOOK: Duration = Duration::from_millis(50);
         let end = Instant::now() + LAST;
         let mut state = self.state();
+        if !state.runs {
+            drop(state);
+            return self.write_waiting();
+        }
         let is_busy = |it: &State| it.writing.is_some() || !it.waiting.is_empty() || it.dropped > 0;
-        while state.runs && is_busy(&state) {
+        while is_busy(&state) {
             let stuck = state.writing.is_some_and(|since| since.elapsed() >= STUCK);
             if patience == Patience::Limited && (stuck || Instant::now() >= end) {
                 return;
@@ -233,6 +260,7 @@ mod tests {
     use super::*;
 
     use std::sync::mpsc::{Receiver, sync_channel};
+    use std::thread;
 
     fn notice(dropped: u64) -> String {
         format!("{dropped} dropped\n")

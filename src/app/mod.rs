@@ -1,5 +1,5 @@
-//! The command: its words, its file and the requests to its control socket, turned into [`Rule`](crate::Rule)s; and
-//! what people look at.
+//! The command: its words, its file and the requests to its control socket, turned into
+//! [`Rule`](crate::Rule)s; and what people look at.
 
 #[cfg(unix)]
 mod answering;
@@ -13,6 +13,7 @@ mod escape;
 mod guest_control;
 mod log;
 mod lossy_writer;
+mod needs;
 mod output;
 #[cfg(unix)]
 mod processes;

@@ -1,7 +1,7 @@
 //! The processes of this program and of others, by the system's list of processes.
 //!
-//! On Linux that is `/proc`, which is there where `ps` need not be (in a container). Elsewhere it is
-//! what POSIX' `ps` prints: macOS has no documented call for another process' arguments.
+//! On Linux that is `/proc`, which is there where `ps` need not be (in a container). Elsewhere it
+//! is what POSIX' `ps` prints: macOS has no documented call for another process' arguments.
 
 use std::io;
 

@@ -1,4 +1,5 @@
-//! Ranges of ports: `8000-8010` in the place of a port, on the command line, in a file, and as JSON.
+//! Ranges of ports: `8000-8010` in the place of a port, on the command line, in a file, and as
+//! JSON.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! The options of a rule. The command line, the file and the control socket all have them from here:
-//! what is added to [`RuleOptions`] is an option of each.
+//! The options of a rule. The command line, the file and the control socket all have them from
+//! here: what is added to [`RuleOptions`] is an option of each.
 
 use std::time::Duration;
 
@@ -25,22 +25,25 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, help_heading = None)]
     #[serde(deserialize_with = "read_mode", serialize_with = "write_mode")]
     mode: u32,
-    /// Owner of Unix listening sockets, a user's name or id, which only root may give [default: who runs this]
+    /// Owner of Unix listening sockets, a user's name or id, which only root may give [default: who
+    /// runs this]
     #[arg(long, value_name = "USER", value_parser = values::parse_owner, help_heading = None)]
     #[serde(deserialize_with = "read_owner")]
     owner: Option<u32>,
-    /// Group of Unix listening sockets, its name or id; give it rights with --mode 660 [default: that of who runs this]
+    /// Group of Unix listening sockets, its name or id; give it rights with --mode 660 [default:
+    /// that of who runs this]
     #[arg(long, value_name = "GROUP", value_parser = values::parse_group, help_heading = None)]
     #[serde(deserialize_with = "read_group")]
     group: Option<u32>,
-    /// Where clients may come from: to TCP networks or addresses (192.168.7.0/24,::1), to vsock CIDs; others are refused
-    /// [default: from anywhere]
+    /// Where clients may come from: to TCP networks or addresses (192.168.7.0/24,::1), to vsock
+    /// CIDs; others are refused [default: from anywhere]
     #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
     #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
     from: Vec<Source>,
     #[command(flatten)]
     timeouts: TimeoutOptions,
-    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile [default: it is refused]
+    /// Seconds that a client is held whose target isn't there yet, and is dialled again meanwhile
+    /// [default: it is refused]
     #[arg(long, value_name = "SECONDS", value_parser = parse_time)]
     #[serde(deserialize_with = "read_wait", serialize_with = "write_seconds")]
     pub(crate) wait: Option<Duration>,
@@ -52,16 +55,18 @@ pub(crate) struct RuleOptions {
     #[arg(long, value_name = "N", value_parser = parse_connections)]
     #[serde(deserialize_with = "read_connections")]
     connections: Option<usize>,
-    /// Seconds of silence after which TCP asks a client or target whether it is still there; one that is gone is noticed a minute later; 0 or "off": never
+    /// Seconds of silence after which TCP asks a client or target whether it is still there; one
+    /// that is gone is noticed a minute later; 0 or "off": never
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_keepalive)]
     #[serde(deserialize_with = "read_keepalive", serialize_with = "write_seconds")]
     keepalive: Duration,
-    /// Tell the target first who the client is, by that version of the PROXY protocol: v1 or v2 [default: it isn't told]
+    /// Tell the target first who the client is, by that version of the PROXY protocol: v1 or v2
+    /// [default: it isn't told]
     #[arg(long, value_name = "VERSION", help_heading = None)]
     #[serde(deserialize_with = "read_proxy_protocol")]
     proxy_protocol: Option<ProxyProtocol>,
-    /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of TCP (10.0.0.0/8,::1), or
-    /// CIDs of vsock [default: none]
+    /// Proxies that say first who their client is, by the PROXY protocol: networks or addresses of
+    /// TCP (10.0.0.0/8,::1), or CIDs of vsock [default: none]
     #[arg(long, value_name = "FROM", value_delimiter = ',', help_heading = None)]
     #[serde(deserialize_with = "read_sources", serialize_with = "write_sources")]
     accept_proxy: Vec<Source>,
@@ -75,7 +80,8 @@ struct TimeoutOptions {
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     #[serde(deserialize_with = "read_time", serialize_with = "write_seconds")]
     dial: Duration,
-    /// Seconds a guest may take to end a connection after our half-close (10 at most if it goes on sending)
+    /// Seconds a guest may take to end a connection after our half-close (10 at most if it goes on
+    /// sending)
     #[arg(long = "drain-timeout", value_name = "SECONDS", default_value = "60", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_some_time", serialize_with = "write_seconds")]
     drain: Duration,

@@ -1,5 +1,5 @@
-//! Serving clients with a thread each, for programs that do something with the bytes: what `cat --echo` and
-//! `stress --server` have in common.
+//! Serving clients with a thread each, for programs that do something with the bytes: what
+//! `cat --echo` and `stress --server` have in common.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -17,21 +17,23 @@ use crate::name::SocketName;
 use crate::stream::Stream;
 use crate::stream::closing::{GracefulClose, Outcome};
 use crate::sys::Wanted;
+use crate::thread::start_scoped_thread;
 use crate::time::after;
 
 /// How often a wait looks whether it is to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
-/// How much an echo reads ahead of what its peer takes. One that only wrote while it has something to write would stall
-/// hyperkit's device (rule 4 of a good neighbour).
+/// How much an echo reads ahead of what its peer takes. One that only wrote while it has something
+/// to write would stall hyperkit's device (rule 4 of a good neighbour).
 const AHEAD: usize = 4 * 1024 * 1024;
 
-/// Tells those who work to come to an end.
+/// Tells threads to come to an end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stop(Arc<AtomicUsize>);
 
 impl Stop {
-    /// The first call asks for nothing new to be begun, the next one to break off.
+    /// Asks for the end: the first call that nothing new is begun, the next one that all is broken
+    /// off.
     pub(crate) fn ask(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -45,7 +47,7 @@ impl Stop {
     }
 }
 
-/// Those who are being served.
+/// The clients that are being served.
 #[derive(Debug, Default)]
 struct Clients {
     live: Mutex<HashMap<u64, Arc<Stream>>>,
@@ -76,8 +78,8 @@ impl Clients {
 /// How many clients are served at a time: each has a thread. More wait in the backlog.
 const MOST_CLIENTS: usize = 10_000;
 
-/// How long a wait may be that only the peer is expected to end, or a `shutdown` of our own. Windows' poll isn't woken
-/// by that.
+/// How long a wait may be that only the peer is expected to end, or a `shutdown` of our own.
+/// Windows' poll isn't woken by that.
 const IDLE: Duration = match cfg!(windows) {
     true => LOOK,
     false => Duration::from_secs(3600),
@@ -94,9 +96,9 @@ pub(crate) struct Plan {
 
 /// Serves clients, each with its number, until `stop` is asked for or all are served.
 ///
-/// Told to stop, it takes no more clients and half-closes those who are there; who hasn't ended after the grace is cut
-/// off, and so is everybody when it is urgent. What goes wrong with a client, or with taking one, is told, and ends
-/// nothing.
+/// Told to stop, it takes no more clients and half-closes those that are there; one that hasn't
+/// ended after the grace is cut off, and so are all at the second call. What goes wrong with a
+/// client, or with taking one, is told, and ends nothing.
 pub(crate) fn serve(
     listener: &mut LastingListener,
     plan: Plan,
@@ -132,8 +134,9 @@ pub(crate) fn serve(
                 let (handle, stream) = (&handle, Arc::clone(&stream));
                 move || handle(number, &stream, peer)
             };
-            if let Err(e) = thread::Builder::new().spawn_scoped(scope, serve) {
-                warn!("no thread for {peer}: {e}");
+            let purpose = format!("to serve {peer}");
+            if let Err(e) = start_scoped_thread(scope, "hvsock-serve", &purpose, serve) {
+                warn!("{e}");
                 clients.lock().remove(&number);
             }
             number += 1;
@@ -147,8 +150,9 @@ pub(crate) fn serve(
     });
 }
 
-/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for `patience`, and as long as
-/// `goes_on` says so of the time that has passed. Returns whether the guest has ended it.
+/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for
+/// `patience`, and as long as `goes_on` says so of the time that has passed. Returns whether the
+/// guest has ended it.
 pub(crate) fn close_gracefully(
     stream: &Stream,
     patience: Duration,
@@ -167,7 +171,8 @@ pub(crate) fn close_gracefully(
     }
 }
 
-/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came before.
+/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came
+/// before.
 ///
 /// # Errors
 /// What reading or writing says.
@@ -211,7 +216,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     }
 }
 
-/// What a call on a non-blocking socket has done; `None` if it would have had to wait.
+/// Returns what a call on a non-blocking socket has done; `None` if it would have had to wait.
 pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(done) => Ok(Some(done)),

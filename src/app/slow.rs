@@ -1,13 +1,41 @@
-//! Says what is waited for when something takes long that seldom does, such as a file system.
+//! Work that may take long though it seldom does, as with a file system that hangs: it is told of,
+//! or given up.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-/// How long nothing is said. A disk that spins up takes some seconds.
+use crate::thread::{start_scoped_thread, start_thread};
+
+/// How long such work may take before that. A disk that spins up takes some seconds.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Does `work` on this thread. If that takes long, `tell` is called once: `doing` is what the work is, in words.
+/// Does `work` on a thread of its own, and gives it up if it takes long.
+///
+/// # Errors
+/// Returns why there is no result, in words.
+pub(crate) fn give_up_if_slow<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    give_up_after(PATIENCE, work)
+}
+
+fn give_up_after<T: Send + 'static>(
+    patience: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    let (working, worked) = channel();
+    let work = move || {
+        // It may have been given up.
+        let _ = working.send(work());
+    };
+    start_thread("hvsock-look", "to look at files", work).map_err(|e| e.to_string())?;
+    let result = worked.recv_timeout(patience);
+    result.map_err(|_| "a file system takes long: does it hang?".to_owned())
+}
+
+/// Does `work` on this thread. If that takes long, `tell` is called once: `doing` is what the work
+/// is, in words.
 pub(crate) fn tell_if_slow<T>(
     doing: &str,
     tell: impl FnOnce(String) + Send,
@@ -30,9 +58,7 @@ fn tell_after<T>(
             }
         };
         // Without a thread nothing is said.
-        let _ = thread::Builder::new()
-            .name("hvsock-slow".to_owned())
-            .spawn_scoped(scope, watch);
+        let _ = start_scoped_thread(scope, "hvsock-slow", "to tell of slow files", watch);
         let done = work();
         drop(working);
         done
@@ -61,5 +87,15 @@ mod tests {
             slow,
         );
         assert_eq!(said, "reading b takes long: does its file system hang?");
+    }
+
+    #[test]
+    fn what_takes_long_is_given_up() {
+        assert_eq!(give_up_after(Duration::from_secs(3600), || 1), Ok(1));
+        let (release, held) = channel::<()>();
+        let work = move || held.recv_timeout(Duration::from_secs(30)).is_ok();
+        let why = give_up_after(Duration::from_millis(1), work).unwrap_err();
+        assert!(why.contains("takes long"), "{why}");
+        drop(release);
     }
 }

@@ -328,8 +328,8 @@ pub(super) fn address(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of their own, unlike those
-/// of `-L`.
+/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of
+/// their own, unlike those of `-L`.
 pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
     let ports = value.as_str().and_then(|text| text.split_once(':'));
     match ports {
@@ -369,8 +369,8 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
         .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
 }
 
-/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no shell fills in `~/`, so
-/// that it is done here.
+/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no
+/// shell fills in `~/`, so that it is done here.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
     let text = &*at_home(text)?;
     if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
@@ -391,7 +391,8 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     ) {
         return Err(format!("a URI has two slashes: {host}://…:{port}"));
     }
-    // As in ssh. The other spelling of it there, an empty address, is too easily written by mistake.
+    // As in ssh. The other spelling of it there, an empty address, is too easily written by
+    // mistake.
     if text.starts_with(':') && !text.starts_with("::") {
         return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
     }

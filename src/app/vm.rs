@@ -34,8 +34,8 @@ const SCHEMES: [(&str, &str); 2] = [
 
 impl VmPlace {
     /// Finds the VM that a person means: `vsock://CID`, `vsock-mux:///PATH[?half-close=yes]`, else
-    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes, or the name
-    /// of a VM that another VMM runs here.
+    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes, or the
+    /// name of a VM that another VMM runs here.
     ///
     /// # Errors
     /// Returns `InvalidInput` if the words mean no VM, and the errors of [`hyperkit::find`].

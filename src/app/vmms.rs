@@ -52,8 +52,8 @@ fn of_process(process: &Process) -> Vec<RunningVm> {
 
 type Found = (&'static str, Option<String>, String);
 
-/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options may
-/// be written with one dash or two, as QEMU takes them.
+/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options
+/// may be written with one dash or two, as QEMU takes them.
 fn values<'a>(words: &[&'a str], option: &str) -> Vec<&'a str> {
     let named = |word: &'a str| {
         let name = word.strip_prefix('-')?;

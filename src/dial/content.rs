@@ -28,9 +28,17 @@ const BUFFER: usize = 64 * 1024;
 pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStream> {
     let fail = |cause: io::Error| {
         let remedy = match cause.kind() {
-            io::ErrorKind::NotFound => "there is no such file: is the path right?",
-            io::ErrorKind::PermissionDenied => "you may not read it",
-            io::ErrorKind::IsADirectory => "that is a directory: name the file in it",
+            io::ErrorKind::NotFound => {
+                format!(
+                    "there is no file {}: is the path right?",
+                    file.path.display()
+                )
+            }
+            io::ErrorKind::PermissionDenied => {
+                format!("let the user who runs this read {}", file.path.display())
+            }
+            io::ErrorKind::IsADirectory => "name a file in it".to_owned(),
+            io::ErrorKind::InvalidInput => "name a regular file".to_owned(),
             _ => return Error::new(Operation::Connect, address, cause),
         };
         Error::new(Operation::Connect, address, cause).with_remedy(remedy)

@@ -201,7 +201,7 @@ fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
     }
     let (far, theirs): (Far, OwnedFd) = match exec.pty {
         true => {
-            let (terminal, theirs) = sys::make_terminal()?;
+            let (terminal, theirs) = sys::make_terminal().map_err(no_terminal)?;
             sys::set_nonblocking(&terminal)?;
             command.stderr(Stdio::from(theirs.try_clone()?));
             (Far::terminal(terminal), theirs)
@@ -226,6 +226,11 @@ fn spawn(exec: &ExecAddress) -> io::Result<(Child, Far)> {
     );
     // The command has the program's end, too, until it is dropped here.
     Ok((command.spawn()?, far))
+}
+
+/// Tells that there is no terminal from that there is no program.
+fn no_terminal(cause: io::Error) -> io::Error {
+    io::Error::other(format!("it gets no terminal: {cause}"))
 }
 
 /// Ends a program whose connection was cut, with its group: SIGHUP, then SIGKILL.
@@ -514,23 +519,57 @@ impl ProgramCarrier {
 
 /// Returns the error of a program that can't be started, with what can be done about it.
 fn explain(exec: &ExecAddress, cause: io::Error) -> Error {
-    let program = &exec.program;
+    let (program, shown) = (&exec.program, exec.program.display());
+    let is_program = |it: std::fs::Metadata| sys::is_program(&it);
     let remedy = match cause.kind() {
-        io::ErrorKind::NotFound if program.exists() => {
-            "the interpreter in its first line (#!), or its loader, is missing"
-        }
-        io::ErrorKind::NotFound => "there is no such program: is the path right?",
+        io::ErrorKind::NotFound if program.exists() => format!(
+            "the interpreter in the first line (#!) of {shown}, or its loader, is missing: install it"
+        ),
+        io::ErrorKind::NotFound => format!("there is no program {shown}: is the path right?"),
         io::ErrorKind::PermissionDenied if program.is_dir() => {
-            "that is a directory: name the program in it"
+            format!("{shown} is a directory: name the program in it")
         }
-        io::ErrorKind::PermissionDenied => "make it executable: chmod +x",
-        _ if cause.raw_os_error() == Some(nix::libc::ENOEXEC) => {
-            "it is no program: a script begins with a line such as #!/bin/sh"
+        io::ErrorKind::PermissionDenied if program.metadata().is_ok_and(is_program) => {
+            format!("this user may not start {shown}, or its interpreter: have their modes changed")
         }
+        io::ErrorKind::PermissionDenied => format!("make it executable: chmod +x {shown}"),
+        _ if cause.raw_os_error() == Some(nix::libc::ENOEXEC) => format!(
+            "{shown} is no program of this system; if it is a script, begin it with a line such as #!/bin/sh"
+        ),
         _ if cause.raw_os_error() == Some(nix::libc::E2BIG) => {
-            "its arguments and its environment are too long"
+            "its arguments and its environment are too long: shorten them".to_owned()
         }
         _ => return Error::new(Operation::Connect, exec, cause),
     };
     Error::new(Operation::Connect, exec, cause).with_remedy(remedy)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_not_be_started_is_named_with_its_remedy() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a b");
+        std::fs::write(&path, "echo").unwrap();
+        let exec = ExecAddress::new(&path);
+        let say = |error: i32| explain(&exec, io::Error::from_raw_os_error(error)).to_string();
+        for (error, part) in [
+            (nix::libc::ENOEXEC, "begin it with a line such as #!/bin/sh"),
+            (nix::libc::EACCES, "chmod +x"),
+            (nix::libc::ENOENT, "interpreter in the first line"),
+        ] {
+            let told = say(error);
+            // As it is written in a shell, and not as in the address.
+            let shown = path.display().to_string();
+            assert!(told.contains(part) && told.contains(&shown), "{told}");
+        }
+        assert!(say(nix::libc::E2BIG).contains("too long"));
+        std::fs::remove_file(&path).unwrap();
+        let told = say(nix::libc::ENOENT);
+        let right = format!("there is no program {}", path.display());
+        assert!(told.contains(&right), "{told}");
+    }
 }

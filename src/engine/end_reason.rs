@@ -67,7 +67,8 @@ impl fmt::Display for ProgramFailure {
 }
 
 impl EndReason {
-    /// How many kinds of reasons there are. All refusals are one, and so are all failures of programs.
+    /// How many kinds of reasons there are. All refusals are one, and so are all failures of
+    /// programs.
     pub(crate) const COUNT: usize = 15;
 
     /// Returns the number of the kind, and its name for programs and for people.

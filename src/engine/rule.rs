@@ -55,13 +55,13 @@ pub struct Rule {
     /// word is noticed a minute later: it is asked six times, every ten seconds. `None`: it is not
     /// asked, and never noticed as long as nothing is sent to it.
     pub keepalive: Option<Duration>,
-    /// The version of the PROXY protocol by which the target is told first who the client is, before
-    /// the client's bytes. `None`: it isn't told.
+    /// The version of the PROXY protocol by which the target is told first who the client is,
+    /// before the client's bytes. `None`: it isn't told.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The proxies that tell by the PROXY protocol, version 1 or 2, who their client is: what a
     /// client from there says counts in the place of its own address. One that says nothing within
-    /// 5 s, or anything else, is refused. Clients from elsewhere say nothing. Networks and addresses
-    /// are for `tcp://` listeners, CIDs for `vsock://` ones.
+    /// 5 s, or anything else, is refused. Clients from elsewhere say nothing. Networks and
+    /// addresses are for `tcp://` listeners, CIDs for `vsock://` ones.
     pub accept_proxy: Vec<Source>,
 }
 
@@ -185,12 +185,13 @@ pub struct Limits {
     /// that dial the host are not bound by it. Each connection takes two descriptors, so the
     /// process' descriptor limit may lower this one.
     pub connections: usize,
-    /// Connections to one hyperkit VM at a time; further clients wait in the listener's backlog, and
-    /// those that can't be made to wait there (guests, chained forwards) to be dialled. hyperkit has
-    /// 1,024 slots and closes what exceeds them; started with 256 descriptors, it hangs beyond 245.
+    /// Connections to one hyperkit VM at a time; further clients wait in the listener's backlog,
+    /// and those that can't be made to wait there (guests, chained forwards) to be dialled.
+    /// hyperkit has 1,024 slots and closes what exceeds them; started with 256 descriptors, it
+    /// hangs beyond 245.
     ///
-    /// Connections that the guest makes to the host may be eight ninths of them (800 of 900), and of
-    /// one of several forwards three quarters of that (600). The guest can't be made to wait, so
+    /// Connections that the guest makes to the host may be eight ninths of them (800 of 900), and
+    /// of one of several forwards three quarters of that (600). The guest can't be made to wait, so
     /// what it dials beyond is accepted and ended at once, gracefully.
     pub vm_connections: usize,
     /// Unanswered dials to one hyperkit VM at a time; further clients wait. hyperkit aborts at 512.

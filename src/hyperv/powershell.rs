@@ -3,8 +3,9 @@
 use std::io::{self, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::thread::start_thread;
 
 /// More than any host's VMs need.
 const MOST: u64 = 16 * 1024 * 1024;
@@ -56,8 +57,13 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
     let (tell, told) = channel();
     if let (Some(out), Some(err)) = (child.0.stdout.take(), child.0.stderr.take()) {
         let tell_out = tell.clone();
-        thread::spawn(move || tell_out.send((true, read(out, MOST))));
-        thread::spawn(move || tell.send((false, read(err, MOST_ERRORS))));
+        let purpose = "to read what PowerShell prints";
+        start_thread("hvsock-read", purpose, move || {
+            tell_out.send((true, read(out, MOST)))
+        })?;
+        start_thread("hvsock-read", purpose, move || {
+            tell.send((false, read(err, MOST_ERRORS)))
+        })?;
     }
     let (mut out, mut errors) = (None, None);
     while out.is_none() || errors.is_none() {

@@ -22,8 +22,8 @@ pub enum Dial {
     /// dials the host. For TCP port 0 the kernel chooses one; a Unix socket's file is replaced.
     Listen(Endpoint),
     /// A program in the guest dials so many times a second, from the first listener on the port on
-    /// until [`Vm::stop_dialling`](super::Vm::stop_dialling). On each connection it sends some bytes
-    /// and EOF, and reads to EOF ([`Counters::guest_echoes`](super::Counters::guest_echoes)).
+    /// until [`Vm::stop_dialling`](super::Vm::stop_dialling). On each connection it sends some
+    /// bytes and EOF, and reads to EOF ([`Counters::guest_echoes`](super::Counters::guest_echoes)).
     Paced(NonZeroU32),
 }
 

@@ -51,8 +51,8 @@ pub enum Service {
     Http,
     /// Accepts, and then never reads, never writes, and ignores EOF.
     Silent,
-    /// Sends the pattern for ever and ignores its input and EOF: only a close of the host's end ends
-    /// it.
+    /// Sends the pattern for ever and ignores its input and EOF: only a close of the host's end
+    /// ends it.
     Endless,
     /// Sends so many bytes of the pattern, ignoring its input and EOF, and closes.
     Heedless(u64),

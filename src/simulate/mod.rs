@@ -5,8 +5,8 @@
 //! kills a VM. What it imitates is hyperkit's vsock device (`pci_virtio_sock.c`) with a Linux guest
 //! behind it: the `connect` socket and its line of 18 bytes, the `guest_forwards` sockets, the
 //! guest's dials to `00000002.PORT`, half-close both ways, slots, backpressure, and all that kills
-//! or hangs the device ([`Rule`]). [`Vm::behind_socket`] is one of another VMM, such as Firecracker's.
-//! It shares no code with the proxy.
+//! or hangs the device ([`Rule`]). [`Vm::behind_socket`] is one of another VMM, such as
+//! Firecracker's. It shares no code with the proxy.
 //!
 //! ```
 //! use hvsock::simulate::{Service, Vm};
@@ -358,7 +358,8 @@ impl Vm {
     /// end of the connection.
     ///
     /// It fails at once if nobody listens there, which the device bears a few times only
-    /// ([`Rule::NoListener`]). The stream is a blocking one. Dropping it closes the program's socket.
+    /// ([`Rule::NoListener`]). The stream is a blocking one. Dropping it closes the program's
+    /// socket.
     pub fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let (program, device) = UnixStream::pair()?;
         let (reply, answer) = mpsc::channel();

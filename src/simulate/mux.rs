@@ -1,7 +1,9 @@
-//! The other VMM: Firecracker's and its kin's, with one Unix socket and a line of text for each dial.
+//! The other VMM: Firecracker's and its kin's, with one Unix socket and a line of text for each
+//! dial.
 //!
-//! A client says `CONNECT PORT\n`, and hears `OK N\n` when the guest has answered; it is closed if the
-//! guest refuses. When the guest dials, the VMM connects to `PATH_PORT`. Nothing that a client does hurts it.
+//! A client says `CONNECT PORT\n`, and hears `OK N\n` when the guest has answered; it is closed if
+//! the guest refuses. When the guest dials, the VMM connects to `PATH_PORT`. Nothing that a client
+//! does hurts it.
 
 use super::connection::{Connection, Guest, Origin};
 use super::device::Device;
@@ -37,7 +39,8 @@ impl Device {
         }
     }
 
-    /// Has the guest dialled by a client whose line has come; one that says something else is closed.
+    /// Has the guest dialled by a client whose line has come; one that says something else is
+    /// closed.
     pub(super) fn read_mux_line(&mut self, key: Key) {
         let Some(connection) = self.slots.get(key) else {
             return;

@@ -14,9 +14,9 @@
 //! | [`Rule::NoSlot`] | "guest dials when the slots or descriptors are gone": refusals, and the same deadlock, for a descriptor of `FD_SETSIZE` and more goes down that error path | the same, when all slots are taken |
 //! | [`Rule::AcceptAndClose`] | "a host listener accepts and closes at once": deadlocks, as the immediate close; closing 50 ms later was fine | as the immediate close, within [`AT_ONCE_STRICT`], on a connection that the guest dialled |
 //!
-//! Slots that no host program can keep from being lost are no rules: "1 or 2 are lost at each reboot
-//! of the guest" ([`Builder::lost_at_reboot`](super::Builder::lost_at_reboot)), and "a guest's program
-//! that ignores EOF keeps its slot for good".
+//! Slots that no host program can keep from being lost are no rules: "1 or 2 are lost at each
+//! reboot of the guest" ([`Builder::lost_at_reboot`](super::Builder::lost_at_reboot)), and "a
+//! guest's program that ignores EOF keeps its slot for good".
 //!
 //! The real device falls for most of these once in some tens to thousands of tries. The stand-in
 //! falls the first time, and of failed dials at a number that is always the same, so that a test is
@@ -30,7 +30,8 @@ use std::time::{Duration, Instant};
 /// the device was seen to hang within 1 ms of it, and not after 10 ms.
 const AT_ONCE: Duration = Duration::from_millis(10);
 
-/// The same for a strict VM, and for what the guest has dialled: there 50 ms were seen to be enough.
+/// The same for a strict VM, and for what the guest has dialled: there 50 ms were seen to be
+/// enough.
 const AT_ONCE_STRICT: Duration = Duration::from_millis(20);
 
 /// So many failed dials of the guest hang a VM by default: three were seen to be enough.
@@ -69,7 +70,8 @@ const DRAIN: Duration = Duration::from_micros(100);
 #[non_exhaustive]
 pub enum Rule {
     /// A host program closed a connection whose guest had ended, while more was unread than the
-    /// device could write; if the VM is [strict](super::Builder::strict), while anything was unread.
+    /// device could write; if the VM is [strict](super::Builder::strict), while anything was
+    /// unread.
     CloseUnread,
     /// 512 dials while the guest answered none.
     Unanswered,

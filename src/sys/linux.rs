@@ -33,8 +33,9 @@ const GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 /// Begins to connect a non-blocking AF_VSOCK socket. The caller bounds the wait by `patience`: the
 /// kernel's own 2 s are too short for a VM that boots.
 ///
-/// The kernel keeps the socket for as long as a connect may take, even if it is connected and closed
-/// sooner (`vsock_connect` in `net/vmw_vsock/af_vsock.c`), so that this is no longer than it must be.
+/// The kernel keeps the socket for as long as a connect may take, even if it is connected and
+/// closed sooner (`vsock_connect` in `net/vmw_vsock/af_vsock.c`), so that this is no longer than it
+/// must be.
 pub(crate) fn vsock_connect(
     cid: u32,
     port: u32,

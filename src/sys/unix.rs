@@ -1,5 +1,6 @@
 //! Linux, macOS and the BSDs.
 
+mod access;
 mod child;
 mod identity;
 mod place;
@@ -16,6 +17,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use super::Wanted;
+pub(crate) use access::is_program;
+#[cfg(feature = "cli")]
+pub(crate) use access::{may_be_socket, may_read, may_start};
 #[cfg(feature = "cli")]
 pub(crate) use child::set_blocking;
 pub(crate) use child::{

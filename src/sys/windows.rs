@@ -36,6 +36,31 @@ impl Identity {
     }
 }
 
+/// Returns whether anybody may start a file as a program. No target is one on this system.
+#[cfg(feature = "cli")]
+pub(crate) fn is_program(_: &fs::Metadata) -> bool {
+    true
+}
+
+/// Returns whether a file may be a socket. The metadata of one says no more here than that it is no
+/// directory.
+#[cfg(feature = "cli")]
+pub(crate) fn may_be_socket(_: &fs::Metadata) -> bool {
+    true
+}
+
+/// Returns whether this user may start a program. No target is one on this system.
+#[cfg(feature = "cli")]
+pub(crate) fn may_start(_: &Path) -> bool {
+    true
+}
+
+/// Returns whether this user may read a file. No target is one on this system.
+#[cfg(feature = "cli")]
+pub(crate) fn may_read(_: &Path) -> bool {
+    true
+}
+
 /// Asks about sockets. Returns what is true of any of them.
 #[allow(unsafe_code)]
 fn poll(sockets: &[BorrowedSocket<'_>], events: i16, timeout: i32) -> io::Result<i16> {

@@ -21,6 +21,7 @@ use crate::name::SocketName;
 use crate::stream::closer;
 use crate::stream::closing::{GracefulClose, Step};
 use crate::sys;
+use crate::thread::start_thread;
 use crate::time::after;
 
 /// How long [`Stream::connect`] tries.
@@ -83,7 +84,11 @@ impl Drop for Stream {
                     let _ = stream.finish(DROP_TIMEOUT).await;
                 }
             })),
-            Err(_) => drop(std::thread::spawn(move || stream.finish(DROP_TIMEOUT))),
+            Err(_) => {
+                // Without a thread it is dropped, which closes it as a blocking stream is closed.
+                let finish = move || stream.finish(DROP_TIMEOUT);
+                drop(start_thread("hvsock-finish", "to close a stream", finish));
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
-//! The least that relaying takes: it knows what its loads do, expects no fault, bounds nothing and counts nothing. What
-//! it costs the system costs, and so the rest of a proxy is what that one costs beyond it.
+//! The least that relaying takes: it knows what its loads do, expects no fault, bounds nothing and
+//! counts nothing. What it costs the system costs, and so the rest of a proxy is what that one
+//! costs beyond it.
 
 use std::convert::Infallible;
 use std::fs::File;

@@ -64,8 +64,8 @@ pub(crate) const BARE: &str = "bare";
 pub(crate) const BARE_COPY: &str = "bare --copy";
 
 /// As on a Mac: Unix sockets have 8 KiB unless more is asked for (tests/manners), the server's as
-/// well, and all is copied. Of the last two, one gets no more, whatever it asks for, and to the other
-/// the server gives as much as hyperkit does.
+/// well, and all is copied. Of the last two, one gets no more, whatever it asks for, and to the
+/// other the server gives as much as hyperkit does.
 const BARE_MAC: &str = "bare --copy, Mac";
 const MAC: &str = "hvsock, Mac";
 const MAC_CAPPED: &str = "hvsock, Mac, 8k";
@@ -206,7 +206,8 @@ impl Contender {
             _ => {
                 for (service, port) in fronts() {
                     let mut command = Command::new("socat");
-                    // Without -t it waits half a second for an answer after a half-close, and drops it then.
+                    // Without -t it waits half a second for an answer after a half-close, and drops
+                    // it then.
                     command.args([
                         "-b262144".to_owned(),
                         "-t3600".to_owned(),
@@ -242,8 +243,8 @@ impl Contender {
         Ok(Some(contender))
     }
 
-    /// Starts an hvsock with so many forwards to the echo, half of them of Unix sockets, and returns
-    /// how long that has taken. The first listens on the port of the echo.
+    /// Starts an hvsock with so many forwards to the echo, half of them of Unix sockets, and
+    /// returns how long that has taken. The first listens on the port of the echo.
     pub(crate) fn with_forwards(
         name: &str,
         count: u64,
@@ -314,7 +315,8 @@ impl Contender {
         self.ports[service as usize]
     }
 
-    /// Seconds of the processor that it and its children have used, and those of its keeper among them.
+    /// Seconds of the processor that it and its children have used, and those of its keeper among
+    /// them.
     pub(crate) fn cpu(&self) -> (f64, f64) {
         let (mut all, mut keeper) = (0.0, 0.0);
         for pid in self.pids() {
@@ -387,8 +389,8 @@ fn cpu(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let fields: Vec<&str> = fields.split_whitespace().collect();
-    // Of proc(5), in ticks of 10 ms: `utime` and `stime` (the 14th and 15th field) have the threads that ended, too;
-    // `cutime` and `cstime` (behind them) the children.
+    // Of proc(5), in ticks of 10 ms: `utime` and `stime` (the 14th and 15th field) have the threads
+    // that ended, too; `cutime` and `cstime` (behind them) the children.
     let ticks = |field: usize| fields.get(field).and_then(|f| f.parse::<u64>().ok());
     let seconds =
         |field| (ticks(field).unwrap_or(0) + ticks(field + 1).unwrap_or(0)) as f64 / 100.0;

@@ -1,4 +1,5 @@
-//! What the host of a virtual machine takes of its CPUs for others, which would be counted against whoever is measured.
+//! What the host of a virtual machine takes of its CPUs for others, which would be counted against
+//! whoever is measured.
 
 use std::fs;
 
@@ -11,7 +12,8 @@ pub(crate) struct Ticks {
 
 impl Ticks {
     pub(crate) fn now() -> Ticks {
-        // Of proc(5): user, nice, system, idle, iowait, irq, softirq, steal; what follows is part of the first two.
+        // Of proc(5): user, nice, system, idle, iowait, irq, softirq, steal; what follows is part
+        // of the first two.
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         let line = stat.lines().next().unwrap_or_default();
         let fields = line.split_whitespace().skip(1).take(8);

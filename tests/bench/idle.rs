@@ -1,4 +1,5 @@
-//! What connections cost that do nothing: memory, the processor, and the round trips of another one.
+//! What connections cost that do nothing: memory, the processor, and the round trips of another
+//! one.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};

@@ -1,4 +1,5 @@
-//! The clients, and what they measure. Every byte that arrives is compared: fast losses are failures.
+//! The clients, and what they measure. Every byte that arrives is compared: fast losses are
+//! failures.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};

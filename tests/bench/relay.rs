@@ -1,8 +1,8 @@
 //! hvsock beside what one would take in its place, on the same work, in one run: `scripts/bench`.
 //!
-//! A round runs each load once against each contender; rounds follow each other so that a slow minute hits all. Printed
-//! are medians over the rounds: the rate, what share of the best other proxy's that is, the proxy's own CPU seconds for
-//! each unit of work, and latencies.
+//! A round runs each load once against each contender; rounds follow each other so that a slow
+//! minute hits all. Printed are medians over the rounds: the rate, what share of the best other
+//! proxy's that is, the proxy's own CPU seconds for each unit of work, and latencies.
 //!
 //! Words: `ROUNDS [LOAD…]`, where LOAD is a part of a load's name.
 

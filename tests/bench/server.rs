@@ -1,4 +1,5 @@
-//! What stands behind the proxies: servers on TCP, on Unix sockets, and behind hyperkit's `connect`.
+//! What stands behind the proxies: servers on TCP, on Unix sockets, and behind hyperkit's
+//! `connect`.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -68,8 +68,8 @@ fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// A measurement during which the host took more than this part of the CPU is made again, so many times at most; the one
-/// that lost least counts.
+/// A measurement during which the host took more than this part of the CPU is made again, so many
+/// times at most; the one that lost least counts.
 const STOLEN: f64 = 0.05;
 const TRIES: usize = 4;
 
@@ -164,7 +164,8 @@ fn run(rounds: usize, wanted: &[String]) -> io::Result<()> {
             }
         }
         for (index, load) in loads.iter().enumerate() {
-            // One after the other, for a slow minute is to hit all; and none is always behind the same.
+            // One after the other, for a slow minute is to hit all; and none is always behind the
+            // same.
             rng.shuffle(&mut contenders);
             for (name, contender) in &mut contenders {
                 let sample = match sample(*load, contender) {

@@ -1,4 +1,5 @@
-//! What several test programs need: private directories, clients with a bound on waiting, a proxy in front of a VM.
+//! What several test programs need: private directories, clients with a bound on waiting, a proxy
+//! in front of a VM.
 
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
@@ -14,8 +15,8 @@ use hvsock::{Proxy, ProxyConfig, Rule};
 /// No wait in a test is longer than this.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A private directory with a short path, removed at the end. `HVSOCK_TEST_TMP` is used in the place
-/// of `/tmp`: where that is a link, as on a Mac, paths have two spellings.
+/// A private directory with a short path, removed at the end. `HVSOCK_TEST_TMP` is used in the
+/// place of `/tmp`: where that is a link, as on a Mac, paths have two spellings.
 ///
 /// It raises the limit of descriptors as well, which tests side by side have in common: of a Mac's
 /// 256 they would need more than there are.
@@ -28,8 +29,8 @@ pub(crate) fn private_dir() -> tempfile::TempDir {
         .unwrap()
 }
 
-/// Whether a Unix socket tells that its peer closed with bytes unread, which is how a stand-in knows
-/// of that. Linux' do; macOS' read an EOF.
+/// Whether a Unix socket tells that its peer closed with bytes unread, which is how a stand-in
+/// knows of that. Linux' do; macOS' read an EOF.
 pub(crate) fn tells_unread() -> bool {
     let (ours, theirs) = UnixStream::pair().unwrap();
     (&ours).write_all(b"unread").unwrap();

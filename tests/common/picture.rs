@@ -1,4 +1,5 @@
-//! What a terminal shows, as an SVG picture: text in the places of its cells, colours, and bars of block elements.
+//! What a terminal shows, as an SVG picture: text in the places of its cells, colours, and bars of
+//! block elements.
 
 use std::fmt::Write as _;
 

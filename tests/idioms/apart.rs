@@ -1,5 +1,5 @@
-//! A network, a `/tmp`, a `/run` and a process table of a test's own: the ports and paths that stand
-//! in the guide are free there, and nothing that it starts outlives it.
+//! A network, a `/tmp`, a `/run` and a process table of a test's own: the ports and paths that
+//! stand in the guide are free there, and nothing that it starts outlives it.
 
 use std::env;
 use std::process::{Command, Stdio};

@@ -1,6 +1,6 @@
-//! The words of other programs and ours, as the guide's page on them has them side by side. Each line
-//! of its tables is a test, which runs the command that stands there, in a network of its own, and
-//! compares what a client sees with what it sees of the other program, where that is installed.
+//! The words of other programs and ours, as the guide's page on them has them side by side. Each
+//! line of its tables is a test, which runs the command that stands there, in a network of its own,
+//! and compares what a client sees with what it sees of the other program, where that is installed.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -16,7 +16,8 @@ mod table;
 mod vms;
 mod vsock;
 
-/// Makes a test of each: its name, words that only its line has in the first column, and what it does.
+/// Makes a test of each: its name, words that only its line has in the first column, and what it
+/// does.
 macro_rules! lines {
     ($($name:ident: $key:literal => $run:path;)*) => {
         const KEYS: &[&str] = &[$($key),*];

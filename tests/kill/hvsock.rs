@@ -38,7 +38,8 @@ pub(crate) struct Hvsock {
 }
 
 impl Hvsock {
-    /// Starts it and waits until all its forwards listen. The TCP ports that are not in `tcp` are chosen.
+    /// Starts it and waits until all its forwards listen. The TCP ports that are not in `tcp` are
+    /// chosen.
     pub(crate) fn start(
         places: &Places,
         tcp: &HashMap<u32, SocketAddr>,

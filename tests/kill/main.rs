@@ -1,8 +1,10 @@
-//! Whatever ends hvsock, the VM lives: the stand-in VM with all its frailties, whose guest dials all the time, the real
-//! binary in front of it, a crowd that is mostly rude, and blows at any moment.
+//! Whatever ends hvsock, the VM lives: the stand-in VM with all its frailties, whose guest dials
+//! all the time, the real binary in front of it, a crowd that is mostly rude, and blows at any
+//! moment.
 //!
-//! `HVSOCK_KILLS` is how many there are of each, as `KILL,TERM,TAKE-OVER,KEEPER`; `HVSOCK_SEED` repeats their order. The
-//! long run: `scripts/kill-test`. With `HVSOCK_KILLS_STRICT` the VM punishes more than hyperkit's device was seen to.
+//! `HVSOCK_KILLS` is how many there are of each, as `KILL,TERM,TAKE-OVER,KEEPER`; `HVSOCK_SEED`
+//! repeats their order. The long run: `scripts/kill-test`. With `HVSOCK_KILLS_STRICT` the VM
+//! punishes more than hyperkit's device was seen to.
 #![cfg(all(target_os = "linux", feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -50,8 +52,9 @@ const PACES: [(u32, u32); 3] = [
     (HOST_REFUSED, 20),
 ];
 
-/// How long each of those guests is idle between two dials. A connection is at the proxy's mercy between its accept and
-/// the message to the keeper, some microseconds: of as many dials as can be, one in twenty kills meets one in there.
+/// How long each of those guests is idle between two dials. A connection is at the proxy's mercy
+/// between its accept and the message to the keeper, some microseconds: of as many dials as can be,
+/// one in twenty kills meets one in there.
 const BETWEEN_DIALS: Duration = Duration::from_millis(20);
 
 /// The crowd has its way for so long at least, and at most, before a blow.
@@ -76,7 +79,8 @@ enum Blow {
     Terminate,
     /// Another hvsock takes over, and no client may notice.
     TakeOver,
-    /// Its keeper is killed, and no client may notice; every other time it is killed itself once it has another.
+    /// Its keeper is killed, and no client may notice; every other time it is killed itself once it
+    /// has another.
     KillKeeper,
 }
 
@@ -120,7 +124,8 @@ impl Scene<'_> {
         }
     }
 
-    /// Ends hvsock, and starts another, at once or when all slots are back. They must come back in any case.
+    /// Ends hvsock, and starts another, at once or when all slots are back. They must come back in
+    /// any case.
     fn replace(&mut self, blow: Blow) -> Result<(), String> {
         let world = self.world;
         world.changes.fetch_add(1, Ordering::SeqCst);
@@ -188,7 +193,8 @@ fn start_vm(directory: &Path) -> Vm {
     let vm = guest::builder(directory)
         .strict(std::env::var_os("HVSOCK_KILLS_STRICT").is_some())
         .failed_dials(1)
-        // One that heeds no EOF, and ends for all that: what sends for ever keeps its slot, whoever reads it.
+        // One that heeds no EOF, and ends for all that: what sends for ever keeps its slot, whoever
+        // reads it.
         .guest(STUBBORN, Service::Heedless(3_000_000));
     let dial = |vm: ::hvsock::simulate::Builder, (port, pace)| {
         let pace = NonZeroU32::new(pace).expect("not 0");
@@ -197,7 +203,8 @@ fn start_vm(directory: &Path) -> Vm {
     PACES.into_iter().fold(vm, dial).start().unwrap()
 }
 
-/// Deals the blows under traffic; what the VM has counted, or what went wrong and what became of the VM.
+/// Deals the blows under traffic; what the VM has counted, or what went wrong and what became of
+/// the VM.
 fn run(keeping: Keeping, blows: &[Blow], seed: u64) -> Result<Counters, (String, Option<Fate>)> {
     raise_descriptor_limit();
     let root = tempfile::Builder::new().prefix("hvk").tempdir_in("/tmp");

@@ -1,5 +1,5 @@
-//! Clients besides the crowd: of forwards that have nothing to do with the VM, that wait for it, that cut off who is
-//! silent, and that come and go.
+//! Clients besides the crowd: of forwards that have nothing to do with the VM, that wait for it,
+//! that cut off who is silent, and that come and go.
 
 use crate::child::wait_until;
 use crate::client::{self, Conn, End, Place};

@@ -1,8 +1,9 @@
-//! A month in small: the real binary carries a file's forwards, while its VM ends and comes back all the time, the file
-//! changes, and clients of every kind come and go. Nothing may be lost that could be kept, and nothing may pile up.
+//! A month in small: the real binary carries a file's forwards, while its VM ends and comes back
+//! all the time, the file changes, and clients of every kind come and go. Nothing may be lost that
+//! could be kept, and nothing may pile up.
 //!
-//! `HVSOCK_MONTH` is how many seconds it lasts, `HVSOCK_MONTH_RESTART` how many lie between two restarts of the VM,
-//! `HVSOCK_SEED` repeats a run's choices. The long run: `scripts/month`.
+//! `HVSOCK_MONTH` is how many seconds it lasts, `HVSOCK_MONTH_RESTART` how many lie between two
+//! restarts of the VM, `HVSOCK_SEED` repeats a run's choices. The long run: `scripts/month`.
 #![cfg(all(target_os = "linux", feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -179,7 +180,8 @@ impl Month<'_> {
         self.world().places
     }
 
-    /// From one restart to the next: traffic, in which the VM is restarted and the file changed, and then nothing at all.
+    /// From one restart to the next: traffic, in which the VM is restarted and the file changed,
+    /// and then nothing at all.
     fn cycle(&mut self, time: Duration) -> Result<(), String> {
         let others = self.others;
         let world = others.world;
@@ -298,7 +300,8 @@ impl Month<'_> {
         }
     }
 
-    /// With no clients but the streams, which pause: nothing is left of those who were there, and all is accounted for.
+    /// With no clients but the streams, which pause: nothing is left of those who were there, and
+    /// all is accounted for.
     fn at_rest(&mut self) -> Result<(), String> {
         self.machine.as_mut().expect("it runs").check()?;
         let _stillness = self.others.stillness.write().unwrap();
@@ -343,7 +346,8 @@ impl Month<'_> {
                 false => Err(format!("{name}: {counter} {counted}, less than {least}")),
             }
         };
-        // Who is accepted in the place of a listener that is gone is nobody's: but these never went.
+        // Who is accepted in the place of a listener that is gone is nobody's: but these never
+        // went.
         for ((port, tcp), opened) in &*self.world().opened.lock().unwrap() {
             let family = if *tcp { "tcp" } else { "unix" };
             let name = format!("{family}-{port}");

@@ -1,4 +1,5 @@
-//! The VM: `hvsock simulate` as a child, which is ended and started anew; what runs in its guest outlives it.
+//! The VM: `hvsock simulate` as a child, which is ended and started anew; what runs in its guest
+//! outlives it.
 
 use crate::child::{Places, Proxy};
 use crate::crowd::Guests;

@@ -107,7 +107,8 @@ fn dies_of_512_dials_without_an_answer() {
 
 #[test]
 fn dies_of_a_burst() {
-    // Behind a stall, a thousand dials reach the device at once. A machine that stalls the stand-in itself may hide the burst (see the rule), so it has some tries.
+    // Behind a stall, a thousand dials reach the device at once. A machine that stalls the stand-in
+    // itself may hide the burst (see the rule), so it has some tries.
     for _ in 0..8 {
         let (_directory, vm) = vm();
         let mut stall = connect(&vm);
@@ -369,7 +370,8 @@ fn many_live_connections_with_a_quick_turnover_do_no_harm() {
 #[test]
 fn closing_in_its_own_time_does_no_harm() {
     let (_directory, vm) = strict_vm();
-    // Unanswered and given up, and answered but idle: what was neither at once nor with data unread costs a slot at most.
+    // Unanswered and given up, and answered but idle: what was neither at once nor with data unread
+    // costs a slot at most.
     let idle = dial(&vm, ECHO);
     assert!(vm.wait_for(LONG, |counters| counters.answered == 1));
     vm.pause();

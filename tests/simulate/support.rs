@@ -187,8 +187,8 @@ pub(crate) fn accept(listener: &UnixListener) -> UnixStream {
     stream
 }
 
-/// Whether a Unix socket tells that its peer closed with bytes unread, which is how a stand-in knows
-/// of that. Linux' do; macOS' read an EOF.
+/// Whether a Unix socket tells that its peer closed with bytes unread, which is how a stand-in
+/// knows of that. Linux' do; macOS' read an EOF.
 pub(crate) fn tells_unread() -> bool {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     ours.write_all(b"unread").unwrap();

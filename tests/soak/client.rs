@@ -40,7 +40,8 @@ pub(crate) struct Conn {
     answered: bool,
 }
 
-/// The cause of an error that ended a connection before a byte came: it may never have been accepted.
+/// The cause of an error that ended a connection before a byte came: it may never have been
+/// accepted.
 #[derive(Debug)]
 pub(crate) struct Unanswered {
     pub(crate) place: Place,

@@ -60,10 +60,11 @@ pub(crate) struct World<'a, V = Vm> {
     pub(crate) begun: Instant,
     pub(crate) issued: AtomicUsize,
     pub(crate) tcp: HashMap<u32, SocketAddr>,
-    /// Ends and starts of the proxy (or of the VM, whichever is ended) so far: odd while it is ending or gone.
+    /// Ends and starts of the proxy (or of the VM, whichever is ended) so far: odd while it is
+    /// ending or gone.
     pub(crate) changes: AtomicUsize,
-    /// What ends can't say so: a VM's death is an EOF on all of its sockets, as a guest's close is, and the death of a
-    /// proxy on all of those.
+    /// What ends can't say so: a VM's death is an EOF on all of its sockets, as a guest's close is,
+    /// and the death of a proxy on all of those.
     pub(crate) ends_silently: bool,
     /// Whether the guest may dial; held for reading while it does.
     pub(crate) may_dial: RwLock<bool>,
@@ -182,7 +183,8 @@ impl<'a, V: Guests> World<'a, V> {
         conn
     }
 
-    /// Runs a client, and again if it came when its listener was shut down: then it was the kernel that refused it.
+    /// Runs a client, and again if it came when its listener was shut down: then it was the kernel
+    /// that refused it.
     pub(crate) fn served<T>(&self, mut client: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
             match client() {
@@ -294,7 +296,8 @@ impl<'a, V: Guests> World<'a, V> {
                 _ => {
                     let port = if choice < 53 { REFUSED } else { CLOSER };
                     let bytes = pattern(seed, length.min(10_000));
-                    // What one that closes at once took is no refusal: it accepts, and the device takes it.
+                    // What one that closes at once took is no refusal: it accepts, and the device
+                    // takes it.
                     let taken = port == CLOSER && !bytes.is_empty();
                     let run = |mut conn| self.refused(&mut conn, &bytes, half_close, tcp && !taken);
                     let outcome = match open(port) {
@@ -306,7 +309,8 @@ impl<'a, V: Guests> World<'a, V> {
                 }
             }
         } else {
-            // The proxy may have gone; rude clients don't care, as long as somebody was there to be rude to.
+            // The proxy may have gone; rude clients don't care, as long as somebody was there to be
+            // rude to.
             let (kind, outcome) = self.rude(rng, choice, seed, length, tcp, parked);
             let outcome = match outcome {
                 Err(error) if gone(&error) => Ok(()),
@@ -325,7 +329,8 @@ impl<'a, V: Guests> World<'a, V> {
     ) -> io::Result<()> {
         let end = client::refused(conn, bytes, half_close)?;
         if half_close && tcp {
-            // hyperkit says no by EOF only. It may come too late to be told from an answer to the half-close.
+            // hyperkit says no by EOF only. It may come too late to be told from an answer to the
+            // half-close.
             self.late_refusals[0].fetch_add((end == End::Eof).into(), Ordering::Relaxed);
             self.late_refusals[1].fetch_add(1, Ordering::Relaxed);
         } else if tcp && end == End::Eof {

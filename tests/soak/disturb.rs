@@ -1,5 +1,5 @@
-//! What disturbs the proxy and may not disturb its clients: files of the VM that can't be read, and listeners that are
-//! shut down from outside.
+//! What disturbs the proxy and may not disturb its clients: files of the VM that can't be read, and
+//! listeners that are shut down from outside.
 
 use crate::child::wait_until;
 use crate::client::Place;
@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 /// What a VM's state directory may have, and what is read there.
 const FILES: [&str; 3] = ["hyperkit.pid", "hyperkit.json", "config.json"];
 
-/// Puts FIFOs, to which nobody writes, in the place of a VM's files, and more of them beside its sockets.
+/// Puts FIFOs, to which nobody writes, in the place of a VM's files, and more of them beside its
+/// sockets.
 pub(crate) fn put_fifos(vm: &Path) -> io::Result<()> {
     for name in FILES.into_iter().chain(["00000002.00000001", "log"]) {
         clear(&vm.join(name))?;
@@ -48,7 +49,8 @@ fn clear(path: &Path) -> io::Result<()> {
 
 /// Shuts down one listener after the other, of process `pid`, until `over`; how many it was.
 ///
-/// What the guest dials is left out: the device of a guest that dials nobody may hang, so that this is the VM's end.
+/// What the guest dials is left out: the device of a guest that dials nobody may hang, so that this
+/// is the VM's end.
 pub(crate) fn shut_down_listeners(
     world: &World,
     pid: &AtomicU32,

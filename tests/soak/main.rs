@@ -1,9 +1,11 @@
-//! The soak: the stand-in VM with all its frailties, the real binary in front of it, and a crowd that is mostly rude.
+//! The soak: the stand-in VM with all its frailties, the real binary in front of it, and a crowd
+//! that is mostly rude.
 //!
-//! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The long run: `scripts/soak`.
-//! `HVSOCK_SOAK_RESTART` has hvsock restarted each time so many seconds have gone by, and only that run.
-//! With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from outside each time so many milliseconds have gone by,
-//! nobody reads the log, and the VM's files are FIFOs and worse: `scripts/disturb`.
+//! `HVSOCK_SOAK` is the number of clients (1,500 if not said), `HVSOCK_SEED` repeats a run. The
+//! long run: `scripts/soak`. `HVSOCK_SOAK_RESTART` has hvsock restarted each time so many seconds
+//! have gone by, and only that run. With `HVSOCK_SOAK_DISTURB` (Linux) a listener is shut down from
+//! outside each time so many milliseconds have gone by, nobody reads the log, and the VM's files
+//! are FIFOs and worse: `scripts/disturb`.
 #![cfg(all(unix, feature = "simulate"))]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -42,8 +44,8 @@ const GRACE: Duration = Duration::from_secs(2);
 /// `--drain-timeout`, in seconds: stubborn guests are given up then.
 const DRAIN: &str = "2";
 
-/// A keeper would go on reading what sends for ever, and serve what the guest dials: here the proxy ends all by itself.
-/// With a keeper: `restarts`.
+/// A keeper would go on reading what sends for ever, and serve what the guest dials: here the proxy
+/// ends all by itself. With a keeper: `restarts`.
 const NO_KEEPER: &str = "--no-keeper";
 
 /// How long the proxy takes leave of guests after the grace.
@@ -61,14 +63,17 @@ const FLOOD: usize = 600;
 /// Downloads that nobody reads then.
 const HOARDS: usize = 20;
 
-/// Dials that the guest may be left with: 64, a probe, and those that it had answered when it was paused. 512 are its end.
+/// Dials that the guest may be left with: 64, a probe, and those that it had answered when it was
+/// paused. 512 are its end.
 const MOST_UNANSWERED: u64 = 150;
 
-/// Clients at once, for whom the VM has not slots enough; and how many of them the proxy lets in by default.
+/// Clients at once, for whom the VM has not slots enough; and how many of them the proxy lets in by
+/// default.
 const HOUSE: usize = 1_100;
 const PLACES: u64 = 900;
 
-/// The peak of the proxy's memory, in KiB: 900 connections with two buffers of 64 KiB each, and as much again.
+/// The peak of the proxy's memory, in KiB: 900 connections with two buffers of 64 KiB each, and as
+/// much again.
 const MEMORY: u64 = 256 * 1024;
 
 fn variable(name: &str) -> Option<u64> {
@@ -285,7 +290,8 @@ fn reach(world: &World, number: usize) -> Result<(), String> {
 /// The guest is paused, and everybody comes.
 fn flood(world: &World) -> Result<(), String> {
     let text = |error: io::Error| format!("flood: {error}");
-    // Connections from before, on which the client goes on sending: that is no sign of life from the guest.
+    // Connections from before, on which the client goes on sending: that is no sign of life from
+    // the guest.
     let mut talkers = Vec::new();
     for tcp in [true, false] {
         let talker = world.served(|| {
@@ -295,7 +301,8 @@ fn flood(world: &World) -> Result<(), String> {
         });
         talkers.push(talker.map_err(text)?);
     }
-    // Downloads that nobody read: what the guest sent before it was paused still comes out of the buffers. Nor is that one.
+    // Downloads that nobody read: what the guest sent before it was paused still comes out of the
+    // buffers. Nor is that one.
     let mut hoards = Vec::new();
     for _ in 0..HOARDS {
         let hoard = world.served(|| {
@@ -359,7 +366,8 @@ fn flood(world: &World) -> Result<(), String> {
     Ok(())
 }
 
-/// More clients than the VM has slots: those who find one are served, the others when they have gone.
+/// More clients than the VM has slots: those who find one are served, the others when they have
+/// gone.
 fn full_house(world: &World) {
     // They come while the guest is paused, and are let loose all at once.
     world.vm.pause();
@@ -396,7 +404,8 @@ fn full_house(world: &World) {
 struct Transfers {
     /// Downloads that the grace suffices for, and their seeds.
     finishing: Vec<(Conn, u64)>,
-    /// Downloads without end; whether over TCP, and whether they are read from before the proxy has gone.
+    /// Downloads without end; whether over TCP, and whether they are read from before the proxy has
+    /// gone.
     endless: Vec<(Conn, bool, bool)>,
     _silent: Vec<Conn>,
 }
@@ -515,7 +524,8 @@ fn end_in_the_middle(world: &World, proxy: &mut Proxy) -> Result<(), String> {
         world.changes.fetch_add(1, Ordering::SeqCst);
         let start = Instant::now();
         proxy.signal(Signal::SIGTERM);
-        // The guest dials on for half of the grace, and endless transfers keep the proxy alive for the rest.
+        // The guest dials on for half of the grace, and endless transfers keep the proxy alive for
+        // the rest.
         wait_until(GRACE / 2, || world.vm.fate().is_some());
         *world.may_dial.write().unwrap() = false;
         let in_time = start.elapsed() < GRACE;

@@ -1,5 +1,6 @@
-//! The soak with restarts: hvsock is ended again and again, by SIGTERM and by SIGKILL in turn, while the crowd goes on and
-//! the guest dials. Between an end and the next start all slots must come back.
+//! The soak with restarts: hvsock is ended again and again, by SIGTERM and by SIGKILL in turn,
+//! while the crowd goes on and the guest dials. Between an end and the next start all slots must
+//! come back.
 
 use crate::child::{Output, Places, Proxy, wait_until};
 use crate::client::Conn;
@@ -35,11 +36,13 @@ const GLANCE: Duration = Duration::from_millis(200);
 fn start_vm(places: &Places) -> Vm {
     let pace = NonZeroU32::new(PACE).expect("not 0");
     guest::builder(&places.vm)
-        // As frail as the device, and no frailer: of what a guest has just dialled it bears a close that comes after the
-        // first bytes, and a SIGKILL may come between the accept and the message to the keeper.
+        // As frail as the device, and no frailer: of what a guest has just dialled it bears a close
+        // that comes after the first bytes, and a SIGKILL may come between the accept and the
+        // message to the keeper.
         .strict(false)
         .failed_dials(1)
-        // It heeds no EOF, and ends for all that: what sends for ever keeps its slot, whoever reads it.
+        // It heeds no EOF, and ends for all that: what sends for ever keeps its slot, whoever reads
+        // it.
         .guest(STUBBORN, Service::Heedless(3_000_000))
         .dial(HOST_ECHO_TCP, Dial::Paced(pace))
         .start()

@@ -27,7 +27,7 @@ pub(crate) type Outcome = Result<(), Failure>;
 pub(super) enum Event {
     /// A signal asks for the end.
     Interrupt,
-    /// Nobody can read standard output any more.
+    /// Standard output has lost its reader.
     OutputClosed,
     /// From the threads of a session, by its number.
     Session(u64, SessionEvent),

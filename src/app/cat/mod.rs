@@ -19,6 +19,7 @@ use crate::error::{Error, Operation};
 use crate::listener::lasting::LastingListener;
 use crate::stream::Stream;
 use crate::sys::Wanted;
+use crate::thread::start_thread;
 use crate::time::after;
 
 use event::Event;
@@ -34,8 +35,8 @@ pub(crate) struct Plan {
     pub(crate) address: Address,
     /// How long a connection that can't be had yet is tried for again.
     pub(crate) wait: Duration,
-    /// How long the peer may take to end when we are told to; and how long nothing may come before a half-close that is
-    /// kept back is sent all the same.
+    /// How long the peer may take to end when we are told to; and how long nothing may come before
+    /// a half-close that is kept back is sent all the same.
     pub(crate) drain: Duration,
     /// One client is served after the other.
     pub(crate) keeps: bool,
@@ -62,7 +63,7 @@ pub(crate) struct Interrupter(Sender<Event>);
 
 impl Interrupter {
     pub(crate) fn interrupt(&self) {
-        // If nobody listens any more, it has ended already.
+        // Without a receiver it has ended already.
         let _ = self.0.send(Event::Interrupt);
     }
 }
@@ -70,7 +71,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: Plan) -> Cat {
         let (tell, events) = channel();
-        // A program has nothing to do with ours.
+        // The output of a program is not ours.
         #[cfg(unix)]
         let is_ours = plan.exec.is_none();
         #[cfg(not(unix))]
@@ -101,7 +102,8 @@ impl Cat {
         self.carry(stream, connected)
     }
 
-    /// The same with the standard input and output of a program that is started: its failure is that of all.
+    /// Connects to the standard input and output of a program, which is started, and carries.
+    /// Returns its failure, if it fails.
     #[cfg(unix)]
     fn connect_to_program(&mut self, exec: &ExecAddress) -> Outcome {
         let (stream, ending) = self.dial(|_| {
@@ -120,7 +122,8 @@ impl Cat {
         }
     }
 
-    /// Takes a client and carries, to the end of both directions; false if none has come for a while.
+    /// Takes a client and carries, to the end of both directions; false if none has come for a
+    /// while.
     pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, Failure> {
         let Some((stream, _)) = listener.accept_timeout(LOOK) else {
             return Ok(false);
@@ -165,8 +168,8 @@ impl Cat {
         self.wait_for_end(exec, |time| program.ended_within(time))
     }
 
-    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long, and returns its exit
-    /// code.
+    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long,
+    /// and returns its exit code.
     #[cfg(unix)]
     fn wait_for_end(
         &self,
@@ -202,9 +205,10 @@ impl Cat {
         }
     }
 
-    /// Whether the end was asked for since that was asked last, by a signal or by the end of standard output's reader.
+    /// Returns whether the end was asked for since the last call, by a signal or by the end of
+    /// standard output's reader.
     pub(crate) fn is_interrupted(&self) -> bool {
-        // Those of threads of an earlier session say nothing any more.
+        // What an earlier session's threads have sent means nothing any more.
         self.events
             .try_iter()
             .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
@@ -262,11 +266,12 @@ impl Cat {
 
     /// Waits until it is known that the guest has taken a dial.
     ///
-    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a while. But a guest
-    /// answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
-    /// answered, too.
+    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a
+    /// while. But a guest answers dials in their order: when one behind ours, to a port that nobody
+    /// can have, is refused, ours has been answered, too.
     fn is_taken(&self, stream: &Stream, vm: &HyperkitVm, deadline: Instant) -> Result<(), Attempt> {
-        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends ours, too.
+        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends
+        // ours, too.
         let Ok(probe) = Stream::connect_timeout(&vm.probe_address().into(), DIAL) else {
             return self.is_refused(stream, LOOK);
         };
@@ -281,7 +286,7 @@ impl Cat {
         Err(error.with_remedy("is it booting, paused or asleep?").into())
     }
 
-    /// Whether the guest ends it within `timeout`.
+    /// Waits for `timeout`, and fails if the guest ends the connection meanwhile.
     fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
         match stream.wait(Wanted::Readable, timeout) {
             Ok(true) if stream.has_ended() => Err(dial::refused_by_eof(&self.plan.address).into()),
@@ -289,7 +294,7 @@ impl Cat {
         }
     }
 
-    /// Whether the probe is ended in time.
+    /// Returns whether the guest ends the probe in time.
     fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, Attempt> {
         loop {
             if self.is_interrupted() {
@@ -299,7 +304,7 @@ impl Cat {
             if left.is_zero() {
                 return Ok(false);
             }
-            // A failure to wait is one of the socket: what there is to say of it, ours says as well.
+            // If the probe's socket fails, ours does, too, and tells why.
             if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }
@@ -307,13 +312,16 @@ impl Cat {
     }
 }
 
-/// Tells of the end of standard output's reader. A write would say so, too, but only once something has come.
+/// Tells of the end of standard output's reader. A write would say so, too, but only once something
+/// has come.
 fn watch_output(tell: Sender<Event>) {
-    std::thread::spawn(move || {
+    let watch = move || {
         if crate::sys::wait_until_output_is_unread() {
             let _ = tell.send(Event::OutputClosed);
         }
-    });
+    };
+    // Without a thread the next write tells of it.
+    let _ = start_thread("hvsock-output", "to watch the output", watch);
 }
 
 /// Why a dial came to nothing.

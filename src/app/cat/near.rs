@@ -3,10 +3,10 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::thread;
 use std::time::Duration;
 
 use crate::sys;
+use crate::thread::start_thread;
 
 #[cfg(unix)]
 use super::program::Program;
@@ -57,13 +57,15 @@ impl Near<'_> {
         }
     }
 
-    /// Returns whether what nobody reads here any more is no failure: what a program reads is its own choice.
+    /// Returns whether it is no failure if this side leaves some of what has come unread: what a
+    /// program reads is its own choice.
     pub(super) fn may_leave_unread(&self) -> bool {
         !matches!(self, Near::Standard(_))
     }
 
-    /// Returns whether what is still read here may have nobody who waits for it, once the peer has ended: a terminal's
-    /// user waits for us, not we for him. `is_hung_up` tells whether the peer takes nothing more.
+    /// Returns whether a session may end before what is read here has ended, once the peer has: at
+    /// a terminal the user waits for this process. `is_hung_up` tells whether the peer takes
+    /// nothing more.
     pub(super) fn is_idle(&self, is_hung_up: impl FnOnce() -> bool) -> bool {
         match self {
             Near::Standard(_) => io::stdin().is_terminal() || is_hung_up(),
@@ -73,7 +75,7 @@ impl Near<'_> {
         }
     }
 
-    /// Returns whether nobody is here any more.
+    /// Returns whether this side has ended.
     pub(super) fn has_gone(&self) -> bool {
         match self {
             Near::Standard(_) => false,
@@ -108,7 +110,12 @@ impl Chunks {
     /// Starts to read.
     fn of(input: io::Result<impl Read + Send + 'static>, wait: Duration) -> Arc<Mutex<Chunks>> {
         let (put, come) = sync_channel(1);
-        thread::spawn(move || read_input(input, &put));
+        let failing = put.clone();
+        let read = move || read_input(input, &put);
+        if let Err(e) = start_thread("hvsock-input", "to read the input", read) {
+            // There is room for one.
+            let _ = failing.try_send(Err(e.into()));
+        }
         Arc::new(Mutex::new(Chunks {
             come,
             kept: None,

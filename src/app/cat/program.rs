@@ -33,7 +33,8 @@ pub(super) struct Ending {
 }
 
 impl Ending {
-    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each signal.
+    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each
+    /// signal.
     pub(super) fn within(&self, time: Duration) -> Option<io::Result<u8>> {
         if self.ended.get().is_none() {
             let ended = match self.told.recv_timeout(time) {
@@ -58,13 +59,14 @@ impl Ending {
     fn new() -> (Ending, impl FnOnce(ProgramEnd) + Send + 'static) {
         let (tell, told) = channel();
         let ended = OnceLock::new();
-        // Who has been interrupted doesn't listen any more.
+        // After an interrupt there is no receiver any more.
         let tell = move |end| drop(tell.send(end));
         (Ending { told, ended }, tell)
     }
 }
 
-/// Connects to a program, which is started for that, unless it is interrupted. Returns its end, too.
+/// Connects to a program, which is started for that, unless it is interrupted. Returns its end,
+/// too.
 ///
 /// # Errors
 /// Why it can't be started.

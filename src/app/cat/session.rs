@@ -18,6 +18,7 @@ use crate::app::serve::{self, LOOK};
 use crate::dial;
 use crate::lock::lock;
 use crate::stream::Stream;
+use crate::thread::start_thread;
 
 use super::event::{Event, Failure, Outcome, SessionEvent};
 use super::near::{BUFFER, Chunks, Near, Output};
@@ -67,20 +68,13 @@ impl Session<'_> {
             half_closed: Arc::default(),
             received: Arc::default(),
         };
-        let output = self.near.output();
-        self.spawn(&shared, |shared, tell| receive(shared, output, tell));
-        // Where no other session follows, none needs to let go of the input.
-        let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
-        let connected = self.connected;
-        self.spawn(&shared, move |shared, tell| {
-            send(shared, &chunks, connected, tell)
-        });
         let mut peer_ended = false;
-        let outcome = self.wait(&shared, &mut peer_ended);
+        let begun = self.begin(&shared);
+        let outcome = begun.and_then(|()| self.wait(&shared, &mut peer_ended));
         shared.over.store(true, Ordering::Release);
         let is_graceful = self.stream.address().transport().needs_graceful_close;
         if outcome.is_ok() && !peer_ended && self.near.has_gone() {
-            // Nobody here waits for the rest, and the peer has to take ours.
+            // This side wants no more, and the peer has to take what was sent.
             self.close_gracefully();
         } else if !peer_ended || outcome.is_err() && !is_graceful {
             // The peer may have ended and still be waiting for the rest of ours.
@@ -89,6 +83,20 @@ impl Session<'_> {
             self.half_close(&shared);
         }
         outcome
+    }
+
+    /// Starts the threads that carry both directions.
+    fn begin(&self, shared: &Shared) -> Outcome {
+        let output = self.near.output();
+        self.spawn(shared, "hvsock-receive", |shared, tell| {
+            receive(shared, output, tell)
+        })?;
+        // Where no other session follows, none needs to let go of the input.
+        let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
+        let connected = self.connected;
+        self.spawn(shared, "hvsock-send", move |shared, tell| {
+            send(shared, &chunks, connected, tell)
+        })
     }
 
     fn half_close(&self, shared: &Shared) {
@@ -100,15 +108,19 @@ impl Session<'_> {
     fn spawn(
         &self,
         shared: &Shared,
+        name: &str,
         work: impl FnOnce(&Shared, &dyn Fn(SessionEvent)) + Send + 'static,
-    ) {
+    ) -> Outcome {
         let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
-        thread::spawn(move || {
+        let work = move || {
             work(&shared, &|event| {
                 // A session that is over doesn't listen any more.
                 let _ = tell.send(Event::Session(number, event));
             });
-        });
+        };
+        let purpose = format!("to carry a connection of {}", self.stream.address());
+        start_thread(name, &purpose, work)?;
+        Ok(())
     }
 
     /// Waits for the end.

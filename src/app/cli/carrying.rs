@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::console::say;
+use super::console::{complain, say};
 #[cfg(unix)]
 use super::control_socket;
 use super::ending::run_proxy;
@@ -10,11 +10,13 @@ use super::ending::run_proxy;
 use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, Kept};
 use super::options::ProxyOptions;
-use super::outcome::Outcome;
+use super::outcome::{Failure, Outcome};
 use super::rules::{Later, refuse_collisions};
 use super::signals::EndSignals;
 #[cfg(unix)]
 use crate::app::control::Actions;
+use crate::app::needs::{Weight, look_at_access, look_at_targets};
+use crate::app::rule::RuleOptions;
 use crate::proxy::Rule;
 
 /// What a command line asks for.
@@ -24,8 +26,8 @@ pub(super) struct Wanted {
     pub(super) later: Option<Later>,
 }
 
-/// Carries rules as the options have it until the end is asked for; the control socket and the metrics
-/// beside it, if they were asked for.
+/// Carries rules as the options have it until the end is asked for; the control socket and the
+/// metrics beside it, if they were asked for.
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
@@ -36,6 +38,7 @@ pub(super) fn carry(
     refuse_collisions(&wanted.rules)?;
     #[cfg_attr(not(unix), allow(unused_mut))]
     let mut config = options.config(wanted.rules);
+    look_at_needs(&config.rules)?;
     let later = wanted.later.map(|later| -> Later {
         let of_all = options.rule().clone();
         Box::new(move || {
@@ -60,6 +63,28 @@ pub(super) fn carry(
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(Kept::keep_trying).transpose()?;
     run_proxy(proxy, options, signals)
+}
+
+/// Says what the rules of a command line need that isn't there, and refuses what can never work.
+fn look_at_needs(rules: &[Rule]) -> Outcome {
+    // The options are those of all rules, and may be meant for one.
+    let usual = RuleOptions::default();
+    let access: Vec<_> = rules.iter().map(|it| look_at_access(it, &usual)).collect();
+    let has_file = rules.iter().any(|it| it.listen.listen_path().is_some());
+    if let Some(Some(finding)) = access.first().filter(|_| !has_file) {
+        return Err(Failure::Usage(finding.to_string()));
+    }
+    let findings = look_at_targets(rules).unwrap_or_else(|why| {
+        complain(format_args!("the targets were not looked at: {why}"));
+        Vec::new()
+    });
+    for finding in findings {
+        match finding.weight {
+            Weight::Mistake => return Err(Failure::Failed(finding.to_string())),
+            Weight::Note => complain(finding),
+        }
+    }
+    Ok(())
 }
 
 /// Returns what the control socket may do beside what the proxy itself can.

@@ -57,21 +57,24 @@ pub(super) struct Cat {
     /// With -l, send back what comes, instead of standard input
     #[arg(long, requires = "listen")]
     echo: bool,
-    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does (Windows only)
+    /// With -l, register the service of an hvsock:// address first, as `hvsock register` does
+    /// (Windows only)
     #[arg(long, requires = "listen")]
     register: bool,
     /// Seconds to go on trying when nobody is there yet
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = parse_time)]
     wait: Duration,
-    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux, seconds without a byte
-    /// until EOF on standard input is passed on all the same, and to a pipe without a half-close until all is over
+    /// After SIGINT or SIGTERM, seconds a guest may take to end the connection; to vsock-mux,
+    /// seconds without a byte until EOF on standard input is passed on all the same, and to a pipe
+    /// without a half-close until all is over
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_time)]
     drain_timeout: Duration,
     /// With -l, permissions of a Unix listening socket, octal
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode, requires = "listen")]
     mode: u32,
-    /// Start a program for the connection, which is its standard input and output; its exit code is that of cat. It is
-    /// named by its path, and its arguments follow behind --, or by exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
+    /// Start a program for the connection, which is its standard input and output; its exit code is
+    /// that of cat. It is named by its path, and its arguments follow behind --, or by
+    /// exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
     #[cfg(unix)]
     #[arg(long, value_name = "PROGRAM", conflicts_with = "echo", add = ArgValueCompleter::new(complete::address), value_parser = arguments::program())]
     exec: Option<ExecAddress>,
@@ -120,10 +123,10 @@ impl Cat {
         Some(program)
     }
 
-    fn echo(&self, plan: Plan, mut listener: LastingListener, mut signals: EndSignals) -> Outcome {
+    fn echo(&self, plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
         let stop = Stop::default();
         let stopper = stop.clone();
-        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+        signals.call_at_each(move || stopper.ask())?;
         let plan = serve::Plan {
             in_all: (!self.keep_listening).then_some(1),
             grace: plan.drain,
@@ -169,7 +172,8 @@ fn register(address: &Address) -> Outcome {
 fn connect(plan: Plan) -> Outcome {
     let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
-    interrupt_by(signals, &cat);
+    let interrupter = cat.interrupter();
+    signals.call_at_each(move || interrupter.interrupt())?;
     let outcome = cat.connect();
     // A program whose connection was cut is ended, with those that it has started.
     #[cfg(unix)]
@@ -180,7 +184,8 @@ fn connect(plan: Plan) -> Outcome {
 fn accept(plan: Plan, listener: LastingListener, signals: EndSignals) -> Outcome {
     let keeps = plan.keeps;
     let mut cat = cat::Cat::new(plan);
-    interrupt_by(signals, &cat);
+    let interrupter = cat.interrupter();
+    signals.call_at_each(move || interrupter.interrupt())?;
     let outcome = accept_each(&mut cat, listener, keeps);
     #[cfg(unix)]
     crate::dial::Programs::alone().wait();
@@ -204,11 +209,6 @@ fn accept_each(cat: &mut cat::Cat, mut listener: LastingListener, keeps: bool) -
             Err(failure) => return Err(failure.into()),
         }
     }
-}
-
-fn interrupt_by(mut signals: EndSignals, cat: &cat::Cat) {
-    let interrupter = cat.interrupter();
-    std::thread::spawn(move || signals.each().for_each(|()| interrupter.interrupt()));
 }
 
 impl From<cat::Failure> for Failure {

@@ -1,13 +1,13 @@
-//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to ask.
+//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to
+//! ask.
 //!
-//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are asked for, and no script
-//! that was made before can have them. The engine is called unstable, for the script and the program must be of one
-//! version; they are installed together.
+//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are
+//! asked for, and no script that was made before can have them. The engine is called unstable, for
+//! the script and the program must be of one version; they are installed together.
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 use std::sync::mpsc::channel;
-use std::thread;
 use std::time::Duration;
 
 use clap::Command;
@@ -19,6 +19,7 @@ use clap_complete::env::{CompleteEnv, Shells};
 use super::console::complain;
 use super::man;
 use crate::hyperkit::{self, Places};
+use crate::thread::start_thread;
 
 /// The variable in which a script names its shell.
 const SHELL: &str = "HVSOCK_COMPLETE";
@@ -59,7 +60,8 @@ pub(super) fn script(shell: &str) -> Option<Vec<u8>> {
     // It writes to memory.
     let _ = completer.write_registration(SHELL, "hvsock", "hvsock", "hvsock", &mut script);
     if shell == "zsh" {
-        // In a file of zsh's fpath, it is run for the first completion, and has to answer that, too.
+        // In a file of zsh's fpath, it is run for the first completion, and has to answer that,
+        // too.
         script
             .extend(b"[ \"$funcstack[1]\" = _hvsock ] && _clap_dynamic_completer_hvsock \"$@\"\n");
     }
@@ -79,7 +81,7 @@ pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
     matching(begun, names.chain(others()))
 }
 
-/// The names of the VMs that other VMMs run here.
+/// Returns the names of the VMs that other VMMs run here.
 #[cfg(unix)]
 fn others() -> Vec<(String, String)> {
     use crate::app::{processes, vmms};
@@ -162,7 +164,7 @@ fn is_path(begun: &OsStr) -> bool {
     begun.contains(std::path::is_separator) || begun.starts_with('.')
 }
 
-/// Of names and what they are, those that begin so.
+/// Returns the names that begin with `begun`, each with what it is.
 fn matching(
     begun: &OsStr,
     names: impl Iterator<Item = (String, String)>,
@@ -176,9 +178,13 @@ fn matching(
     candidates.collect()
 }
 
-/// Looks something up that may hang, as a disk or a process does.
+/// Looks something up that may hang, as a disk or a process does. Returns `None` if it takes too
+/// long, or no thread can be started.
 fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (found, answer) = channel();
-    thread::spawn(move || found.send(look()));
+    start_thread("hvsock-look", "to look up a name", move || {
+        found.send(look())
+    })
+    .ok()?;
     answer.recv_timeout(PATIENCE).ok()
 }

@@ -1,4 +1,4 @@
-//! `hvsock connections` and `close`: who uses a forward, and an end to it.
+//! `hvsock connections` and `close`: lists the connections of forwards, and closes one.
 
 use std::path::Path;
 use std::time::SystemTime;
@@ -33,7 +33,8 @@ Examples:
   hvsock connections --json | jq '.[] | select(.idle_seconds > 3600) | .id'"
 )]
 pub(super) struct Connections {
-    /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has them
+    /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has
+    /// them
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
     forward: Option<String>,
     /// Show the last 100 that have ended instead, and why, the latest last
@@ -171,7 +172,8 @@ fn waiting(bytes: Waiting) -> String {
 
 /// Close connections of an hvsock that runs
 ///
-/// They are cut off at once. A VM's side of one is closed gracefully: its guest reads an end, and may answer it.
+/// They are cut off at once. A VM's side of one is closed gracefully: its guest reads an end, and
+/// may answer it.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   hvsock close 17

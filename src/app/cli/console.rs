@@ -49,7 +49,7 @@ pub(super) fn print_json(json: &str) -> Outcome {
     write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
-/// Writes to standard output. A reader who has gone has seen enough, as `head` has.
+/// Writes to standard output. A reader that has gone, as `head` does, has seen enough.
 pub(super) fn write_out(bytes: &[u8]) -> Outcome {
     match output::print(bytes) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(

@@ -1,4 +1,5 @@
-//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by its control socket.
+//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by
+//! its control socket.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -35,8 +36,8 @@ use crate::proxy::{Counters, Rule};
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
 pub(super) struct Which {
-    /// The control socket of the hvsock that is meant [default: the one in your runtime directory, or among the temporary
-    /// files, or else that of the only hvsock that runs]
+    /// The control socket of the hvsock that is meant [default: the one in your runtime directory,
+    /// or among the temporary files, or else that of the only hvsock that runs]
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
     /// The process that is meant, as `hvsock ps` has it
@@ -236,13 +237,16 @@ Examples:
   hvsock add --from 192.168.7.0/24 'tcp://*:8081' tcp://127.0.0.1:80"
 )]
 pub(super) struct Add {
-    /// What the forward is called, by `hvsock remove` for example; those of a range are called NAME-PORT
+    /// What the forward is called, by `hvsock remove` for example; those of a range are called
+    /// NAME-PORT
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Pairs of an address to listen on and the address that its connections go to, as for `hvsock forward`
+    /// Pairs of an address to listen on and the address that its connections go to, as for `hvsock
+    /// forward`
     #[arg(value_name = "LISTEN CONNECT", num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::addresses())]
     addresses: Vec<Addresses>,
-    /// The VM of -L and -R: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
+    /// The VM of -L and -R: its state directory, the name of one that can be found, or
+    /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
     /// Host to guest, as for `hvsock expose`
@@ -282,11 +286,17 @@ impl Add {
             ));
         }
         let path = self.which.path();
+        let has_file = |it: &Rule| it.listen.listen_path().is_some();
+        let some_have_files = rules.iter().flatten().any(has_file);
         for rules in rules {
             let ([rule, ..], Some(last)) = (&rules[..], rules.last()) else {
                 continue;
             };
             let mut body = self.options.0.clone();
+            if some_have_files && !has_file(rule) {
+                // Those are meant for the others.
+                body.retain(|key, _| !["mode", "owner", "group"].contains(&key.as_str()));
+            }
             if !rule.from.is_empty() && !body.contains_key("from") {
                 let options = serde_json::to_value(RuleOptions::from(rule)).unwrap_or_default();
                 body.insert("from".to_owned(), options["from"].clone());
@@ -355,7 +365,8 @@ Examples:
   hvsock remove tcp://127.0.0.1:8080 --grace 0"
 )]
 pub(super) struct Remove {
-    /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them; all of a range at once
+    /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them; all
+    /// of a range at once
     #[arg(value_name = "NAME", required = true, add = ArgValueCompleter::new(complete::forward))]
     names: Vec<String>,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
@@ -433,7 +444,8 @@ fn not_among(range: &str, forwards: &[control::Forward]) -> Vec<String> {
     places.into_iter().filter(is_missing).collect()
 }
 
-/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests dial.
+/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests
+/// dial.
 fn has_keeper(path: &Path) -> bool {
     let status = control::get::<control::Status>(path, "/v1/status");
     let keeper = status.ok().and_then(|status| status.keeper);
@@ -446,7 +458,8 @@ pub(super) fn query(grace: Option<Duration>) -> String {
 
 /// Have an hvsock that runs read its file again, and say what has changed
 ///
-/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't be had now.
+/// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't
+/// be had now.
 #[derive(Args, Debug)]
 pub(super) struct Reload {
     /// Print what the control socket says, as it is
@@ -483,9 +496,10 @@ fn list(why: Unanswered) -> Failure {
 
 /// Have an hvsock that runs replaced by its program as it is now, and refuse no client meanwhile
 ///
-/// It starts the program that is now where its own was, with its own words and --take-over, which takes over all its
-/// listening sockets. Its connections go on, and are cut off after its grace. If the new one can't start, the old one goes
-/// on as before, and it is said why. The exit code is 1 then, and where the new one can't have a forward.
+/// It starts the program that is now where its own was, with its own words and --take-over, which
+/// takes over all its listening sockets. Its connections go on, and are cut off after its grace. If
+/// the new one can't start, the old one goes on as before, and it is said why. The exit code is 1
+/// then, and where the new one can't have a forward.
 #[derive(Args, Debug)]
 #[command(
     after_help = "It is for `hvsock run`. What the file says now is carried from then on.

@@ -16,16 +16,17 @@ use crate::proxy::{Proxy, ProxyConfig, Source};
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Control")]
 pub(super) struct ControlOptions {
-    /// Let `hvsock status`, `top`, `add` and `remove` at it by a Unix socket at PATH, or without =PATH where they look
-    /// first. =off: there is none [default: one under the process' number, which `hvsock ps` lists]
+    /// Let `hvsock status`, `top`, `add` and `remove` at it by a Unix socket at PATH, or without
+    /// =PATH where they look first. =off: there is none [default: one under the process' number,
+    /// which `hvsock ps` lists]
     #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
     control: Option<Option<Place>>,
-    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to whoever can connect; or
-    /// at a Unix socket (/run/metrics.sock), or to guests at vsock://:PORT
+    /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to
+    /// whoever can connect; or at a Unix socket (/run/metrics.sock), or to guests at vsock://:PORT
     #[arg(long, value_name = "[ADDR:]PORT|ADDRESS", value_parser = parse_metrics)]
     metrics: Option<Address>,
-    /// Let guests do at vsock://:PORT what the control socket does, but for ending it: they may forward to any address
-    /// that this user reaches [default: they may not]
+    /// Let guests do at vsock://:PORT what the control socket does, but for ending it: they may
+    /// forward to any address that this user reaches [default: they may not]
     #[arg(long, value_name = "ADDRESS", value_parser = guest_control::parse_address)]
     guest_control: Option<Address>,
     /// CIDs of the guests that may; others are refused [default: every guest may]
@@ -64,7 +65,7 @@ impl ControlOptions {
     }
 }
 
-/// The path of a control socket, or `off`. Whoever writes a URI means something else.
+/// Reads the path of a control socket, or `off`. A URI is refused: it is meant for something else.
 fn parse_place(text: &str) -> Result<Place, String> {
     match text {
         "off" => Ok(Place::Nowhere),

@@ -22,8 +22,8 @@ use crate::simulate::{Service, Vm};
 /// The guest's port in the demo.
 const WEB: Port = Port(80);
 
-/// The longest path of the temporary files below which a state directory has a place: that may have 85 bytes, and
-/// `/hvsock-demo-XXXXXX/vm` are 22 of them. On macOS it often isn't.
+/// The longest path of the temporary files below which a state directory has a place: that may have
+/// 85 bytes, and `/hvsock-demo-XXXXXX/vm` are 22 of them. On macOS it often isn't.
 const LONGEST: usize = 85 - 22;
 
 /// How long an answer may take.

@@ -11,8 +11,6 @@ use super::console::{print_json, print_text};
 use super::outcome::{Failure, Outcome};
 use crate::address::Port;
 #[cfg(unix)]
-use crate::app::answering::find_control_of;
-#[cfg(unix)]
 use crate::app::doctor::Asked;
 use crate::app::doctor::{Check, Plan, Verdict, examine};
 use crate::app::escape;
@@ -30,21 +28,23 @@ Examples:
   hvsock doctor --vm docker --json | jq -r '.checks[] | .name + \": \" + .verdict'"
 )]
 pub(super) struct Doctor {
-    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR, vsock://CID or
-    /// vsock-mux:///PATH; on Windows a Hyper-V VM's name or id
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR,
+    /// vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or id
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
     /// A vsock port on which a program in the guest should listen
     #[arg(long, value_name = "PORT", requires = "vm", value_parser = parse_port)]
     port: Vec<Port>,
-    /// A port that the guest dials, on which something here should listen (on Windows: that should be registered)
+    /// A port that the guest dials, on which something here should listen (on Windows: that should
+    /// be registered)
     #[arg(long, value_name = "PORT", requires = "vm", value_parser = parse_port)]
     host_port: Vec<Port>,
     /// Seconds that the guest may take to answer
     #[cfg(unix)]
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = crate::app::values::parse_some_time)]
     timeout: std::time::Duration,
-    /// The control socket of the hvsock that is asked what it has of the VM [default: all of yours that run are asked]
+    /// The control socket of the hvsock that is asked what it has of the VM [default: all of yours
+    /// that run are asked]
     #[cfg(unix)]
     #[arg(long, value_name = "PATH", requires = "vm")]
     control: Option<std::path::PathBuf>,
@@ -68,7 +68,7 @@ impl Doctor {
             #[cfg(unix)]
             asked: match (self.control, self.pid) {
                 (Some(path), _) => Asked::At(path),
-                (None, Some(process)) => Asked::At(find_control_of(process)),
+                (None, Some(process)) => Asked::Process(process),
                 (None, None) => Asked::All,
             },
         });
@@ -132,7 +132,7 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
     lines
 }
 
-/// What was seen of each check, and its remedy below, in lines of at most so many columns.
+/// Returns what each check has seen, and its remedy below, in lines of at most `columns`.
 fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     let width = checks
         .iter()
@@ -166,7 +166,8 @@ fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     lines.join("\n")
 }
 
-/// Whether the terminal was told to be one of UTF-8; Windows' consoles take it from std whatever they were told.
+/// Returns whether the locale says that the terminal takes UTF-8; Windows' consoles take it from
+/// std whatever they were told.
 fn speaks_utf8() -> bool {
     let locale = ["LC_ALL", "LC_CTYPE", "LANG"].map(|name| std::env::var(name).unwrap_or_default());
     let locale = locale.into_iter().find(|value| !value.is_empty());

@@ -44,7 +44,8 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// The commands of a text that begin with `hvsock`: in lines of blocks, and in code within lines.
+/// Returns the commands of a text that begin with `hvsock`: in lines of blocks, and in code within
+/// lines.
 fn commands(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut inside: Option<&str> = None;

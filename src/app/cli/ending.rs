@@ -16,6 +16,7 @@ use crate::app::lossy_writer::{Patience, set_patience};
 use crate::app::output;
 use crate::error::counted_have;
 use crate::proxy::{ForwardStatus, Handle, Proxy};
+use crate::thread::start_thread;
 
 /// Runs a proxy until one of the [`EndSignals`] or a failure ends it, or it has been idle for long
 /// enough.
@@ -36,7 +37,7 @@ pub(super) struct End<G> {
     pub(super) exit_idle: Option<Duration>,
 }
 
-/// How long the last words may take once the proxy has ended: whoever is to hear them may hang.
+/// How long the last lines of the log may take once the proxy has ended: their reader may hang.
 const LAST_DELIVERY: Duration = Duration::from_secs(1);
 
 /// Ends the process some time after that grace, if it has not ended by itself: a worker that looks
@@ -46,13 +47,19 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
     /// How long a proxy takes at the end at most: it closes the connections of guests, and removes
     /// its files.
     const END: Duration = Duration::from_secs(12);
-    std::thread::spawn(move || {
+    let end = move || {
         std::thread::sleep(grace.saturating_add(END));
         set_patience(Patience::Limited);
         complain("something hangs: ending without it");
         output::flush();
         std::process::exit(1);
-    });
+    };
+    if let Err(e) = start_thread("hvsock-end", "to end without what hangs", end) {
+        let process = std::process::id();
+        complain(format_args!(
+            "{e}. If it hangs now, end it: kill -KILL {process}"
+        ));
+    }
 }
 
 /// Returns what the end has begun with, in words.
@@ -117,8 +124,8 @@ fn end_when_idle(
     }
 }
 
-/// The same; `reload` is called when a signal asks for it. Neither it nor the grace may wait for
-/// anything: a signal ends the process whatever else goes on.
+/// Runs a proxy as [`run_proxy`] does; `reload` is called when a signal asks for it. Neither it nor
+/// the grace may wait for anything: a signal ends the process whatever else goes on.
 pub(super) fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,
@@ -131,11 +138,13 @@ pub(super) fn run_until_told(
     let (_running, over) = channel::<()>();
     if let Some(limit) = end.exit_idle {
         let (handle, grace) = (handle.clone(), end.grace.clone());
-        std::thread::spawn(move || end_when_idle(&handle, limit, grace, &over));
+        start_thread("hvsock-idle", "to end when idle", move || {
+            end_when_idle(&handle, limit, grace, &over);
+        })?;
     }
     let (speaking, silence) = channel::<()>();
     let grace = end.grace;
-    std::thread::spawn(move || {
+    let hear = move || {
         let _speaking = speaking;
         let end = |asked: &Asked| {
             if *asked == Asked::Reload {
@@ -158,8 +167,9 @@ pub(super) fn run_until_told(
                 complain("cutting clients off, closing the connections of guests");
             }
         }
-    });
-    // Who reads the file alone sees where a process begins and ends.
+    };
+    start_thread("hvsock-signals", "to wait for signals", hear)?;
+    // So the file alone shows where a process begins and ends.
     if log::is_in_file() {
         let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
         info!("hvsock {version} has started, process {process}");
@@ -173,7 +183,7 @@ pub(super) fn run_until_told(
     Ok(ended?)
 }
 
-/// Logs that a forward is carried, for who reads the log's file and not standard output.
+/// Logs that a forward is carried, if the log is in a file: standard output says so elsewhere.
 pub(super) fn log_forward(forward: &ForwardStatus) {
     if log::is_in_file() {
         info!("carries {} -> {}", forward.listen, forward.rule.connect);

@@ -10,8 +10,9 @@ use crate::app::{control, escape, output};
 
 /// Follow what happens in an hvsock that runs: connections, forwards and VMs that come and go
 ///
-/// Each event is a line of JSON, with its name in `event` and its time in `time`. What is there is told at the beginning.
-/// Whoever reads too slowly misses events of connections, and is told how many.
+/// Each event is a line of JSON, with its name in `event` and its time in `time`. What is there is
+/// told at the beginning. Whoever reads too slowly misses events of connections, and is told how
+/// many.
 #[derive(Args, Debug)]
 #[command(after_help = "It ends when that hvsock does.
 
@@ -32,7 +33,7 @@ impl Events {
         };
         control::follow(&self.which.path(), "/v1/events", print)?;
         match failure {
-            // A reader who has gone has seen enough, as `head` has.
+            // A reader that has gone, as `head` does, has seen enough.
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
                 "cannot write to standard output: {e}"
             ))),

@@ -25,15 +25,17 @@ use crate::proxy::ForwardStatus;
   hvsock expose --vm vsock-mux:///run/fc.sock -L 2222:22 -R 5000:127.0.0.1:8080
   hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
 pub(super) struct Expose {
-    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR; vsock://CID for a guest
-    /// of this Linux host; vsock-mux:///PATH for one of Firecracker or its kin; on Windows a Hyper-V VM's name or id
+    /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR;
+    /// vsock://CID for a guest of this Linux host; vsock-mux:///PATH for one of Firecracker or its
+    /// kin; on Windows a Hyper-V VM's name or id
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: String,
-    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix socket or a named
-    /// pipe, and lead to the guest's vsock port; 8000-8010:8000-8010 is a range
+    /// Host to guest: listen on a TCP port (of 127.0.0.1 if ADDR is left out; 0 is chosen), a Unix
+    /// socket or a named pipe, and lead to the guest's vsock port; 8000-8010:8000-8010 is a range
     #[arg(short = 'L', value_name = "[ADDR:]PORT:GUESTPORT|/PATH:GUESTPORT", value_parser = arguments::locals())]
     local: Vec<Locals>,
-    /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a path or a URI)
+    /// Guest to host: when the guest dials HOSTPORT of CID 2, lead to TARGET (PORT, HOST:PORT, a
+    /// path or a URI)
     #[arg(short = 'R', value_name = "HOSTPORT:TARGET", value_parser = arguments::remotes())]
     remote: Vec<Remotes>,
     #[command(flatten)]

@@ -39,8 +39,8 @@ Examples:
   hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000
   hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
 pub(super) struct Forward {
-    /// Pairs of an address to listen on and the address that its connections go to; both may have a range of ports, as
-    /// tcp://127.0.0.1:8000-8010 has
+    /// Pairs of an address to listen on and the address that its connections go to; both may have a
+    /// range of ports, as tcp://127.0.0.1:8000-8010 has
     #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::addresses())]
     addresses: Vec<Addresses>,
     #[command(flatten)]

@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::app::rule::RuleOptions;
 
-/// The options of a rule that a command line gives, as JSON: those that it doesn't give are another's to
-/// say.
+/// The options of a rule that a command line gives, as JSON: those that it doesn't give are
+/// another's to say.
 #[derive(Clone, Debug)]
 pub(super) struct GivenOptions(pub(super) Map<String, Value>);
 

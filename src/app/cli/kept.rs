@@ -17,8 +17,8 @@ use crate::proxy::{ForwardStatus, Proxy, ProxyConfig, Rule, all_are_wanted};
 /// What becomes of what can't be had at the start.
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct KeepTrying {
-    /// Start though something can't be listened on, and try that again every 2 s [default: it fails at
-    /// once]
+    /// Start though something can't be listened on, and try that again every 2 s [default: it fails
+    /// at once]
     #[arg(long)]
     keep_trying: bool,
 }
@@ -41,7 +41,7 @@ struct Wanted {
 }
 
 impl KeepTrying {
-    /// What becomes of a socket of the control interface that can't be had.
+    /// Returns what becomes of a socket of the control interface that can't be had.
     #[cfg(unix)]
     pub(super) fn unavailable(self) -> crate::app::control::Unavailable {
         match self.keep_trying {
@@ -83,7 +83,7 @@ impl KeepTrying {
 }
 
 impl Kept {
-    /// The forwards that can't be had now.
+    /// Returns the forwards that can't be had now.
     #[cfg(unix)]
     pub(super) fn shown(&self) -> Vec<crate::app::control::Forward> {
         self.reconciler.shown()
@@ -134,7 +134,7 @@ impl Kept {
     }
 }
 
-/// Why a rule can't listen yet, if it is on a VM whose directory is missing.
+/// Returns why a rule can't listen yet, if it is on a VM whose directory is missing.
 fn waits_for(rule: &Rule) -> Option<String> {
     let directory = &rule.listen.hyperkit_vm()?.state_dir;
     let why = format!(

@@ -13,8 +13,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as long as all workers
-    /// answer.
+    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as
+    /// long as all workers answer.
     pub(super) fn begin(handle: &Handle) -> Manager {
         Manager::ready(handle);
         Manager {
@@ -38,8 +38,8 @@ impl Manager {
         system::stopping(status);
     }
 
-    /// Says that another process has taken over, and is to be watched from now on. Of the end of this one it isn't told
-    /// any more.
+    /// Says that another process has taken over, and is to be watched from now on. Of the end of
+    /// this one it isn't told any more.
     #[cfg(unix)]
     pub(super) fn handed_over(process: u32) {
         system::handed_over(process);
@@ -64,8 +64,9 @@ mod system {
 
     use super::Handle;
     use crate::app::lossy_writer::{LossyWriter, Patience};
+    use crate::thread::start_thread;
 
-    /// A status has one line; systemd cuts it off itself.
+    /// Tells that it is ready. A status has one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
     }
@@ -89,7 +90,8 @@ mod system {
         HANDED_OVER.store(true, Ordering::Release);
     }
 
-    /// A manager that reads nothing makes a sender wait: who tells it may have signals to heed.
+    /// Tells the manager without waiting: one that reads nothing makes a sender wait, and the
+    /// sender may have signals to heed.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 
@@ -139,11 +141,10 @@ mod system {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("hvsock-watchdog".to_owned());
-        match thread.spawn(feed) {
+        match start_thread("hvsock-watchdog", "to feed the watchdog", feed) {
             Ok(_) => Some(end),
             Err(e) => {
-                tracing::error!("cannot feed the watchdog: {e}");
+                tracing::error!("{e}");
                 None
             }
         }

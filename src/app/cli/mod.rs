@@ -71,8 +71,8 @@ use crate::app::output;
 use console::{complain, fail, list};
 use outcome::Failure;
 
-/// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of the host reachable
-/// from the guest.
+/// Makes the vsock ports of a hyperkit VM reachable as local TCP and Unix sockets, and services of
+/// the host reachable from the guest.
 #[derive(Parser, Debug)]
 #[command(name = "hvsock", version, max_term_width = 100)]
 #[command(after_help = "Vsock ports are decimal, or hexadecimal with 0x. \
@@ -158,8 +158,8 @@ impl Command {
     }
 }
 
-/// Runs the command that `arguments` ask for (the first is the program's name); the process' exit code: 0 done,
-/// 1 failed, 2 usage.
+/// Runs the command that `arguments` ask for (the first is the program's name); the process' exit
+/// code: 0 done, 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
     set_patience(Patience::Unlimited);
@@ -173,7 +173,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(arguments) => arguments,
         Err(e) => {
             let e = usage::mend(e, &words);
-            // Help and version go to standard output with code 0, the rest to standard error with code 2.
+            // Help and version go to standard output with code 0, the rest to standard error with
+            // code 2.
             if let Err(why) = e.print()
                 && !e.use_stderr()
                 && why.kind() != io::ErrorKind::BrokenPipe
@@ -249,7 +250,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
             fail(lines.next().unwrap_or_default());
-            // Whoever wrote them, none looks as if it were another message.
+            // Indented, none looks as if it were another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }

@@ -32,8 +32,8 @@ pub(super) struct Peer {
     #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
-    /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or id, and ADDRESS may be a
-    /// service's GUID
+    /// hyperkit:///STATE/DIR, vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or
+    /// id, and ADDRESS may be a service's GUID
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = arguments::vm())]
     vm: Option<String>,
 }
@@ -42,7 +42,7 @@ pub(super) struct Peer {
 const LOOK_FOR_VM: Duration = Duration::from_millis(200);
 
 impl Peer {
-    /// Its address. A VM that can't be found is looked for until `deadline`.
+    /// Returns its address. A VM that can't be found is looked for until `deadline`.
     pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
         let Some(vm) = &self.vm else {
             let parsed = self.address.parse::<Address>();
@@ -85,8 +85,8 @@ pub(super) fn no_vm(name: &str, error: &Error) -> Failure {
 #[cfg(unix)]
 #[derive(Args, Clone, Copy, Debug)]
 pub(super) struct KeeperOptions {
-    /// Start no keeper, the small process that ends a VM's connections gracefully when this one is killed, and goes on
-    /// accepting what the guest dials: without it, the VM may die or hang then
+    /// Start no keeper, the small process that ends a VM's connections gracefully when this one is
+    /// killed, and goes on accepting what the guest dials: without it, the VM may die or hang then
     #[arg(long)]
     no_keeper: bool,
 }
@@ -115,13 +115,15 @@ pub(super) struct ProxyOptions {
     rule: RuleOptions,
     #[command(flatten)]
     log: LogOptions,
-    /// Log a line for each connection that has ended, with why it has (HVSOCK_LOG=debug logs them, too)
+    /// Log a line for each connection that has ended, with why it has (HVSOCK_LOG=debug logs them,
+    /// too)
     #[arg(long, help_heading = None)]
     access_log: bool,
     /// Threads, at most 256 [default: one a core]
     #[arg(long, value_name = "N", value_parser = number::<u16>(1..=256))]
     workers: Option<u16>,
-    /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other systems
+    /// Copy bytes where they could be handed from socket to socket (Linux' splice), as on other
+    /// systems
     #[arg(long)]
     no_splice: bool,
     #[cfg(unix)]
@@ -130,19 +132,24 @@ pub(super) struct ProxyOptions {
     /// Seconds that live connections may take to finish after the first SIGINT or SIGTERM
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     grace: Duration,
-    /// Seconds without a connection after which it ends, for sockets by which a service manager starts it again [default: it goes on]
+    /// Seconds without a connection after which it ends, for sockets by which a service manager
+    /// starts it again [default: it goes on]
     #[arg(long, value_name = "SECONDS", value_parser = parse_some_time)]
     exit_idle: Option<Duration>,
-    /// Connections at a time to one VM [default: 900 to a hyperkit VM (about 200 if it runs with 256 descriptors), to others as many as there may be], at most 1000; up to eight ninths of them may be its guest's, whose dials beyond that are ended at once
+    /// Connections at a time to one VM [default: 900 to a hyperkit VM (about 200 if it runs with
+    /// 256 descriptors), to others as many as there may be], at most 1000; up to eight ninths of
+    /// them may be its guest's, whose dials beyond that are ended at once
     #[arg(long, value_name = "N", value_parser = number::<u16>(1..=1000))]
     vm_connections: Option<u16>,
-    /// Dials to one hyperkit VM that the guest may leave unanswered before more clients wait, at most 400
+    /// Dials to one hyperkit VM that the guest may leave unanswered before more clients wait, at
+    /// most 400
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = number::<u16>(1..=400))]
     vm_unanswered: u16,
 }
 
 impl ProxyOptions {
-    /// A proxy of these rules, with as many connections as there can be descriptors for.
+    /// Returns the configuration of a proxy of these rules, with as many connections as there can
+    /// be descriptors for.
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()

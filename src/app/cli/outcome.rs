@@ -13,7 +13,7 @@ pub(super) enum Failure {
     /// The program that was to be run has ended with this exit code, which isn't 0.
     #[cfg(unix)]
     Program(u8),
-    /// It could not be done, and whoever would be told knows: exit code 1.
+    /// It could not be done, and that was told already: exit code 1.
     Silent,
 }
 

@@ -36,12 +36,14 @@ pub(super) fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, 
 #[cfg(unix)]
 const FIRST: RawFd = 3;
 
-/// The sockets that were passed. To be called once: they are taken over.
+/// Takes the sockets that were passed to this process. To be called once.
 ///
-/// The variables stay as they are: they name this process, so that no child could take them for its own.
+/// The variables stay as they are: they name this process, so that no child could take them for its
+/// own.
 ///
 /// # Errors
-/// That one isn't there, or no listening stream socket; it is called by its name in `LISTEN_FDNAMES`.
+/// That one isn't there, or no listening stream socket; it is called by its name in
+/// `LISTEN_FDNAMES`.
 #[cfg(unix)]
 fn listeners() -> Result<Vec<Listener>, Failure> {
     let ours = env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());

@@ -11,7 +11,8 @@ use crate::app::control::{self, Connection, Status, ask_status, read};
 /// How long such a process may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How many take-overs are followed back: each may have happened within the grace of the one before.
+/// How many take-overs are followed back: each may have happened within the grace of the one
+/// before.
 const MOST: usize = 8;
 
 /// Asks a process that has handed over for its status, by the control socket under its number.
@@ -22,12 +23,12 @@ pub(super) fn find(process: u32) -> Option<Status> {
     (status.pid == process && status.successor.is_some()).then_some(status)
 }
 
-/// What a process that was started to take over finds at its standard input: whatever else has a socket
-/// there, as a shell of sshd's has, is told nothing.
+/// What a process that was started to take over finds at its standard input: whatever else has a
+/// socket there, as a shell of sshd's has, is told nothing.
 pub(super) const TELL_WHY_NOT: &[u8] = b"hvsock upgrade\n";
 
-/// Tells the process that has started this one to take over why it doesn't, by standard input, which
-/// is a socket of that one's then.
+/// Tells the process that has started this one to take over why it doesn't, by standard input,
+/// which is a socket of that one's then.
 pub(super) fn tell_why_not(lines: &[String]) {
     let Ok(input) = io::stdin().as_fd().try_clone_to_owned() else {
         return;
@@ -43,7 +44,8 @@ pub(super) fn tell_why_not(lines: &[String]) {
     }
 }
 
-/// Returns the processes that have handed over, one to the next and the last to this one, and still run.
+/// Returns the processes that have handed over, one to the next and the last to this one, and still
+/// run.
 fn predecessors(status: &Status) -> Vec<Status> {
     let mut found = Vec::new();
     let mut next = status.predecessor;

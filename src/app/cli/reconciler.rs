@@ -1,5 +1,5 @@
-//! Has a running proxy carry what is wanted: what can be had is carried, what can't is shown and tried
-//! again.
+//! Has a running proxy carry what is wanted: what can be had is carried, what can't is shown and
+//! tried again.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -19,13 +19,16 @@ use crate::proxy::{ForwardId, Handle, Rule};
 use super::occupant::Occupants;
 use super::summary::{Failed, Retried, Summary, TRY_AGAIN};
 
-/// What makes a proxy that runs carry what is wanted. Forwards that were added by hand are left alone.
+/// What makes a proxy that runs carry what is wanted. Forwards that were added by hand are left
+/// alone.
 #[derive(Debug)]
 pub(super) struct Reconciler {
     handle: Handle,
-    /// The forwards that were made here. Locked while the proxy is being changed, which may take long.
+    /// The forwards that were made here. Locked while the proxy is being changed, which may take
+    /// long.
     ours: Mutex<HashSet<ForwardId>>,
-    /// What is wanted and could not be had, in the order in which it is wanted. Never locked for long.
+    /// What is wanted and could not be had, in the order in which it is wanted. Never locked for
+    /// long.
     pending: Mutex<Vec<Pending>>,
 }
 
@@ -89,8 +92,8 @@ impl Reconciler {
         failed.map(|it| it.why.clone())
     }
 
-    /// Returns all that could not be had, but what waits for what is expected to be missing; each with
-    /// why, and what is done about it.
+    /// Returns all that could not be had, but what waits for what is expected to be missing; each
+    /// with why, and what is done about it.
     #[cfg(unix)]
     pub(super) fn failures(&self) -> FailedForwards {
         let mut pending = self.pending().clone();
@@ -125,8 +128,8 @@ impl Reconciler {
         summary
     }
 
-    /// Makes the proxy carry what is wanted, and says what has come of it. `waits_for` says why a rule
-    /// can't be had yet, if that is known.
+    /// Makes the proxy carry what is wanted, and says what has come of it. `waits_for` says why a
+    /// rule can't be had yet, if that is known.
     pub(super) fn apply(
         &self,
         wanted: &[Rule],
@@ -303,7 +306,8 @@ impl Change<'_> {
         }
     }
 
-    /// Listens at the new place, and then no more at the old one, which stays if the new one can't be had.
+    /// Listens at the new place, and then no more at the old one, which stays if the new one can't
+    /// be had.
     fn move_to(&mut self, id: ForwardId, rule: Rule) {
         if self.has_to_wait(&rule) {
             return;

@@ -35,9 +35,9 @@ pub(super) fn rules_of_vm(
 /// The rules of a VM whose directory is not there yet, as soon as it is.
 pub(super) type Later = Box<dyn Fn() -> Option<Vec<Rule>> + Send + Sync>;
 
-/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had nothing to
-/// say of itself, and it is said how to find them anew. That is for VMs that are named by their
-/// directories; whoever mistypes a name is told so.
+/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had
+/// nothing to say of itself, and it is said how to find them anew. That is for VMs that are named
+/// by their directories; whoever mistypes a name is told so.
 pub(super) fn rules_of_vm_to_come(
     name: &str,
     local: &[Locals],
@@ -49,7 +49,7 @@ pub(super) fn rules_of_vm_to_come(
     };
     let directory = &vm.state_dir;
     #[cfg(unix)]
-    let nearest = crate::app::config::nearest_directory(directory);
+    let nearest = crate::app::needs::nearest_directory(directory);
     #[cfg(not(unix))]
     let nearest: Option<&std::path::Path> = None;
     let nearest = nearest.map(|it| format!(" (there is {})", it.display()));
@@ -134,7 +134,8 @@ fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Vec<Rule>> {
     local.chain(remote).collect()
 }
 
-/// Says at once what every client would find out: that there is no directory, that it can't be used, that no VM runs.
+/// Says at once what every client would find out: that there is no directory, that it can't be
+/// used, that no VM runs.
 fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     let directory = vm.state_dir.display();
     match vm.connect_path().symlink_metadata() {
@@ -168,8 +169,8 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     }
 }
 
-/// Refuses rules of which one would be in another's way, as the same port in another spelling is. That
-/// an address is given twice is found by the proxy.
+/// Refuses rules of which one would be in another's way, as the same port in another spelling is.
+/// That an address is given twice is found by the proxy.
 pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     let mut taken: HashMap<ListenKey<'_>, &Address> = HashMap::new();
     for Rule { listen, .. } in rules {
@@ -187,8 +188,8 @@ pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
-/// Returns the rules of addresses to listen on, each with the one to connect to behind it: several of
-/// a pair, where that has ranges.
+/// Returns the rules of addresses to listen on, each with the one to connect to behind it: several
+/// of a pair, where that has ranges.
 pub(super) fn rules_of(addresses: &[Addresses]) -> Result<Vec<Vec<Rule>>, Failure> {
     let (pairs, rest) = addresses.as_chunks::<2>();
     if let [alone] = rest {

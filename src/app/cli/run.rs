@@ -76,8 +76,8 @@ pub(super) struct Run {
     /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
-    /// Take over the listening sockets of the hvsock that runs there and is controlled where this one is to be: no client
-    /// is refused. Its connections go on, and are cut off after its grace
+    /// Take over the listening sockets of the hvsock that runs there and is controlled where this
+    /// one is to be: no client is refused. Its connections go on, and are cut off after its grace
     #[cfg(unix)]
     #[arg(long)]
     take_over: bool,
@@ -214,7 +214,8 @@ fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<St
     let program = program.as_ref().map_err(|e| fail(e))?;
     let mut command = Command::new(program);
     command.args(words_to_take_over(std::env::args_os()));
-    // They are for this process only, and name it: it hands over the sockets that were passed to it.
+    // They are for this process only, and name it: it hands over the sockets that were passed to
+    // it.
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }

@@ -43,8 +43,8 @@ pub(super) struct Running {
     predecessor: Option<u32>,
     /// What the file said last. Never locked for long.
     config: Mutex<Arc<Config>>,
-    /// Locked while the file is read and what it says is done: that may take for ever, as a disk does. So
-    /// it is for those alone who do that.
+    /// Locked while the file is read and what it says is done: that may take for ever, as a disk
+    /// does. So it is for those alone who do that.
     state: Mutex<State>,
 }
 
@@ -164,8 +164,8 @@ fn open_doors(_: &Path, config: &Config, _: &mut ProxyConfig) -> crate::Result<D
     Ok(Doors)
 }
 
-/// A proxy that starts with no forward, and gets them as when the file is read again: one that can't be had keeps no
-/// other.
+/// A proxy that starts with no forward, and gets them as when the file is read again: one that
+/// can't be had keeps no other.
 fn empty_proxy(config: &Config) -> ProxyConfig {
     let mut proxy = ProxyConfig::new(Vec::new());
     proxy.workers = config.workers;
@@ -177,12 +177,12 @@ fn empty_proxy(config: &Config) -> ProxyConfig {
 }
 
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to the proxy's
-    /// configuration what the file says nothing of.
+    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to
+    /// the proxy's configuration what the file says nothing of.
     ///
     /// # Errors
-    /// All that is wrong with the file; that another hvsock is controlled where this one is to be; that
-    /// there can be no proxy at all.
+    /// All that is wrong with the file; that another hvsock is controlled where this one is to be;
+    /// that there can be no proxy at all.
     pub(super) fn start(
         file: &Path,
         configure: impl FnOnce(&mut ProxyConfig),
@@ -202,12 +202,13 @@ impl Running {
         Ok((proxy, running, doors))
     }
 
-    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one is to be. That one has
-    /// no listeners any more when this returns, and accepts nobody; before, this one does not.
+    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one
+    /// is to be. That one has no listeners any more when this returns, and accepts nobody; before,
+    /// this one does not.
     ///
     /// # Errors
-    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand over. It goes on as
-    /// before then.
+    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand
+    /// over. It goes on as before then.
     #[cfg(unix)]
     pub(super) fn take_over(
         file: &Path,
@@ -375,7 +376,8 @@ impl Running {
         forwards.filter(meant).map(line).collect()
     }
 
-    /// Reads the file again, and says what has come of it. What it doesn't change is not touched, and nobody is cut off.
+    /// Reads the file again, and says what has come of it. What it doesn't change is not touched,
+    /// and nobody is cut off.
     ///
     /// # Errors
     /// All that is wrong with the file; then all stays as it was.
@@ -430,7 +432,8 @@ impl Running {
         }
         let address_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.address.clone());
         let sources_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.from.clone());
-        // That waits for a hand-over, after which another process carries what the file said before.
+        // That waits for a hand-over, after which another process carries what the file said
+        // before.
         if self.handle().is_stopping() {
             return Err(stopping());
         }
@@ -456,8 +459,8 @@ impl Running {
         Ok(summary)
     }
 
-    /// Tries again what could not be had, and looks again for VMs that were not there; says what has come of it, if
-    /// anything.
+    /// Tries again what could not be had, and looks again for VMs that were not there; says what
+    /// has come of it, if anything.
     pub(super) fn try_again(&self) {
         if let Some(summary) = self.look_again() {
             self.tell_of(&summary);

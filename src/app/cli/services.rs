@@ -1,4 +1,5 @@
-//! `hvsock register`, `unregister`, `services`: Windows' register of the services that Hyper-V guests may dial.
+//! `hvsock register`, `unregister`, `services`: Windows' register of the services that Hyper-V
+//! guests may dial.
 
 use std::io::ErrorKind;
 
@@ -89,7 +90,7 @@ impl Services {
     }
 }
 
-/// What only Windows has is a wrong word elsewhere.
+/// Returns the failure for an error: what only Windows has is a wrong word elsewhere.
 fn failure(error: crate::Error) -> Failure {
     match error.kind() {
         ErrorKind::Unsupported => Failure::Usage(error.to_string()),

@@ -4,9 +4,12 @@ use std::io;
 
 #[cfg(unix)]
 use crate::app::log;
+use crate::error::{Error, Operation, Result};
+use crate::thread::start_thread;
 
-/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that closes must not leave
-/// sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the console's close.
+/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that
+/// closes must not leave sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the
+/// console's close.
 ///
 /// To be taken before anything is made that has to be removed again.
 #[derive(Debug)]
@@ -38,17 +41,17 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
-    /// Those but SIGHUP, which asks, even under `nohup`, to read a file and to open the log's file again: see
-    /// [`asked`](EndSignals::asked).
-    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+    /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to
+    /// open the log's file again: see [`asked`](EndSignals::asked).
+    pub(super) fn take_with_reload() -> Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {
-            system: System::new([SIGINT, SIGTERM, SIGHUP])?,
+            system: System::new([SIGINT, SIGTERM, SIGHUP]).map_err(fail)?,
             reload: true,
         })
     }
 
-    pub(super) fn take() -> io::Result<EndSignals> {
+    pub(super) fn take() -> Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         if log::is_in_file() {
             return EndSignals::take_with_reload();
@@ -58,17 +61,17 @@ impl EndSignals {
             wanted.push(SIGHUP);
         }
         Ok(EndSignals {
-            system: System::new(wanted)?,
+            system: System::new(wanted).map_err(fail)?,
             reload: false,
         })
     }
 
-    /// One item a signal that asks for the end, until it is closed.
+    /// Returns an item for each signal that asks for the end, until it is closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
         self.asked().filter(|asked| *asked == Asked::End).map(drop)
     }
 
-    /// As [`each`](EndSignals::each), with what it asks for.
+    /// Returns what each signal asks for, as [`each`](EndSignals::each) does.
     pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
         let reload = self.reload;
         let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
@@ -88,6 +91,21 @@ impl EndSignals {
     /// Takes another signal, too, and gives those that have come.
     pub(super) fn into_system(self) -> System {
         self.system
+    }
+}
+
+fn fail(cause: io::Error) -> Error {
+    Error::new(Operation::Run, "the wait for signals", cause)
+}
+
+impl EndSignals {
+    /// Calls `heed` at each signal that asks for the end, on a thread of its own.
+    ///
+    /// # Errors
+    /// Returns the system's error if there is no thread.
+    pub(super) fn call_at_each(mut self, heed: impl Fn() + Send + 'static) -> Result<()> {
+        let wait = move || self.each().for_each(|()| heed());
+        start_thread("hvsock-signals", "to wait for signals", wait).map(drop)
     }
 }
 
@@ -117,14 +135,14 @@ enum Said {
 
 #[cfg(windows)]
 impl EndSignals {
-    pub(super) fn take() -> io::Result<EndSignals> {
+    pub(super) fn take() -> Result<EndSignals> {
         let (say, heard) = std::sync::mpsc::channel();
         let handler = say.clone();
         let tell = move || {
-            // If nobody listens any more, it has ended already.
+            // Without a receiver it has ended already.
             let _ = handler.send(Said::End);
         };
-        ctrlc::set_handler(tell).map_err(io::Error::other)?;
+        ctrlc::set_handler(tell).map_err(|e| fail(io::Error::other(e)))?;
         Ok(EndSignals {
             system: (say, heard),
         })
@@ -135,7 +153,7 @@ impl EndSignals {
         heard.take_while(|said| *said == Said::End).map(drop)
     }
 
-    pub(super) fn take_with_reload() -> io::Result<EndSignals> {
+    pub(super) fn take_with_reload() -> Result<EndSignals> {
         EndSignals::take()
     }
 

@@ -30,7 +30,8 @@ const OF_HYPERKIT: [&str; 6] = [
 /// How often the VM's fate and the signals are looked at.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Stand in for a VM: serve a state directory as hyperkit does, its frailties included, or a socket as Firecracker does
+/// Stand in for a VM: serve a state directory as hyperkit does, its frailties included, or a socket
+/// as Firecracker does
 #[derive(Args, Debug)]
 #[command(
     after_help = "The stand-in dies or hangs where hyperkit's device would, and says which rule its client broke (exit \
@@ -43,42 +44,46 @@ Examples:
   hvsock simulate --vsock-mux /tmp/vm.sock --guest 80=http"
 )]
 pub(super) struct Simulate {
-    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85 bytes
+    /// The state directory, made if it doesn't exist in the one above it; its path has at most 85
+    /// bytes
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath, required_unless_present = "vsock_mux", conflicts_with = "vsock_mux")]
     directory: Option<PathBuf>,
-    /// In the place of DIR: the Unix socket of a VMM such as Firecracker, which vsock-mux:///PATH leads to
+    /// In the place of DIR: the Unix socket of a VMM such as Firecracker, which vsock-mux:///PATH
+    /// leads to
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath, conflicts_with_all = OF_HYPERKIT)]
     vsock_mux: Option<PathBuf>,
-    /// With --vsock-mux: pass half-closes on, as Cloud Hypervisor does since June 2026; else the host's ends both
-    /// directions, and the guest's is kept back
+    /// With --vsock-mux: pass half-closes on, as Cloud Hypervisor does since June 2026; else the
+    /// host's ends both directions, and the guest's is kept back
     #[arg(long, requires = "vsock_mux")]
     half_close: bool,
     /// The guest's CID
     #[arg(long, value_name = "N", default_value = "3", value_parser = parse_cid)]
     cid: u32,
-    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads nor writes), endless
-    /// (sends for ever, whatever it is told), heedless:BYTES (sends so much, and closes), reset (answers, and resets), or
-    /// a real server at an address
+    /// What listens on a vsock port of the guest: echo, discard, chargen, http, silent (never reads
+    /// nor writes), endless (sends for ever, whatever it is told), heedless:BYTES (sends so much,
+    /// and closes), reset (answers, and resets), or a real server at an address
     #[arg(long, value_name = "PORT=SERVICE|ADDRESS")]
     guest: Vec<Guest>,
     /// Guest ports with a socket of their own (hyperkit's guest_forwards=, at most 4)
     #[arg(long, value_name = "PORT")]
     guest_forward: Vec<Port>,
-    /// Programs in the guest that dial the host's PORT: each connection made to this local address is one; or so many a
-    /// second, once somebody listens on PORT
+    /// Programs in the guest that dial the host's PORT: each connection made to this local address
+    /// is one; or so many a second, once somebody listens on PORT
     #[arg(long, value_name = "PORT=ADDRESS|N/s")]
     dial: Vec<GuestDial>,
-    /// Connections that the device has room for; more are closed at once, as hyperkit does, without a word
+    /// Connections that the device has room for; more are closed at once, as hyperkit does, without
+    /// a word
     #[arg(long, value_name = "N", default_value_t = 1013, value_parser = number::<u16>(1..=1024))]
     slots: u16,
     /// Descriptors that hyperkit was started with: beyond the limit, connections hang
     #[arg(long, value_name = "N", value_parser = number::<u32>(1..=1 << 20))]
     descriptors: Option<u32>,
-    /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang after 1 to some
-    /// thousand
+    /// Dials of the guest that come to nothing until the device hangs; hyperkit's was seen to hang
+    /// after 1 to some thousand
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = number(1..=u64::MAX))]
     failed_dials: u64,
-    /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20 ms after a dial
+    /// Punish more than hyperkit's device was seen to: any close with data unread, and one 10 to 20
+    /// ms after a dial
     #[arg(long)]
     strict: bool,
     /// Only count what would kill the device

@@ -6,7 +6,8 @@ use crate::address::{Address, Port};
 use crate::app::ranges::{expand, pair};
 use crate::app::values::{local_address, parse_port};
 
-/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the guest.
+/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the
+/// guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Local {
     pub(super) listen: Address,
@@ -82,7 +83,8 @@ impl FromStr for Remotes {
     }
 }
 
-/// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local address.
+/// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local
+/// address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remote {
     pub(super) host_port: Port,

@@ -24,8 +24,8 @@ use crate::sys;
 
 /// Stop an hvsock that runs, and wait for its end
 ///
-/// The keeper of its VMs stays: it ends what guests have not ended yet, and goes on accepting what they dial, until another
-/// hvsock takes that over or the VM ends.
+/// The keeper of its VMs stays: it ends what guests have not ended yet, and goes on accepting what
+/// they dial, until another hvsock takes that over or the VM ends.
 #[derive(Args, Debug)]
 #[command(
     after_help = "Without a keeper a VM whose guest goes on dialling a port of the host may hang.
@@ -36,12 +36,12 @@ Examples:
   hvsock stop docker --keeper     keepers of that VM whose hvsock has ended"
 )]
 pub(super) struct Stop {
-    /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end its keepers whose
-    /// hvsock has ended, and no hvsock
+    /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end
+    /// its keepers whose hvsock has ended, and no hvsock
     #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
     vm: Option<String>,
-    /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose guest goes on dialling them
-    /// may hang
+    /// End the keeper as well. Nobody listens then on the ports that the guest dials: a VM whose
+    /// guest goes on dialling them may hang
     #[arg(long)]
     keeper: bool,
     /// Seconds that live connections may take to finish [default: that of the hvsock's own --grace]
@@ -54,7 +54,8 @@ pub(super) struct Stop {
 /// How often it is looked whether it has ended.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How much longer than its grace an hvsock may take: the connections of guests are closed gracefully.
+/// How much longer than its grace an hvsock may take: the connections of guests are closed
+/// gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
 impl Stop {
@@ -83,7 +84,8 @@ impl Stop {
         Ok(())
     }
 
-    /// Stops the hvsock that is controlled at `path`. `has_ended` waits until it has ended, or until that time.
+    /// Stops the hvsock that is controlled at `path`. `has_ended` waits until it has ended, or
+    /// until that time.
     fn stop(&self, path: &Path, has_ended: impl FnOnce(Instant) -> bool) -> Outcome {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(path, "POST", &call, "")?)?;
@@ -130,7 +132,7 @@ fn wait(end: Instant, mut is_over: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// The keepers that can be asked in these directories, each once.
+/// Returns the keepers that can be asked in these directories, each once.
 fn keepers_in(
     directories: impl Iterator<Item = PathBuf>,
 ) -> impl Iterator<Item = (PathBuf, KeeperStatus)> {
@@ -187,7 +189,7 @@ fn end(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     Ok(())
 }
 
-/// A keeper in words: what it has, of the ports those in `directory`, however its path is spelled.
+/// Describes a keeper: what it has, of the ports those in `directory`, however its path is spelled.
 pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let its = real(directory);

@@ -18,8 +18,10 @@ use crate::app::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
 use crate::app::values::{number, parse_mode, parse_some_time, parse_time};
 use crate::error::counted;
 use crate::listener::lasting::LastingListener;
+use crate::thread::{start_scoped_thread, start_thread};
 
-/// Send random data through any address to a server that returns it, compare every byte, and measure
+/// Send random data through any address to a server that returns it, compare every byte, and
+/// measure
 #[derive(Args, Debug)]
 #[command(
     after_help = "Any echo server will do, but for --bench up and down, which want a `stress --server`. SIZEs have K, M \
@@ -43,7 +45,8 @@ pub(super) struct Stress {
     /// Connections at a time, at most 10000
     #[arg(short = 'p', long, value_name = "N", default_value_t = 1, value_parser = number::<u16>(1..=10_000))]
     parallel: u16,
-    /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down: 256M; rtt: 64]
+    /// Bytes that a connection sends; of round trips, in a message [default: 1-64K; up and down:
+    /// 256M; rtt: 64]
     #[arg(long, value_name = "SIZE|MIN-MAX", value_parser = parse_sizes)]
     size: Option<Sizes>,
     /// Bytes that are read or written at once, at most 16M
@@ -123,7 +126,7 @@ impl Stress {
         let address = self.peer.address(Instant::now())?;
         if self.server {
             let mut listener = LastingListener::bind(&address, self.mode)?;
-            heed(signals, stop.clone(), GRACE);
+            heed(signals, stop.clone(), GRACE)?;
             say(format_args!("serving on {}", listener.address()));
             let plan = serve::Plan {
                 in_all: None,
@@ -133,7 +136,7 @@ impl Stress {
             return Ok(());
         }
         let plan = self.plan(address)?;
-        heed(signals, stop.clone(), plan.timeout);
+        heed(signals, stop.clone(), plan.timeout)?;
         let report = watch(&plan, &stop);
         let printed = print_text(&report);
         match report.verdict() {
@@ -193,10 +196,13 @@ impl Stress {
 }
 
 /// Has signals ask for the end.
-fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) {
-    std::thread::spawn(move || {
+///
+/// # Errors
+/// Returns why no thread can be started that waits for them.
+fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
+    let wait = move || {
         for (count, ()) in signals.each().enumerate() {
-            // The one who is to read the report may have stopped.
+            // The reader of the report may have stopped.
             end_without_what_hangs(match count {
                 0 => patience,
                 _ => Duration::ZERO,
@@ -209,7 +215,9 @@ fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) {
             }
             stop.ask();
         }
-    });
+    };
+    start_thread("hvsock-signals", "to wait for signals", wait)?;
+    Ok(())
 }
 
 /// Runs it, with a bar on standard error if that is a terminal.
@@ -225,7 +233,7 @@ fn watch(plan: &Plan, stop: &Stop) -> Report {
         bar.set_style(style.progress_chars("=> "));
     }
     let report = std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let show = || {
             while !over.load(Ordering::Relaxed) {
                 let get = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
                 bar.set_position(get(&progress.ended));
@@ -233,7 +241,9 @@ fn watch(plan: &Plan, stop: &Stop) -> Report {
                 bar.set_message(format!("{moved}, {} failed", get(&progress.failed)));
                 std::thread::sleep(LOOK);
             }
-        });
+        };
+        // Without a thread there is no bar.
+        let _ = start_scoped_thread(scope, "hvsock-bar", "to show the progress", show);
         let report = stress::run(plan, stop, &progress);
         over.store(true, Ordering::Relaxed);
         report
@@ -242,7 +252,7 @@ fn watch(plan: &Plan, stop: &Stop) -> Report {
     report
 }
 
-/// `SIZE` or `MIN-MAX`.
+/// Reads `SIZE` or `MIN-MAX`.
 fn parse_sizes(text: &str) -> Result<Sizes, String> {
     let (least, most) = text.split_once('-').unwrap_or((text, text));
     let (least, most) = (parse_size(least)?, parse_size(most)?);

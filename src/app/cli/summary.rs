@@ -7,7 +7,8 @@ use std::time::Duration;
 /// How often it is tried again to listen where that could not be done.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
-/// What became of the forwards when the file was read again, by their names. Prints as how many they are.
+/// What became of the forwards when the file was read again, by their names. Prints as how many
+/// they are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Summary {
     pub(super) added: Vec<String>,
@@ -37,12 +38,12 @@ pub(super) struct Failed {
 pub(super) enum Retried {
     /// After [`TRY_AGAIN`].
     Soon,
-    /// Only when somebody asks for it, for it takes closing what listens.
+    /// Only at a reload that was asked for: a listener has to be closed for it.
     OnReload,
 }
 
 impl Failed {
-    /// Why it can't be had, and what is done about it.
+    /// Returns why it can't be had, and what is done about it.
     pub(super) fn reason(&self) -> String {
         let why = &self.why;
         match self.retried {
@@ -55,7 +56,7 @@ impl Failed {
 }
 
 impl Summary {
-    /// Whether all is as it was.
+    /// Returns whether all is as it was.
     pub(super) fn is_empty(&self) -> bool {
         let Summary {
             added,
@@ -100,7 +101,7 @@ impl Summary {
         }
     }
 
-    /// What a person should know, line by line.
+    /// Returns what a person should know, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told = failures(&self.failed);
         let restart = |key: &&str| format!("{key} has changed in the file, which takes a restart");
@@ -177,13 +178,13 @@ impl fmt::Display for Summary {
     }
 }
 
-/// What is said of forwards that can't be had now.
+/// Returns what is said of forwards that can't be had now.
 pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
     let line = |it: &Failed| format!("[forward.{}]: {}", it.name, it.reason());
     failed.iter().map(line).collect()
 }
 
-/// Why something can't be had that is tried again.
+/// Returns why something can't be had that is tried again.
 pub(super) fn tried_again(why: &str) -> String {
     format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs())
 }

@@ -47,10 +47,10 @@ impl Syslog {
 
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
-        let mut signals = EndSignals::take()?;
+        let signals = EndSignals::take()?;
         let log = Log::bind(&self.path, self.mode)?;
         let stopper = stop.clone();
-        std::thread::spawn(move || signals.each().for_each(|()| stopper.ask()));
+        signals.call_at_each(move || stopper.ask())?;
         say(format_args!("{} -> {}", self.path.display(), self.target));
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),

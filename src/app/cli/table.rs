@@ -6,7 +6,8 @@ use indicatif::HumanCount;
 
 use crate::app::escape;
 
-/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal is escaped.
+/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal
+/// is escaped.
 pub(super) fn of<const N: usize>(
     headings: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
@@ -24,7 +25,7 @@ pub(super) fn of<const N: usize>(
     table.trim_fmt()
 }
 
-/// So many of them, as `1 connection`.
+/// Returns a number and its noun, as `1 connection`.
 #[cfg(unix)]
 pub(super) fn counted(n: u64, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };

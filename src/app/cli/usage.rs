@@ -3,8 +3,8 @@
 use clap::Error;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Options of other programs, the commands at which they are written, and what does here what they do
-/// there.
+/// Options of other programs, the commands at which they are written, and what does here what they
+/// do there.
 const FOREIGN: [(&str, &[&str], &str); 11] = [
     ("-p", SERVE, "docker's -p is -L here: -L 8080:80"),
     (
@@ -46,8 +46,8 @@ hvsock-services`)";
 
 const VERBOSE: &str = "the variable HVSOCK_LOG=debug has it say more";
 
-/// Says in an error of clap what is to be written, and not what clap takes for likely: that the word
-/// was to be a value, or a command that is spelled alike.
+/// Says in an error of clap what is to be written, and not what clap takes for likely: that the
+/// word was to be a value, or a command that is spelled alike.
 pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
     let tip = match error.kind() {
         ErrorKind::UnknownArgument => {
@@ -78,8 +78,8 @@ pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
     error
 }
 
-/// Tells how the value of `--control` is written, if it was written as a word of its own and refused as
-/// another argument.
+/// Tells how the value of `--control` is written, if it was written as a word of its own and
+/// refused as another argument.
 fn tip_for_value(error: &Error, words: &[String]) -> Option<String> {
     if text(error, ContextKind::InvalidArg).is_some_and(|word| word == "--control") {
         return None;
@@ -122,7 +122,7 @@ mod tests {
 
     use super::super::Arguments;
 
-    /// What is said of a word that no argument takes for a value.
+    /// Returns what is said of a word that no argument takes for a value.
     fn said_of(command: &Command, argument: &Arg) -> Option<String> {
         const WORD: &str = "-no value:";
         let word = match (argument.get_long(), argument.is_positional()) {
@@ -136,7 +136,8 @@ mod tests {
         Some(parsed.err()?.to_string())
     }
 
-    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a parser.
+    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a
+    /// parser.
     #[test]
     fn no_value_is_refused_in_the_words_of_a_parser() {
         let mut refused = 0;

@@ -1,4 +1,5 @@
-//! What there is to do so that a running proxy carries what a file says, and nothing else is touched.
+//! What there is to do so that a running proxy carries what a file says, and nothing else is
+//! touched.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -12,7 +13,8 @@ pub(crate) struct Existing<I> {
     pub(crate) id: I,
     /// As it was asked for.
     pub(crate) rule: Rule,
-    /// It came from the file. Others are left alone, unless the file now asks for where they listen.
+    /// It came from the file. Others are left alone, unless the file now asks for where they
+    /// listen.
     pub(crate) ours: bool,
 }
 
@@ -24,11 +26,12 @@ pub(crate) enum Step<I> {
     Remove(I),
     /// Takes a forward's name away, for another gets it.
     Unname(I),
-    /// Another rule for who listens there already.
+    /// Gives another rule to a forward that listens there already.
     Replace(I, Rule),
-    /// Another place for a forward of the same name: it can listen there before the old one is closed.
+    /// Moves a forward to another place under its name: it can listen there before the old
+    /// listener is closed.
     Move(I, Rule),
-    /// The same for forwards that are in each other's way, or each in its own: all are closed before any
+    /// Moves forwards that are in each other's way, or each in its own: all are closed before any
     /// listens again.
     Exchange(Vec<(I, Rule)>),
     Add(Rule),
@@ -38,17 +41,17 @@ pub(crate) enum Step<I> {
 #[derive(Clone, Copy)]
 enum Found<'a, I> {
     Nothing,
-    /// Who listens there.
+    /// The forward that listens there.
     Holder(&'a Existing<I>),
-    /// Who listens elsewhere under its name.
+    /// The forward of its name that listens elsewhere.
     Namesake(&'a Existing<I>),
 }
 
-/// How the existing forwards become the wanted ones.
+/// Returns the steps by which the existing forwards become the wanted ones.
 ///
-/// A forward is known again by where it listens, by its name only among those that have their port chosen: who keeps the
-/// address keeps the listener. What is not known by that, and came from the file, has moved if there is
-/// its name.
+/// A forward is known again by where it listens, by its name only among those that have their port
+/// chosen: a forward that keeps its address keeps its listener. One that isn't known again,
+/// and came from the file, has moved if its name is still there.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut holders: HashMap<_, VecDeque<usize>> = HashMap::new();
     let mut namesakes: HashMap<&str, VecDeque<usize>> = HashMap::new();
@@ -113,13 +116,14 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
     steps
 }
 
-/// Where a rule listens, by which its forward is known again; and its name, if the port is chosen.
+/// Returns where a rule listens, by which its forward is known again; and its name, if the port is
+/// chosen.
 fn place_of(rule: &Rule) -> (&Address, Option<&Option<String>>) {
     let chosen = rule.listen.leaves_port_to_kernel();
     (&rule.listen, chosen.then_some(&rule.name))
 }
 
-/// Those that move, each after those that have to leave its new place.
+/// Returns the forwards that move, each after those that have to leave its new place.
 fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>> {
     let mut holders: HashMap<WayKey, Vec<usize>> = HashMap::new();
     for (index, (old, _)) in moves.iter().enumerate() {
@@ -151,7 +155,7 @@ fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>>
                 vec![index]
             }
             None => {
-                // Somebody is in the way of each: from one to the next leads into a circle.
+                // Another is in the way of each: from one to the next leads into a circle.
                 let mut way = vec![first];
                 let circle = loop {
                     let last = way.last().copied().unwrap_or(first);
@@ -199,13 +203,14 @@ fn way_keys(listen: &Address) -> Vec<WayKey> {
     [Some(key), file].into_iter().flatten().collect()
 }
 
-/// Whether who listens at one may be in the way of who wants to at the other.
+/// Returns whether a listener at one may be in the way of a listener at the other.
 fn may_collide(one: &Address, other: &Address) -> bool {
     let files = file_of(one).zip(file_of(other));
     one.may_collide(other) || files.is_some_and(|(one, other)| one == other)
 }
 
-/// The file of the Unix socket that is made for an address, however its directory is spelled.
+/// Returns the file of the Unix socket that is made for an address, however its directory is
+/// spelled.
 fn file_of(listen: &Address) -> Option<PathBuf> {
     let path = listen.listen_path()?;
     let path = std::path::absolute(&path).unwrap_or_else(|_| path.into_owned());

@@ -1,4 +1,5 @@
-//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at once. No sockets here.
+//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at
+//! once. No sockets here.
 //!
 //! ```toml
 //! grace = "30s"
@@ -40,6 +41,7 @@ use tracing::Level;
 
 use crate::address::Address;
 use crate::app::guest_control::{self, GuestControl};
+use crate::app::needs::look_at_access;
 use crate::app::rule::RuleOptions;
 use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
@@ -50,8 +52,6 @@ use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Read};
-#[cfg(unix)]
-pub(crate) use needs::nearest_directory;
 use parsing::parse_table;
 use problems::{Line, Weight};
 pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
@@ -59,7 +59,8 @@ use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
 
-/// What the file says. That it can be carried out, as far as can be known without trying, was found by whoever read it.
+/// What the file says. Reading it has found that it can be carried out, as far as can be known
+/// without trying.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     /// How long live connections may go on when the end is asked for.
@@ -77,8 +78,7 @@ pub(crate) struct Config {
     pub(crate) guest_control: Option<GuestControl>,
     /// Where it tells of itself.
     pub(crate) metrics: Option<Address>,
-    /// For who adds forwards by the control socket.
-    #[cfg(unix)]
+    /// The options of a forward that says none, in the file or by the control socket.
     pub(crate) defaults: RuleOptions,
     /// Whether forwards to programs may be added there.
     #[cfg_attr(not(unix), allow(dead_code))]
@@ -136,8 +136,8 @@ pub(crate) struct Wanted {
     pub(crate) notes: Vec<Problem>,
 }
 
-/// Reads a file, and waits for none that may never end, or never begin: who reads may have signals to heed. Standard
-/// input is read to its end.
+/// Reads a file, but none that may never end, or never begin: the reader may have signals to heed.
+/// Standard input is read to its end.
 fn read_text(file: &Path) -> io::Result<String> {
     /// Some 100,000 forwards.
     const MOST: u64 = 16 << 20;
@@ -160,7 +160,7 @@ fn read_text(file: &Path) -> io::Result<String> {
     }
 }
 
-/// What is said of a file that can't be read.
+/// Returns what is said of a file that can't be read.
 fn unreadable(error: &io::Error) -> String {
     let remedy = match error.kind() {
         io::ErrorKind::NotFound => "; is the path right?",
@@ -224,7 +224,7 @@ impl Config {
     ) -> Result<(Config, Wanted), Vec<Problem>> {
         let source = Source::new(text, None);
         if text.trim().is_empty() {
-            // One that is being written, most often; to carry nothing is nobody's wish.
+            // Most often it is being written just now; a file to carry nothing is of no use.
             source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
             return Err(source.take_problems());
         }
@@ -338,7 +338,6 @@ impl Config {
             control: control.unwrap_or_else(usual_control),
             guest_control,
             metrics,
-            #[cfg(unix)]
             defaults,
             allow_exec: allow_exec.unwrap_or(false),
             vms,
@@ -347,7 +346,7 @@ impl Config {
         }
     }
 
-    /// The VMs that have a section, and that no forward names.
+    /// Returns the VMs that have a section, and that no forward names.
     fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
         let of_parts = self.parts.iter();
         let of_parts = of_parts.filter_map(|it| Some(it.vm.as_ref()?.0.as_str()));
@@ -357,7 +356,7 @@ impl Config {
         self.vms.iter().filter(unused)
     }
 
-    /// What the file asks for, with its VMs as they can be found now.
+    /// Returns what the file asks for, with its VMs as they can be found now.
     ///
     /// # Errors
     /// As those of [`read`](Config::read), without lines.
@@ -376,7 +375,8 @@ impl Config {
         }
     }
 
-    /// The VMs that the forwards lead to or from, as the file calls them, by the forwards' names.
+    /// Returns the VMs that the forwards lead to or from, as the file calls them, by the forwards'
+    /// names.
     pub(crate) fn vms_of_forwards(&self) -> HashMap<&str, &str> {
         let forwards = self.forwards.iter();
         forwards
@@ -418,6 +418,10 @@ impl Config {
             let Some(rule) = forward.rule(place) else {
                 continue;
             };
+            if let Some(finding) = look_at_access(&rule, &self.defaults) {
+                let problem = Problem::of_forward(&forward.name, &forward.listen_line, &finding);
+                complain(forward.listen_line.clone(), problem.text);
+            }
             if let Err(e) = check_rule(&rule) {
                 refused.insert(&forward.name);
                 complain(

@@ -16,7 +16,8 @@ const DUPLICATE: &str = "duplicate key";
 #[derive(Debug)]
 pub(super) struct Parsed<'t> {
     pub(super) table: Spanned<DeTable<'t>>,
-    /// The numbers of the lines at which a section begins; what stands before the first is one, too.
+    /// The numbers of the lines at which a section begins; what stands before the first is one,
+    /// too.
     sections: Vec<usize>,
     /// The lines with what is no TOML.
     broken: Vec<RangeInclusive<usize>>,
@@ -30,8 +31,8 @@ impl Parsed<'_> {
         self.broken.is_empty()
     }
 
-    /// Returns of the problems of a file of which not all is TOML those that hold whatever the rest means:
-    /// what is no TOML, and what was said of sections that are.
+    /// Returns of the problems of a file of which not all is TOML those that hold whatever the rest
+    /// means: what is no TOML, and what was said of sections that are.
     pub(super) fn sound(&self, mut problems: Vec<Problem>) -> Vec<Problem> {
         let section = |line: usize| self.sections.partition_point(|first| *first <= line);
         let is_broken = |at: usize| {
@@ -76,8 +77,8 @@ pub(super) fn parse_table<'t>(source: &Source, text: &'t str) -> Parsed<'t> {
     }
 }
 
-/// Says of what is there already where it is. Of a section that is, the keys are as well, which is not
-/// said: it is in `told`, by where it begins.
+/// Says of what is there already where it is. Of a section that is, the keys are as well, which is
+/// not said: it is in `told`, by where it begins.
 fn say_duplicate(source: &Source, text: &str, span: Range<usize>, told: &mut HashSet<usize>) {
     let section = headers(text).take_while(|(at, _)| *at <= span.start).last();
     if let Some((begin, title)) = &section
@@ -109,8 +110,9 @@ fn say_duplicate(source: &Source, text: &str, span: Range<usize>, told: &mut Has
     source.complain(source.line(span), format!("{what}; remove one"));
 }
 
-/// Returns whether a section begins with a line, be its brackets closed or not. A line of an array is told
-/// from it by what names without quotes have not; one that is taken for it makes a section larger.
+/// Returns whether a section begins with a line, be its brackets closed or not. A line of an array
+/// is told from it by what names without quotes have not; one that is taken for it makes a section
+/// larger.
 fn is_header(line: &str) -> bool {
     let line = line.split('#').next().unwrap_or(line).trim();
     line.starts_with('[')
@@ -127,8 +129,8 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// Returns the sections' names in brackets, without blanks, each with where it begins. Those of arrays
-/// of tables, which may be there more than once, are left out.
+/// Returns the sections' names in brackets, without blanks, each with where it begins. Those of
+/// arrays of tables, which may be there more than once, are left out.
 fn headers(text: &str) -> impl Iterator<Item = (usize, String)> {
     lines(text).filter_map(|(at, line)| {
         let begun = line.trim_start();

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::app::escape;
+use crate::app::needs::Finding;
+pub(crate) use crate::app::needs::Weight;
 use crate::error::counted;
 
 /// A line of the file, or of one that it includes.
@@ -33,16 +35,16 @@ pub(crate) struct Problem {
     pub(crate) weight: Weight,
 }
 
-/// What a problem means for a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Weight {
-    /// It can't be carried out.
-    Mistake,
-    /// It can, and may not be what was meant.
-    Note,
-}
-
 impl Problem {
+    /// Makes it of what is wrong with an end of a forward, which stands in that line.
+    pub(super) fn of_forward(name: &str, line: &Line, finding: &Finding) -> Problem {
+        Problem {
+            line: Some(line.clone()),
+            text: format!("[forward.{name}]: {finding}"),
+            weight: finding.weight,
+        }
+    }
+
     /// Returns it as a line, whatever names the file has.
     pub(crate) fn line_of(&self, file: &Path) -> String {
         let line = self.line.as_ref();
@@ -69,8 +71,8 @@ pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
     }
 }
 
-/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`, without a newline at
-/// the end.
+/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`,
+/// without a newline at the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problems {
     file: PathBuf,
@@ -78,7 +80,7 @@ pub(crate) struct Problems {
 }
 
 impl Problems {
-    /// In the order of the lines.
+    /// Makes it of problems, which are put in the order of their lines.
     pub(crate) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
         list.sort();
         list.dedup();
@@ -88,7 +90,7 @@ impl Problems {
         }
     }
 
-    /// One, of the file as a whole.
+    /// Makes it of one problem, of the file as a whole.
     pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
         let problem = Problem {
             line: None,
@@ -98,13 +100,13 @@ impl Problems {
         Problems::new(file, vec![problem])
     }
 
-    /// How many are mistakes.
+    /// Returns how many are mistakes.
     fn mistakes(&self) -> usize {
         let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
         mistakes.count()
     }
 
-    /// Of which file, and how many.
+    /// Returns a line that says of which file they are, and how many.
     pub(crate) fn summary(&self) -> String {
         let (file, mistakes) = (display_name(&self.file), self.mistakes());
         let is = if mistakes == 1 { "is" } else { "are" };

@@ -1,4 +1,5 @@
-//! Reading a table of the file key by key, and gathering what is wrong with it instead of ending there.
+//! Reading a table of the file key by key, and gathering what is wrong with it instead of ending
+//! there.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -96,7 +97,8 @@ impl<'a, 'i> Section<'a, 'i> {
         self.table.contains_key(key)
     }
 
-    /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys were taken.
+    /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys
+    /// were taken.
     pub(super) fn is_meant(&self, key: &str) -> bool {
         let mut names = self.table.keys().map(|name| name.get_ref().as_ref());
         names.any(|name| self.unknown(name) && self.nearest(name) == Some(key))
@@ -200,8 +202,9 @@ impl<'a, 'i> Section<'a, 'i> {
         named
     }
 
-    /// Says that tables are listed that should be named, as in `[[vm]]`, and takes them all the same: what
-    /// else is wrong with them is to be said, too. Each is named by its key `name`, or by its number.
+    /// Says that tables are listed that should be named, as in `[[vm]]`, and takes them all the
+    /// same: what else is wrong with them is to be said, too. Each is named by its key `name`, or
+    /// by its number.
     fn listed(
         &self,
         key: &Spanned<Cow<'i, str>>,
@@ -272,7 +275,7 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Says which keys nobody has taken.
+    /// Says which keys are unknown: they were not taken.
     pub(super) fn finish(self) {
         for key in self.table.keys() {
             let name = key.get_ref().as_ref();

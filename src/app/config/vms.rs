@@ -74,7 +74,7 @@ impl Vm {
         }
     }
 
-    /// One that has no section: its name is what `--vm` takes.
+    /// Makes one that has no section: its name is what `--vm` takes.
     pub(super) fn undeclared(name: &str, line: Line) -> Vm {
         Vm {
             name: name.to_owned(),
@@ -88,14 +88,14 @@ impl Vm {
         }
     }
 
-    /// How many connections it may have; `None`: as many as there may be.
+    /// Returns how many connections it may have; `None`: as many as there may be.
     pub(super) fn connections(&self, place: &VmPlace) -> Option<usize> {
         let paced = place.any()?.traits().needs_pacing;
         let default = Some(Limits::default().vm_connections).filter(|_| paced);
         self.connections.or(default)
     }
 
-    /// What bounds it, if the file says so.
+    /// Returns what bounds it, if the file says so.
     pub(super) fn limits(&self, place: &VmPlace) -> Option<VmLimits> {
         if self.connections.is_none() && self.unanswered.is_none() {
             return None;
@@ -172,11 +172,13 @@ pub(super) fn find<'a>(
     }
 }
 
-/// Where a VM is; and why its state can't be understood, if so: it may be writing it just now.
+/// Finds where a VM is; and why its state can't be understood, if so: it may be writing it just
+/// now.
 fn locate(at: &str, places: &Places) -> Result<(VmPlace, Option<String>), String> {
     match VmPlace::find(at, places) {
         Ok(vm) => Ok((vm, None)),
-        // A VM that was named by its directory may be made later. What is wrong with one takes nothing from the others.
+        // A VM that was named by its directory may be made later. What is wrong with one takes
+        // nothing from the others.
         Err(e) if at.contains('/') && VmPlace::parse(at).is_none() => {
             let place = || VmPlace::Hyperkit(HyperkitVm::new(absolute(at, places)));
             match e.kind() {

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::address::Address;
+use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
 use crate::app::ranges::{expand, name_of};
 use crate::app::rule::RuleOptions;
@@ -41,9 +42,11 @@ pub(crate) struct Actions {
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
-    /// Tells that the end was asked for here, how many connections there are then, and how long they may take.
+    /// Tells that the end was asked for here, how many connections there are then, and how long
+    /// they may take.
     pub(crate) stopping: fn(usize, Duration),
-    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is changed meanwhile.
+    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is
+    /// changed meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How another process takes its place, if one can.
     pub(crate) succession: Option<Succession>,
@@ -149,7 +152,8 @@ const TURN: Duration = Duration::from_secs(5);
 /// Of all kinds together.
 pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 3;
 
-/// How long a process that was started may take to take over: a little less than our clients wait for an answer.
+/// How long a process that was started may take to take over: a little less than our clients wait
+/// for an answer.
 const UPGRADE: Duration = Duration::from_secs(9);
 
 /// How often it is looked whether that has happened.
@@ -203,8 +207,8 @@ impl Api {
         Api { inherited, ..self }
     }
 
-    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon it is
-    /// never done: who asked would have given up.
+    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon
+    /// it is never done: who asked would have given up.
     pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
         if service != Service::Metrics
             && request.method == "GET"
@@ -336,7 +340,8 @@ impl Api {
     }
 
     fn forwards(&self) -> Vec<Forward> {
-        // First: one that is carried at last just now has its row. It, and one that can't be changed, have one only.
+        // First: one that is carried at last just now has its row. It, and one that can't be
+        // changed, have one only.
         let mut pending = (self.actions.pending)();
         let carried = self.handle.forwards();
         let is_carried = |it: &Forward| {
@@ -361,8 +366,8 @@ impl Api {
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
-    /// The forward of that name, or else that listens there, or else that has this id, or else the only one
-    /// that listens on this TCP port.
+    /// The forward of that name, or else that listens there, or else that has this id, or else the
+    /// only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
         Api::find_in(&self.handle.forwards(), name).cloned()
     }
@@ -407,11 +412,21 @@ impl Api {
 
     /// Adds a forward, or those of a range: all of them, or none.
     fn add(&self, body: &[u8]) -> Answer {
-        let rules = read_rules(body, (self.actions.options)())?;
+        let usual = (self.actions.options)();
+        let rules = read_rules(body, usual.clone())?;
+        if let Some(finding) = rules.iter().find_map(|it| look_at_access(it, &usual)) {
+            return Err(refuse(finding));
+        }
         let forwards = self.handle.forwards();
         let asked = rules.len();
         let there = rules.iter().map(|rule| self.find_same(rule, &forwards));
         let there: Vec<Option<ForwardId>> = there.collect::<Result<_, _>>()?;
+        let lacking = rules
+            .iter()
+            .zip(&there)
+            .filter(|(_, there)| there.is_none());
+        let lacking: Vec<Rule> = lacking.map(|(rule, _)| rule.clone()).collect();
+        look_at_targets_of(&lacking)?;
         let (mut ids, mut new) = (Vec::new(), Vec::new());
         for (rule, there) in rules.into_iter().zip(there) {
             if let Some(id) = there {
@@ -667,8 +682,8 @@ impl Api {
         is_told
     }
 
-    /// Tells the process that has taken over, if one has, what has become of the last connections. Nobody is told
-    /// anything after that.
+    /// Tells the process that has taken over, if one has, what has become of the last connections.
+    /// Nobody is told anything after that.
     pub(super) fn tell_successor_the_rest(&self) {
         self.tell_successor();
         *self.finishing() = None;
@@ -775,7 +790,27 @@ const ENDED: &str = "/v1/connections/ended";
 
 const EVENTS: &str = "/v1/events";
 
-/// Returns the forwards of a range that is written as an address, or named as it was when it was added.
+/// Says in the log what the targets of rules lack now, and refuses a target that can never work.
+fn look_at_targets_of(rules: &[Rule]) -> Result<(), Problem> {
+    let findings = look_at_targets(rules).unwrap_or_else(|why| {
+        warn!("the targets were not looked at: {why}");
+        Vec::new()
+    });
+    for finding in findings {
+        match finding.weight {
+            Weight::Mistake => return Err(refuse(finding)),
+            Weight::Note => warn!("{finding}"),
+        }
+    }
+    Ok(())
+}
+
+fn refuse(finding: Finding) -> Problem {
+    Problem::new(400, finding.what).with_remedy(finding.remedy)
+}
+
+/// Returns the forwards of a range that is written as an address, or named as it was when it was
+/// added.
 fn find_range<'a>(
     forwards: &'a [ForwardStatus],
     name: &str,
@@ -791,7 +826,7 @@ fn find_range<'a>(
     Ok(forwards.iter().filter(is_named).collect())
 }
 
-/// A forward on a line: its name, if it has one, and both its ends.
+/// Returns a forward on a line: its name, if it has one, and both its ends.
 fn describe(forward: &ForwardStatus) -> String {
     let name = forward.rule.name.as_ref();
     let name = name.map_or(String::new(), |name| format!("{name:?}: "));

@@ -49,8 +49,8 @@ pub(crate) enum Unanswered {
     Refused(Problem),
 }
 
-/// Returns how an hvsock that may be meant is named, with where the first of its forwards listens, if
-/// it says so in time.
+/// Returns how an hvsock that may be meant is named, with where the first of its forwards listens,
+/// if it says so in time.
 fn candidate(process: u32) -> String {
     /// One that is stopped never answers.
     const PATIENCE: Duration = Duration::from_secs(1);

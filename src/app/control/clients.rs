@@ -1,4 +1,5 @@
-//! The clients of a socket of the control interface: how many there are, and which has to go for a newcomer.
+//! The clients of a socket of the control interface: how many there are, and which has to go for a
+//! newcomer.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,7 +17,8 @@ const MOST_CLIENTS: usize = 256;
 /// Clients at a time of a socket that nobody has asked for.
 const FEW_CLIENTS: usize = 8;
 
-/// How many clients one socket has at a time: where descriptors are few they are for connections first.
+/// How many clients one socket has at a time: where descriptors are few they are for connections
+/// first.
 pub(super) fn most_clients(demand: Demand) -> usize {
     if demand == Demand::OwnAccord {
         return FEW_CLIENTS;
@@ -74,8 +76,8 @@ impl Client {
         }
     }
 
-    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before those whom
-    /// we do.
+    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before
+    /// those whom we do.
     fn right_to_stay(&self) -> (bool, Instant) {
         let (phase, since) = self.state();
         (phase == Phase::Waiting, since)

@@ -78,7 +78,8 @@ impl Endpoint {
         *recover(noted) = Arc::downgrade(listener);
     }
 
-    /// Leaves the socket and its file to another process, which has it: nobody is accepted here any more.
+    /// Leaves the socket and its file to another process, which has it: nobody is accepted here any
+    /// more.
     pub(super) fn give_away(&self) {
         if let Some(file) = self.listener().and_then(|listener| listener.file()) {
             file.leave();

@@ -357,7 +357,8 @@ impl hyper::rt::Write for Io {
 mod tests {
     use super::*;
 
-    /// Returns what a client that sends so much at a time is answered: with its request, if it is one.
+    /// Returns what a client that sends so much at a time is answered: with its request, if it is
+    /// one.
     fn ask(sent: impl AsRef<[u8]>, pace: usize) -> String {
         let (answer, client) = (
             async |it: Request| {

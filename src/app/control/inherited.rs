@@ -7,8 +7,8 @@ use super::model::Ended;
 use crate::engine::ended::MOST_REMEMBERED;
 use crate::lock::lock;
 
-/// The connections, in the order in which they were heard of: as many as a proxy remembers of its own,
-/// and no more together with these. Clones share them.
+/// The connections, in the order in which they were heard of: as many as a proxy remembers of its
+/// own, and no more together with these. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inherited(Arc<Mutex<VecDeque<Ended>>>);
 

@@ -1,12 +1,15 @@
-//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix socket.
+//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix
+//! socket.
 //!
 //! ```sh
 //! curl --unix-socket "$XDG_RUNTIME_DIR/hvsock/control.sock" http://hvsock/v1/forwards
-//! curl --unix-socket … http://hvsock/v1/forwards -d '{"name": "web", "listen": "tcp://127.0.0.1:0", "connect": "unix:///run/web.sock"}'
+//! curl --unix-socket … http://hvsock/v1/forwards \
+//!     -d '{"name": "web", "listen": "tcp://127.0.0.1:0", "connect": "unix:///run/web.sock"}'
 //! curl --unix-socket … http://hvsock/v1/forwards/web -X DELETE
 //! ```
 //!
-//! A forward without a name on port 0 is a new one each time it is added. All else that is added twice is there once.
+//! A forward without a name on port 0 is a new one each time it is added. All else that is added
+//! twice is there once.
 //!
 //! | call | what it does | answers |
 //! |---|---|---|
@@ -25,22 +28,25 @@
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
 //! | `GET /metrics` | the counters | Prometheus' text format |
 //!
-//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where there is one) with
-//! status 400 (what was asked makes no sense), 403 (it may not be), 404, 405, 408 (the request didn't come), 409 (it is
-//! in the way of something that is there), 413 and 431 (too long), 501, 503 (the proxy is stopping, or
-//! another change takes long), 500. One request a connection.
+//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where
+//! there is one) with status 400 (what was asked makes no sense), 403 (it may not be), 404, 405,
+//! 408 (the request didn't come), 409 (it is in the way of something that is there), 413 and 431
+//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. One request a
+//! connection.
 //!
 //! # Who is let in
 //!
-//! The user whose process it is, and nobody else, not even root: the socket's permissions, its directory's, and the
-//! kernel's word on who has connected see to that. A guest least of all: no forward may lead there
-//! ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should one be led there all the same (by a symbolic
-//! link that was changed later), who connects is our own process, and is refused for that. Another proxy of the same
-//! user's can't be told from the user.
+//! The user whose process it is, and nobody else, not even root: the socket's permissions, its
+//! directory's, and the kernel's word on who has connected see to that. A guest least of all: no
+//! forward may lead there ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should
+//! one be led there all the same (by a symbolic link that was changed later), who connects is our
+//! own process, and is refused for that. Another proxy of the same user's can't be told from the
+//! user.
 //!
 //! Guests, where they may control it at all, are told by their CIDs, if any is named.
 //!
-//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two guards is there for them.
+//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two
+//! guards is there for them.
 
 mod api;
 mod client;
@@ -146,8 +152,9 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
 /// Binds the sockets.
 ///
 /// # Errors
-/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied` if others could get
-/// at the control socket; what the system says otherwise: but see [`Unavailable`].
+/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied`
+/// if others could get at the control socket; what the system says otherwise: but see
+/// [`Unavailable`].
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
     open(options, |_, _| None)
 }
@@ -231,8 +238,8 @@ impl Bound {
             .collect()
     }
 
-    /// Where those are that were asked for, in words and as an address, and why nobody can be served
-    /// there, if so.
+    /// Where those are that were asked for, in words and as an address, and why nobody can be
+    /// served there, if so.
     pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;

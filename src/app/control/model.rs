@@ -76,8 +76,9 @@ pub(crate) struct Forward {
     /// Where it listens, with the port that was chosen if the rule says 0.
     pub(crate) listen: String,
     pub(crate) connect: String,
-    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone), `closed` (the proxy is stopping);
-    /// of those that aren't carried `waiting` (for its VM's directory) or `failed` (it is tried again).
+    /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone),
+    /// `closed` (the proxy is stopping); of those that aren't carried `waiting` (for its VM's
+    /// directory) or `failed` (it is tried again).
     pub(crate) state: String,
     /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
     pub(crate) why: Option<String>,
@@ -143,7 +144,8 @@ pub(crate) struct Connection {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Ended {
     pub(crate) id: u64,
-    /// The process that carried it, if that was another one, which was taken over from: the ids are that one's.
+    /// The process that carried it, if that was another one, which was taken over from: the ids are
+    /// that one's.
     #[serde(default)]
     pub(crate) carried_by: Option<u32>,
     /// The forward's id, which may have been removed.
@@ -297,8 +299,8 @@ pub(crate) struct Process {
 }
 
 impl Connection {
-    /// Returns connections as they are told, each with the program of its process: that is looked up
-    /// here, once for each process, and not by the proxy's workers.
+    /// Returns connections as they are told, each with the program of its process: that is looked
+    /// up here, once for each process, and not by the proxy's workers.
     pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<Connection> {
         let mut programs = HashMap::new();
         let told = statuses.iter().map(|status| Connection {
@@ -570,7 +572,8 @@ impl From<&ForwardStatus> for Forward {
 }
 
 impl Forward {
-    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at times.
+    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at
+    /// times.
     pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> Forward {
         Forward {
             id: None,
@@ -633,8 +636,8 @@ impl Vm {
         limit.is_some_and(|most| connections + lost + predecessor >= most)
     }
 
-    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do about
-    /// it.
+    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do
+    /// about it.
     pub(crate) fn slots(&self) -> String {
         let VmStatus {
             connections,

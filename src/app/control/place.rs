@@ -16,8 +16,8 @@ const NAME: &str = "control.sock";
 const PROGRAM: &str = "hvsock";
 
 /// Where the control socket is unless another place is asked for: in the user's runtime directory
-/// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's among the temporary
-/// files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
+/// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's
+/// among the temporary files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
 ///
 /// A directory that is named and isn't there, as after `su`, is passed over.
 pub(crate) fn default_path() -> PathBuf {
@@ -33,7 +33,8 @@ fn directory() -> PathBuf {
     places.swap_remove(at).1
 }
 
-/// The usual places, the first choice first: the directory that must be there, and the one of control sockets below it.
+/// The usual places, the first choice first: the directory that must be there, and the one of
+/// control sockets below it.
 fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
         env::var_os(name)
@@ -79,8 +80,8 @@ fn own_path_in(directory: &Path, process: u32) -> PathBuf {
     directory.join(format!("{process}.sock"))
 }
 
-/// The paths at which the control socket of a process may be that didn't name one, and may have been
-/// started in another environment: in each usual place its own, and the default one.
+/// The paths at which the control socket of a process may be that didn't name one, and may have
+/// been started in another environment: in each usual place its own, and the default one.
 pub(crate) fn paths_of(process: u32) -> impl Iterator<Item = PathBuf> {
     usual_directories().flat_map(move |it| [own_path_in(&it, process), it.join(NAME)])
 }
@@ -106,9 +107,10 @@ pub(super) fn process_of(place: &str) -> Option<u32> {
         .then_some(process)
 }
 
-/// Returns where the control socket is that is meant if none is named, of an hvsock that was started in
-/// another environment, perhaps: the first usual place at which one answers, or else the first one with
-/// a file; if there is none, that of the only process of this environment that has one of its own; or the default.
+/// Returns where the control socket is that is meant if none is named, of an hvsock that was
+/// started in another environment, perhaps: the first usual place at which one answers, or else the
+/// first one with a file; if there is none, that of the only process of this environment that has
+/// one of its own; or the default.
 pub(crate) fn find_path() -> PathBuf {
     let mut there = usual_paths();
     there.retain(|it| it.symlink_metadata().is_ok());
@@ -130,8 +132,9 @@ pub(crate) fn find_path() -> PathBuf {
     }
 }
 
-/// The sockets that processes of this environment have of their own, with the numbers of the processes.
-/// Some may be left of processes that were killed. Elsewhere there may be some that nobody here means.
+/// The sockets that processes of this environment have of their own, with the numbers of the
+/// processes. Some may be left of processes that were killed. Elsewhere there may be some that
+/// nobody here means.
 fn own_sockets() -> Vec<(u32, PathBuf)> {
     let directory = directory();
     // What is in a directory of somebody else's is nobody's of ours.
@@ -147,7 +150,8 @@ fn own_sockets() -> Vec<(u32, PathBuf)> {
     own.collect()
 }
 
-/// Returns the processes of this environment that have a control socket of their own, by their numbers.
+/// Returns the processes of this environment that have a control socket of their own, by their
+/// numbers.
 pub(super) fn processes_with_own_sockets() -> Vec<u32> {
     let own = own_sockets().into_iter();
     let mut processes: Vec<u32> = own
@@ -180,9 +184,10 @@ pub(super) fn address(path: &Path) -> Address {
     Address::Unix(UnixAddress::Path(path.to_path_buf()))
 }
 
-/// Sees to a directory for the socket at `path` in which nobody else can put one in its place: makes it if it isn't
-/// there, for this user alone. Of the default place it must be the user's alone; of another it will do that none but he and root
-/// can rename what is in it, for the socket itself lets nobody else in.
+/// Sees to a directory for the socket at `path` in which nobody else can put one in its place:
+/// makes it if it isn't there, for this user alone. Of the default place it must be the user's
+/// alone; of another it will do that none but he and root can rename what is in it, for the socket
+/// itself lets nobody else in.
 ///
 /// # Errors
 /// `PermissionDenied` if the directory is open to others; what the system says otherwise.

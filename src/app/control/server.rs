@@ -1,9 +1,9 @@
 //! The sockets of the control interface: who is let in, and how long they may take.
 //!
-//! One thread runs them all, with a task for each socket and each client. When there are too many for a
-//! newcomer, the client that has kept us waiting longest is put out for it: who asks is never kept by
-//! those who don't. What may block (a call, a look at the socket's file) is done on other threads, of
-//! which there are few.
+//! One thread runs them all, with a task for each socket and each client. When there are too many
+//! for a newcomer, the client that has kept us waiting longest is put out for it: who asks is never
+//! kept by those who don't. What may block (a call, a look at the socket's file) is done on other
+//! threads, of which there are few.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -80,8 +80,8 @@ impl Server {
     pub(super) fn start(doors: Vec<Door>, api: Arc<Api>) -> Result<Server> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // And one for all who read events, and for each socket those that bind it and look after
-            // its file.
+            // And one for all who read events, and for each socket those that bind it and look
+            // after its file.
             .max_blocking_threads(CALLS_AT_A_TIME + 1 + 2 * doors.len())
             .thread_name("hvsock-client")
             .build()
@@ -105,7 +105,8 @@ impl Drop for Server {
     fn drop(&mut self) {
         drop(self.stop.take());
         let ended = recover(self.ended.get_mut());
-        // To remove a socket's file may take for ever, as a disk does: the process ends all the same.
+        // To remove a socket's file may take for ever, as a disk does: the process ends all the
+        // same.
         let _ = ended.recv_timeout(LAST_ANSWERS + REMOVAL);
     }
 }
@@ -147,7 +148,8 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
     runtime.shutdown_background();
 }
 
-/// What a call on another thread has until all that it has made or used is dropped. Nothing is sent.
+/// What a call on another thread has until all that it has made or used is dropped. Nothing is
+/// sent.
 #[derive(Clone)]
 struct AtWork(#[expect(dead_code)] Sender<()>);
 
@@ -403,8 +405,9 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
     UnixStream::from_std(OwnedFd::from(socket).into())
 }
 
-/// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by way of this process,
-/// which is a client of some forward: a guest. Returns the process, where the system tells.
+/// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by
+/// way of this process, which is a client of some forward: a guest. Returns the process, where the
+/// system tells.
 fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
@@ -452,7 +455,8 @@ mod tests {
 
         use super::*;
 
-        /// The metrics at an address (which also clients of this process may have), and what listens there.
+        /// The metrics at an address (which also clients of this process may have), and what
+        /// listens there.
         fn start(
             address: &Address,
             actions: Actions,

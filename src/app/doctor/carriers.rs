@@ -4,15 +4,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::check::{Asked, Check};
-use crate::app::answering::{self, Hvsock};
+use crate::app::answering::{self, Hvsock, find_control_of};
 use crate::app::control::{self, Forward, Status, Vm, ask_status};
 use crate::keeper::status as keepers;
 
-/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that are
-/// listed: it may run in another container.
+/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
+/// are listed: it may run in another container.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What is done about slots that are taken by nobody.
+/// The remedy where the hvsock that was named is the wrong one.
+const OTHER: &str = "`hvsock ps` lists those that run, and what each leads to";
+
+/// The remedy where slots are lost.
 const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
 
 /// The hvsocks that were asked.
@@ -20,9 +23,15 @@ pub(super) struct Hvsocks {
     answers: Vec<Status>,
     /// Those that run and can't be asked.
     silent: Vec<Hvsock>,
-    /// Why the one that was named can't be asked.
+    named: Option<Named>,
+}
+
+/// The hvsock that a person has named as the one to ask.
+struct Named {
+    /// What it is called in a sentence: by its process or its control socket.
+    name: String,
+    /// Why it can't be asked.
     failure: Option<String>,
-    asked: Asked,
 }
 
 /// An hvsock that carries a VM.
@@ -33,19 +42,31 @@ pub(super) struct Carrier {
 
 impl Hvsocks {
     pub(super) fn ask(asked: &Asked) -> Hvsocks {
+        match asked {
+            Asked::All => Hvsocks::ask_all(),
+            Asked::At(path) => Hvsocks::ask_one(format!("the hvsock of {}", path.display()), path),
+            Asked::Process(id) => Hvsocks::ask_one(format!("hvsock {id}"), &find_control_of(*id)),
+        }
+    }
+
+    fn ask_one(name: String, control_socket: &Path) -> Hvsocks {
+        let (answers, failure) = match control::get::<Status>(control_socket, "/v1/status") {
+            Ok(status) => (vec![status], None),
+            Err(e) => (Vec::new(), Some(e.to_string())),
+        };
+        Hvsocks {
+            answers,
+            silent: Vec::new(),
+            named: Some(Named { name, failure }),
+        }
+    }
+
+    fn ask_all() -> Hvsocks {
         let mut all = Hvsocks {
             answers: Vec::new(),
             silent: Vec::new(),
-            failure: None,
-            asked: asked.clone(),
+            named: None,
         };
-        if let Asked::At(path) = asked {
-            match control::get::<Status>(path, "/v1/status") {
-                Ok(status) => all.answers.push(status),
-                Err(e) => all.failure = Some(e.to_string()),
-            }
-            return all;
-        }
         for hvsock in answering::find().unwrap_or_default() {
             match hvsock.status() {
                 Some(status) => all.answers.push(status),
@@ -73,25 +94,24 @@ impl Hvsocks {
         carriers.collect()
     }
 
-    /// Returns a check for each hvsock whose part in the VM isn't known, if there is one: the one that was
-    /// named, if it doesn't answer or has none, and those that can't be asked, if their words or the
-    /// keepers in the state directory say that they have one.
+    /// Returns a check for each hvsock of which it isn't known how it uses the VM. That is the one
+    /// that was named, if it doesn't answer or doesn't lead to the VM: then the check has failed.
+    /// Else it is each one that can't be asked, if its command line or a keeper in the state
+    /// directory says that it leads to the VM.
     pub(super) fn unknown(
         &self,
         name: &str,
         carriers: &[Carrier],
         directory: Option<&Path>,
     ) -> Vec<Check> {
-        if let Asked::At(path) = &self.asked {
-            let why = match (&self.failure, self.answers.first()) {
-                (Some(why), _) => why.clone(),
-                (None, Some(status)) if carriers.is_empty() => {
-                    format!("hvsock {} doesn't lead to the VM", status.pid)
-                }
-                (None, Some(_)) => return Vec::new(),
-                (None, None) => format!("no hvsock answers at {}", path.display()),
+        if let Some(named) = &self.named {
+            let why = match &named.failure {
+                Some(why) => why.clone(),
+                None if carriers.is_empty() => format!("{} doesn't lead to the VM", named.name),
+                None => return Vec::new(),
             };
-            return vec![Check::skipped(name, why)];
+            let (seen, remedy) = why.split_once("; ").unwrap_or((&why, OTHER));
+            return vec![Check::failed(name, seen, remedy)];
         }
         let Some(directory) = directory else {
             return Vec::new();
@@ -115,8 +135,8 @@ impl Hvsocks {
         processes.into_iter().map(unknown).collect()
     }
 
-    /// Returns the first forward of them of which that is true. One that has taken over from another
-    /// comes before that one.
+    /// Returns the first forward of them of which that is true. One that has taken over from
+    /// another comes before that one.
     pub(super) fn forward(&self, is_it: impl Fn(&Forward) -> bool) -> Option<&Forward> {
         let (old, current): (Vec<_>, Vec<_>) =
             self.answers.iter().partition(|it| it.successor.is_some());
@@ -172,50 +192,60 @@ impl Carrier {
     }
 }
 
-/// How the hvsocks that carry a VM use its slots together.
+/// How the hvsocks that carry a VM use its slots together, as far as they were asked.
 pub(super) struct Usage {
     /// Slots that are taken or lost.
-    pub(super) used: usize,
-    /// The most that one of them may take.
-    pub(super) limit: usize,
+    used: usize,
+    /// The most that one of them may take; `None` if none of them carries the VM.
+    limit: Option<usize>,
     carriers: Vec<(u32, usize)>,
+    /// The hvsock that was asked, if no other was.
+    asked_alone: Option<String>,
 }
 
 impl Usage {
-    /// Returns `None` if no hvsock carries the VM.
-    pub(super) fn of(carriers: &[Carrier]) -> Option<Usage> {
+    pub(super) fn of(hvsocks: &Hvsocks, carriers: &[Carrier]) -> Usage {
         let limits = carriers.iter().filter_map(|it| it.vm.status.limit);
-        let limit = limits.max()?;
+        let limit = limits.max();
         let used = |it: &Carrier| (it.process, it.vm.status.connections + it.vm.status.lost);
         let carriers: Vec<(u32, usize)> = carriers.iter().map(used).collect();
-        Some(Usage {
+        Usage {
             used: carriers.iter().map(|(_, used)| used).sum(),
             limit,
             carriers,
-        })
+            asked_alone: hvsocks.named.as_ref().map(|it| it.name.clone()),
+        }
     }
 
-    /// Returns how many of them each has: `hvsock 12 has 3 of them`.
-    pub(super) fn shares(&self) -> String {
+    /// Returns how many slots are taken of how many, if these are almost all.
+    pub(super) fn almost_all(&self) -> Option<(usize, usize)> {
+        let limit = self.limit?;
+        (self.used * 10 >= limit * 9).then_some((self.used, limit))
+    }
+
+    /// Returns how many of the slots each hvsock has, if there is one that carries the VM:
+    /// `hvsock 12 has 3 of them`.
+    pub(super) fn shares(&self) -> Option<String> {
+        self.limit?;
         let shares = self.carriers.iter();
         let shares = shares.map(|(process, used)| format!("hvsock {process} has {used} of them"));
-        shares.collect::<Vec<_>>().join(", ")
+        Some(shares.collect::<Vec<_>>().join(", "))
     }
-}
 
-/// Returns what is done about a VM that has no slot left.
-pub(super) fn end_some(usage: Option<&Usage>) -> String {
-    let users = usage.iter().flat_map(|it| &it.carriers);
-    let users = users.filter(|(_, used)| *used > 0);
-    let commands: Vec<String> = users
-        .map(|(process, _)| format!("`hvsock connections --pid {process}`"))
-        .collect();
-    let shown = match &commands[..] {
-        [] => "; no hvsock that can be asked has one".to_owned(),
-        [one] => format!(" ({one} shows them)"),
-        more => format!(" ({} show them)", more.join(" and ")),
-    };
-    format!(
-        "end some of its connections{shown}; slots that were lost come back when the VM is restarted"
-    )
+    /// Returns the remedy for a VM that has no slot left.
+    pub(super) fn remedy(&self) -> String {
+        let users = self.carriers.iter().filter(|(_, used)| *used > 0);
+        let commands: Vec<String> = users
+            .map(|(process, _)| format!("`hvsock connections --pid {process}`"))
+            .collect();
+        let shown = match (&commands[..], &self.asked_alone) {
+            ([], None) => "; no hvsock that can be asked has one".to_owned(),
+            ([], Some(name)) => format!("; {name} was asked alone, and has none"),
+            ([one], _) => format!(" ({one} shows them)"),
+            (more, _) => format!(" ({} show them)", more.join(" and ")),
+        };
+        format!(
+            "end some of its connections{shown}; slots that were lost come back when the VM is restarted"
+        )
+    }
 }

@@ -28,8 +28,10 @@ pub(crate) struct Plan {
 pub(crate) enum Asked {
     /// All that run.
     All,
-    /// The one that is controlled there.
+    /// The one whose control socket has that path.
     At(std::path::PathBuf),
+    /// That process.
+    Process(u32),
 }
 
 /// What came of a check.
@@ -44,7 +46,7 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// Its name in JSON.
+    /// Returns its name in JSON.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Verdict::Ok => "ok",
@@ -92,7 +94,7 @@ impl Check {
         Check::new(name, Verdict::Skipped, why)
     }
 
-    /// An error as a check that failed.
+    /// Makes a check that failed of an error.
     pub(super) fn error(name: impl fmt::Display, error: &Error) -> Check {
         let check = Check::new(name, Verdict::Failed, error.cause());
         match error.remedy() {

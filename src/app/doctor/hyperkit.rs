@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 
-use super::carriers::{Hvsocks, Usage, end_some};
+use super::carriers::{Hvsocks, Usage};
 use super::check::{Check, Plan};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
@@ -62,7 +62,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let connect = socket::examine("socket", &vm.connect_path(), START);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|directory| is_same(Path::new(directory), &vm.state_dir));
-    let usage = Usage::of(&carriers);
+    let usage = Usage::of(&hvsocks, &carriers);
     let not_dialled = |why| Guest {
         check: Check::skipped("guest", why),
         undialled: Some(why),
@@ -70,12 +70,12 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let guest = match connect.is_ok() {
         // It would take the dial when we have gone.
         true if process.stopped => not_dialled("hyperkit is stopped"),
-        true => guest(&vm, plan.patience, usage.as_ref()),
+        true => guest(&vm, plan.patience, &usage),
         false => not_dialled("there is no socket to dial it by"),
     };
     checks.extend([connect, guest.check]);
     checks.extend(ports.map(|(port, name)| match guest.undialled {
-        None => guest_port(&vm, *port, plan.patience, usage.as_ref()),
+        None => guest_port(&vm, *port, plan.patience, &usage),
         Some(why) => Check::skipped(name, why),
     }));
     checks.extend(host_ports.map(|(port, name)| {
@@ -93,13 +93,13 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     checks
 }
 
-/// Whether two paths lead to one directory.
+/// Returns whether two paths lead to one directory.
 fn is_same(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     real(one) == real(other)
 }
 
-/// Whether those who keep the VM whole have an hvsock.
+/// Checks whether each keeper of the VM still has its hvsock.
 fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
     let name = "keeper";
     let check = move |it: KeeperStatus| {
@@ -138,7 +138,8 @@ fn named_host_port(port: Port) -> String {
     format!("host port {port}")
 }
 
-/// Whether there is a state directory that can be looked into; if not, why nothing in it is.
+/// Checks whether there is a state directory that can be read; if not, returns why nothing in it is
+/// looked at.
 fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
     const MISSING: &str = "there is no state directory";
     const UNREADABLE: &str = "the state directory can't be read";
@@ -180,7 +181,7 @@ fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str
     (Check::ok(check, dir.display()), Ok(vm))
 }
 
-/// Whether the sockets' paths fit into socket addresses.
+/// Checks whether the sockets' paths fit into socket addresses.
 fn path(vm: &HyperkitVm) -> Check {
     let name = "path";
     let connect = vm.connect_path();
@@ -209,7 +210,7 @@ fn path(vm: &HyperkitVm) -> Check {
     Check::ok(name, format_args!("{length} bytes, of {limit} at most"))
 }
 
-/// Whether the guest's CID is the one that it will be asked for by: another one is refused like a port.
+/// Checks whether the guest's CID is the one that is dialled: another one is refused as a port is.
 fn cid(vm: &HyperkitVm) -> Check {
     let name = "cid";
     let configured = hyperkit::configured_cid(&vm.state_dir);
@@ -247,7 +248,7 @@ fn cid(vm: &HyperkitVm) -> Check {
     Check::ok(name, format_args!("{asked}, {source}"))
 }
 
-/// The CIDs and ports of the sockets in the directory.
+/// Returns the CIDs and ports of the sockets in the directory.
 fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
     let entries = fs::read_dir(&vm.state_dir).into_iter().flatten().flatten();
     let prefix = vm.prefix.clone();
@@ -280,7 +281,7 @@ impl From<Check> for Process {
     }
 }
 
-/// Whether the process that hyperkit.pid names runs.
+/// Checks whether the process that hyperkit.pid names runs.
 fn process(vm: &HyperkitVm) -> Process {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
@@ -327,7 +328,7 @@ fn process(vm: &HyperkitVm) -> Process {
     }
 }
 
-/// The state of a process, and the name of its program, where `ps` is there to ask.
+/// Returns the state of a process, and the name of its program, where `ps` is there to ask.
 fn ps(pid: i32) -> Option<(String, String)> {
     let mut ps = Command::new("ps");
     ps.args(["-o", "state=", "-o", "comm=", "-p", &pid.to_string()]);
@@ -337,7 +338,7 @@ fn ps(pid: i32) -> Option<(String, String)> {
     Some((state.to_owned(), program.to_owned()))
 }
 
-/// Whether hyperkit has descriptors for as many connections as it has room for.
+/// Checks whether hyperkit has descriptors for as many connections as it has room for.
 fn limits(pid: i32) -> Check {
     let name = "limits";
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
@@ -374,7 +375,7 @@ enum Answer {
     EndedUnread,
 }
 
-/// Dials a port that nobody can have.
+/// Dials a port on which no program can listen.
 fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
     let probe = vm.probe_address().into();
@@ -397,7 +398,7 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     Ok(answer)
 }
 
-/// Returns whether the system itself said that nobody listens.
+/// Returns whether the system itself said that nothing listens.
 fn is_absent(error: &crate::error::Error) -> bool {
     error.cause().raw_os_error().is_some()
 }
@@ -408,8 +409,9 @@ fn was_ended_unread(stream: &Stream) -> bool {
     error.is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
-/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no descriptor left, say) would
-/// be found closed when it is: that hangs the device. It is given ten seconds.
+/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no
+/// descriptor left, say) would be found closed when it is: that hangs the device. It is given ten
+/// seconds.
 fn close_gracefully(stream: &Stream, time: Duration) -> io::Result<()> {
     const UNTAKEN: Duration = Duration::from_secs(10);
     let time = match stream.untaken() {
@@ -431,8 +433,8 @@ struct Guest {
     undialled: Option<&'static str>,
 }
 
-/// Whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: Option<&Usage>) -> Guest {
+/// Checks whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
+fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> Guest {
     let answer = probe(vm, patience);
     Guest {
         undialled: match &answer {
@@ -447,23 +449,23 @@ fn guest(vm: &HyperkitVm, patience: Duration, usage: Option<&Usage>) -> Guest {
 }
 
 /// Says what came of the dial.
-fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Usage>) -> Check {
+fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
     match answer {
         Ok(Answer::EndedUnread) => {
-            let ours = usage.map(|it| format!("; {}", it.shares()));
+            let ours = usage.shares().map(|shares| format!("; {shares}"));
             let ours = ours.unwrap_or_default();
             let seen = format!("hyperkit ended the dial unread: all its slots are taken{ours}");
-            Check::failed(name, seen, &end_some(usage))
+            Check::failed(name, seen, &usage.remedy())
         }
-        Ok(Answer::After(took)) => match usage.filter(|it| it.used * 10 >= it.limit * 9) {
+        Ok(Answer::After(took)) => match usage.almost_all() {
             // The guest refuses so, and a device without a slot may do.
-            Some(Usage { used, limit, .. }) => {
+            Some((used, limit)) => {
                 let seen = format!(
                     "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
                 );
-                Check::warning(name, seen, &end_some(usage))
+                Check::warning(name, seen, &usage.remedy())
             }
             None => {
                 let took = took.as_secs_f64() * 1e3;
@@ -486,11 +488,11 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: Option<&Us
     }
 }
 
-/// Whether a program in the guest listens on a port.
+/// Checks whether a program in the guest listens on a port.
 ///
-/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is refused, ours has been
-/// answered, too.
-fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Usage>) -> Check {
+/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is
+/// refused, ours has been answered, too.
+fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {
         Ok(stream) => stream,
@@ -500,7 +502,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Us
     if matches!(answered, Ok(Answer::EndedUnread)) || was_ended_unread(&stream) {
         let _ = close_gracefully(&stream, patience);
         let seen = "hyperkit ended the dial unread: all its slots are taken";
-        return Check::failed(name, seen, &end_some(usage));
+        return Check::failed(name, seen, &usage.remedy());
     }
     let readable = stream.wait(Wanted::Readable, Duration::ZERO);
     let refused = readable.unwrap_or(true) && stream.has_ended();
@@ -528,7 +530,7 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: Option<&Us
     }
 }
 
-/// Sockets that guests may dial, and that nobody listens on.
+/// Checks whether there are sockets that guests may dial, and on which nothing listens.
 fn left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
     let ports = sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
     let ports = ports.map(|(_, port)| Port(port));

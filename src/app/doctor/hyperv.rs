@@ -37,7 +37,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     checks
 }
 
-/// The VM that a person calls so, by its name or id.
+/// Finds the VM that has this name or id.
 fn vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
     let id = match name.parse().map(VmId) {
         Ok(id) => id,
@@ -56,7 +56,7 @@ fn vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
     }
 }
 
-/// Whether Hyper-V lets guests dial a port of this host.
+/// Checks whether Hyper-V lets guests dial a port of this host.
 fn registered(port: Port) -> Check {
     let name = format!("host port {port}");
     let id = ServiceId::from_port(port);

@@ -1,8 +1,8 @@
 //! What can be wrong on the way to a VM, tried one by one, each with its remedy.
 //!
-//! A check that can't be made because an earlier one failed is skipped, and says so. The VM is asked as little as can be:
-//! each dial is written, answered and closed as hyperkit's device needs it (`hyperkit.md`), and sockets are
-//! looked at without connecting to them.
+//! A check that can't be made because an earlier one failed is skipped, and says so. The VM is
+//! asked as little as can be: each dial is written, answered and closed as hyperkit's device needs
+//! it (`hyperkit.md`), and sockets are looked at without connecting to them.
 
 #[cfg(unix)]
 mod carriers;

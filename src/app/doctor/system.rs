@@ -5,7 +5,7 @@ use crate::error::counted;
 use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
-/// Whether a proxy would have descriptors enough for as many connections as one VM can have.
+/// Checks whether a proxy would have descriptors enough for as many connections as one VM can have.
 pub(super) fn descriptors() -> Check {
     let name = "descriptors";
     // As the proxy does before it begins.
@@ -28,7 +28,7 @@ pub(super) fn descriptors() -> Check {
     }
 }
 
-/// Whether AF_VSOCK can be used here, and who this system is to others.
+/// Checks whether AF_VSOCK can be used here, and which CID this system has.
 #[cfg(target_os = "linux")]
 pub(super) fn vsock() -> Option<Check> {
     use crate::address::{CID_HOST, is_guest_cid};

@@ -14,9 +14,9 @@ use crate::sys;
 /// How long a target on TCP may take to be connected.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Checks the target of the forward that takes what the guest dials on `port`: one on TCP is connected
-/// to, a Unix socket is looked at, and of others the last refusal is told. `None` if no hvsock that was
-/// asked has such a forward.
+/// Checks the target of the forward that takes what the guest dials on `port`: one on TCP is
+/// connected to, a Unix socket is looked at, and of others the last refusal is told. `None` if no
+/// hvsock that was asked has such a forward.
 pub(super) fn examine(name: &str, vm: &HyperkitVm, port: Port, hvsocks: &Hvsocks) -> Option<Check> {
     let forward = hvsocks.forward(|it| is_dialled(it, vm, port))?;
     let target = &forward.connect;
@@ -44,7 +44,7 @@ fn is_dialled(forward: &Forward, vm: &HyperkitVm, port: Port) -> bool {
     listen.guest_port() == Some(port) && listen.hyperkit_vm().is_some_and(is_of_vm)
 }
 
-/// Whether a target takes connections, as far as that can be known without disturbing it.
+/// Looks whether a target takes connections, as far as that can be known without disturbing it.
 fn look_at(target: &str) -> Option<io::Result<()>> {
     match target.parse().ok()? {
         address @ Address::Tcp(_) => {

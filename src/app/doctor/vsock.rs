@@ -18,6 +18,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
         _ => checks.extend(system::vsock()),
     }
+    let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|place| match VmPlace::parse(place) {
         Some(Ok(other)) => is_same(&other, vm),
@@ -33,7 +34,6 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
         _ => None,
     };
     checks.extend(hvsocks.unknown("health", &carriers, path));
-    let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
     checks.extend(plan.ports.iter().map(|port| {
         let name = format!("port {port}");
         match can_dial {
@@ -49,7 +49,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
     checks
 }
 
-/// Whether two places are one VM's, however its socket's path is spelled.
+/// Returns whether two places are one VM's, however its socket's path is spelled.
 fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
     let same = |vm: &VmPlace| match vm.any() {
@@ -59,7 +59,7 @@ fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     same(one) == same(other)
 }
 
-/// Whether a program in the guest takes a connection to this address.
+/// Checks whether a program in the guest takes a connection to this address.
 fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     match Stream::connect_timeout(address, patience) {
         Ok(stream) => {
@@ -70,7 +70,7 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     }
 }
 
-/// Whether a program of the host listens for the dials of the guest.
+/// Checks whether a program of the host listens for the dials of the guest.
 fn host_port(vm: &VmPlace, port: Port) -> Check {
     let name = format!("host port {port}");
     match vm {

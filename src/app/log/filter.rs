@@ -18,7 +18,7 @@ const PARTS: [(&str, &[&str]); 6] = [
     ("vm", &["hvsock::engine::health"]),
 ];
 
-/// The filter that is taken where none is given: level info.
+/// Returns the filter that is taken where none is given: level info.
 pub(super) fn usual() -> EnvFilter {
     EnvFilter::default().add_directive(LevelFilter::INFO.into())
 }

@@ -35,7 +35,8 @@ const VARIABLE: &str = "HVSOCK_LOG";
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Log")]
 pub(crate) struct LogOptions {
-    /// Append the log to a file instead of standard error; SIGHUP opens it again, and does not end the process then
+    /// Append the log to a file instead of standard error; SIGHUP opens it again, and does not end
+    /// the process then
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
     /// How a line looks [default: journal under systemd's journal, else text]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::app::serve::{LOOK, Stop, close_gracefully};
 use crate::lock::{lock, recover};
 use crate::stream::Stream;
+use crate::thread::start_scoped_thread;
 
 use super::data::Data;
 use super::exchange::{Done, Exchange};
@@ -17,8 +18,9 @@ use super::{Load, Plan, Progress};
 /// Between two dials of a hyperkit VM (rule 5 of a good neighbour).
 const PACE: Duration = Duration::from_micros(150);
 
-/// How many connections to a hyperkit VM may end without a sign of life from its guest. The device keeps each of them,
-/// and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this leaves room.
+/// How many connections to a hyperkit VM may end without a sign of life from its guest. The device
+/// keeps each of them, and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this
+/// leaves room.
 const MOST_SILENT: u64 = 64;
 
 /// So many dials in a row that come to nothing say that there is no server any more.
@@ -62,9 +64,10 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
     let lanes = (plan.parallel as u64).min(plan.connections);
     thread::scope(|scope| {
         for _ in 0..lanes {
-            let lane = thread::Builder::new().spawn_scoped(scope, || run.lane());
+            let lane = || run.lane();
+            let lane = start_scoped_thread(scope, "hvsock-lane", "for connections", lane);
             if let Err(e) = lane {
-                lock(&run.report).note(format!("no thread for a connection: {e}"));
+                lock(&run.report).note(e.to_string());
                 run.stop.ask();
                 break;
             }
@@ -76,7 +79,7 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
 }
 
 impl Run<'_> {
-    /// One connection after the other.
+    /// Makes one connection after the other.
     fn lane(&self) {
         let mut latencies = Latencies::default();
         while !self.stop.is_asked() {

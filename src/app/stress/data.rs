@@ -1,11 +1,12 @@
-//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be compared.
+//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be
+//! compared.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a buffer's worth that
-/// is lost, doubled or swapped never goes unseen.
+/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a
+/// buffer's worth that is lost, doubled or swapped never goes unseen.
 #[derive(Clone, Debug)]
 pub(super) struct Data {
     pub(super) seed: u64,
@@ -24,7 +25,7 @@ impl Data {
         }
     }
 
-    /// The bytes from `position` on, at least one and at most `len`.
+    /// Returns the bytes from `position` on, at least one and at most `len`.
     pub(super) fn at(&self, position: u64, len: u64) -> &[u8] {
         let from = (position % BLOCK as u64) as usize;
         let rest = &self.block[from..];
@@ -32,7 +33,7 @@ impl Data {
         &rest[..rest.len().min(len)]
     }
 
-    /// The first position at which `bytes` are not those from `position` on.
+    /// Returns the first position at which `bytes` are not those from `position` on.
     pub(super) fn difference(&self, mut position: u64, mut bytes: &[u8]) -> Option<u64> {
         while !bytes.is_empty() {
             let right = self.at(position, bytes.len() as u64);
@@ -48,8 +49,8 @@ impl Data {
     }
 }
 
-/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up BYTES SEED START`.
-/// A connection that begins with anything else is echoed.
+/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up
+/// BYTES SEED START`. A connection that begins with anything else is echoed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Request {
     pub(super) way: Way,

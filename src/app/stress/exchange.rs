@@ -302,7 +302,7 @@ impl Exchange<'_> {
         vec![0; usize::try_from(*self.plan.buffer.end()).unwrap_or(usize::MAX)]
     }
 
-    /// How much is to be read at once.
+    /// Returns how much is to be read at once.
     fn draw(&mut self, buffer: &[u8]) -> usize {
         let len = self.rng.u64(self.plan.buffer.clone());
         usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len())

@@ -1,4 +1,5 @@
-//! Stress and measurement of a path: clients that send and a server that answers, every byte compared.
+//! Stress and measurement of a path: clients that send and a server that answers, every byte
+//! compared.
 
 mod client;
 mod data;

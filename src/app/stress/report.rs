@@ -65,12 +65,12 @@ impl Report {
         self.notes.push(escape::line(&what).into_owned());
     }
 
-    /// Whether every connection that was asked for was made, and whole.
+    /// Returns whether every connection that was asked for was made, and whole.
     pub(crate) fn is_whole(&self) -> bool {
         self.whole == self.wanted && self.notes.is_empty()
     }
 
-    /// One line that says what is wrong, if anything is.
+    /// Returns a line that says what is wrong, if anything is.
     pub(crate) fn verdict(&self) -> Option<String> {
         let missing = self.wanted - self.whole - self.failed;
         match (self.failed, missing) {

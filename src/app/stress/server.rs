@@ -61,8 +61,8 @@ fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str,
 /// Reads a request's line, and no byte more; or `None`, and what came instead of one.
 fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<Request>> {
     while came.len() < LONGEST_LINE {
-        // Of a request that is under way, its line ends before anything else begins: bytes are read one by one. Of
-        // anything else the first bytes tell.
+        // Of a request that is under way, its line ends before anything else begins: bytes are read
+        // one by one. Of anything else the first bytes tell.
         let mut byte = [0];
         if stream.read(&mut byte)? == 0 {
             return Ok(None);

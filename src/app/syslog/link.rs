@@ -1,9 +1,10 @@
 //! The connection to the collector.
 //!
-//! A collector says nothing, so that nothing tells what it has read. What tells that it may not have is the end of the
-//! connection, and that it has not is the kernel, of bytes that nobody has taken yet. So what was written shortly before
-//! the end, or was not taken, goes once more over the next connection: it may come twice, and is not lost. Who accepts
-//! for a collector that is away (a proxy) ends the connection at once.
+//! A collector answers nothing, so it isn't known what it has read. That it may not have read all
+//! is told by the end of the connection; that it has not, by the kernel, of bytes that were not
+//! taken yet. So what was written shortly before the end, or was not taken, goes once more over the
+//! next connection: it may come twice, and is not lost. A proxy that accepts for a collector that
+//! is away ends the connection at once.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -21,8 +22,9 @@ use crate::sys::Wanted;
 /// How long a dial may take.
 const DIAL: Duration = Duration::from_secs(5);
 
-/// How long there is no other dial after one that came to nothing, doubled with each. Not too often: a guest that dials
-/// where nobody listens hangs hyperkit's device, once in some ten thousand times.
+/// How long there is no other dial after one that came to nothing, doubled with each. Not too
+/// often: a guest that dials where nobody listens hangs hyperkit's device, once in some ten
+/// thousand times.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -41,10 +43,10 @@ pub(super) struct Link<'a> {
     target: &'a Address,
     stop: &'a Stop,
     connection: Option<Connection>,
-    /// No dial before; and how long there is none after the next that comes to nothing.
+    /// When the next dial may begin, and how long the pause is if that one fails.
     next: Instant,
     pause: Duration,
-    /// It was told that nothing is delivered.
+    /// Whether it was said that nothing is delivered.
     complained: bool,
     /// When the last messages must have gone.
     end: Cell<Option<Instant>>,
@@ -63,7 +65,7 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Whether there is no more time for what is left.
+    /// Returns whether there is no more time for what is left.
     pub(super) fn is_over(&self) -> bool {
         if self.stop.is_asked() && self.end.get().is_none() {
             self.end.set(Some(Instant::now() + LAST));
@@ -72,7 +74,7 @@ impl<'a> Link<'a> {
         self.stop.is_urgent() || self.end.get().is_some_and(is_late)
     }
 
-    /// How long until it may be tried again.
+    /// Returns how long it is until the next dial may be tried.
     pub(super) fn pause(&self) -> Duration {
         match self.connection {
             Some(_) => Duration::ZERO,
@@ -80,7 +82,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection has ended.
+    /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection
+    /// has ended.
     pub(super) fn deliver(&mut self, kept: &Kept) {
         loop {
             if let Some(why) = self.connection.as_mut().and_then(Connection::end_of) {
@@ -140,7 +143,7 @@ impl<'a> Link<'a> {
         kept.lock().put_back(connection.into_sent());
     }
 
-    /// After a dial that came to nothing: tells of it, once, and has the next one wait.
+    /// Tells of a dial that came to nothing, once, and has the next one wait.
     fn complain(&mut self, what: std::fmt::Arguments<'_>) {
         self.next = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -160,7 +163,8 @@ impl<'a> Link<'a> {
         }
     }
 
-    /// Ends the connection, all that was written having arrived; how many messages may not have been delivered.
+    /// Ends the connection, all that was written having arrived; how many messages may not have
+    /// been delivered.
     pub(super) fn end(mut self, kept: &Kept) -> u64 {
         if let Some(mut connection) = self.connection.take()
             && (connection.end_of().is_some() || !connection.end())
@@ -180,9 +184,10 @@ struct Connection {
     /// Written lately, or not taken yet; and when.
     sent: VecDeque<(Instant, Frame)>,
     sent_bytes: usize,
-    /// When the peer said that it has nothing to say. It may have gone altogether: only a write tells.
+    /// When the peer said that it has nothing to say. It may have gone altogether: only a write
+    /// tells.
     silent_since: Option<Instant>,
-    /// It has not: something written after that had no reset for an answer.
+    /// The peer has not gone: a write after that was not answered by a reset.
     is_there: bool,
     /// The last frame was not written to its end.
     torn: bool,
@@ -205,7 +210,7 @@ impl Connection {
         self.since.elapsed() < RECENT
     }
 
-    /// How the peer has ended it, if it has. What else it says is of no interest.
+    /// Returns how the peer has ended it, if it has. What else it says is of no interest.
     fn end_of(&mut self) -> Option<String> {
         self.forget();
         loop {
@@ -213,7 +218,8 @@ impl Connection {
                 Ok(None) => return None,
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
-                    // An empty write fails where the family tells a half-close from a close. TCP doesn't.
+                    // An empty write fails where the family tells a half-close from a close. TCP
+                    // doesn't.
                     let gone =
                         self.stream.is_hung_up() || again((&self.stream).write(&[])).is_err();
                     return gone.then(|| "it was ended".to_owned());
@@ -294,12 +300,12 @@ impl Connection {
         }
     }
 
-    /// What may be lost with it.
+    /// Returns the frames that may be lost with it.
     fn into_sent(self) -> impl DoubleEndedIterator<Item = Frame> {
         self.sent.into_iter().map(|(_, frame)| frame)
     }
 
-    /// The peer may have gone, and what it was given with it.
+    /// Returns whether the peer may have gone, and what it was given with it.
     fn is_doubted(&self) -> bool {
         self.silent_since.is_some() && !self.is_there
     }

@@ -1,7 +1,7 @@
 //! Syslog messages of local programs, carried over a stream: what vsudd's `-syslog` did.
 //!
-//! Programs write datagrams to a Unix socket, as `/dev/log` is one. Each goes on as a frame of RFC 6587's octet counting
-//! (RFC 5425 has the same): its length in decimal, a space, its bytes.
+//! Programs write datagrams to a Unix socket, as `/dev/log` is one. Each goes on as a frame of RFC
+//! 6587's octet counting (RFC 5425 has the same): its length in decimal, a space, its bytes.
 
 mod link;
 mod queue;
@@ -21,12 +21,13 @@ use crate::listener::file::{self, SocketFile};
 use crate::listener::lasting::FileWatch;
 use crate::stream::closer;
 use crate::sys::{self, AsSocket, Wanted};
+use crate::thread::start_scoped_thread;
 
 use link::Link;
 use queue::Kept;
 
-/// How long a message may be; longer ones are cut off, as syslog daemons do. Linux' `net.core.wmem_default` lets no
-/// program send more than some 200 KiB.
+/// How long a message may be; longer ones are cut off, as syslog daemons do. Linux'
+/// `net.core.wmem_default` lets no program send more than some 200 KiB.
 const LONGEST_MESSAGE: usize = 256 * 1024;
 
 /// The socket that programs write to.
@@ -59,22 +60,24 @@ impl Log {
     }
 }
 
-/// Carries messages from `log` to `target` until `stop` is asked for; how many were not delivered. A connection that is
-/// lost is made again, and what came meanwhile is kept, in bounds.
+/// Carries messages from `log` to `target` until `stop` is asked for; how many were not delivered.
+/// A connection that is lost is made again, and what came meanwhile is kept, in bounds.
 ///
 /// # Errors
 /// What taking messages says.
 pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> {
     let kept = Kept::default();
     thread::scope(|scope| {
-        // Apart from the dials, however long those take: the kernel keeps a few messages only, and then programs wait.
-        let taking = scope.spawn(|| {
+        // Apart from the dials, however long those take: the kernel keeps a few messages only, and
+        // then programs wait.
+        let taking = || {
             let taken = take(log, &kept, stop);
             if taken.is_err() {
                 stop.ask();
             }
             taken
-        });
+        };
+        let taking = start_scoped_thread(scope, "hvsock-take", "to take messages", taking)?;
         let mut link = Link::new(target, stop);
         while !(link.is_over() || taking.is_finished() && kept.is_empty()) {
             match link.pause() {

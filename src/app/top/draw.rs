@@ -15,16 +15,16 @@ use crate::app::control::{Status, Vm, age};
 use crate::error::counted;
 use crate::proxy::ConnectionState;
 
-/// From these widths on there is room for how many connections a forward has; for how many it refused; for sparklines;
-/// for where a forward listens; and for where it connects to.
+/// From these widths on there is room for how many connections a forward has; for how many it
+/// refused; for sparklines; for where a forward listens; and for where it connects to.
 const LIVE: u16 = 52;
 const REFUSED: u16 = 60;
 const SPARKS: u16 = 76;
 const LISTEN: u16 = 110;
 const CONNECT: u16 = 140;
 
-/// From these on for the forward of a connection; for how fast it is; for that in each direction; for how much it moved
-/// and how old it is; and for its state in full.
+/// From these on for the forward of a connection; for how fast it is; for that in each direction;
+/// for how much it moved and how old it is; and for its state in full.
 const FORWARD: u16 = 54;
 const RATE: u16 = 66;
 const RATES: u16 = 80;
@@ -367,7 +367,7 @@ fn speed(rate: u64) -> String {
     }
 }
 
-/// The latest values as bars of eighths, the highest of them full.
+/// Draws the latest values as bars of eighths, the highest of them full.
 pub(super) fn sparkline(values: &[u64], width: usize) -> String {
     let shown = &values[values.len().saturating_sub(width)..];
     let most = shown.iter().copied().max().unwrap_or(0).max(1);

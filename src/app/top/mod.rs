@@ -1,5 +1,5 @@
-//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been heard in a
-//! [`Model`], and draws that.
+//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been
+//! heard in a [`Model`], and draws that.
 
 mod draw;
 mod keys;
@@ -21,6 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 
 use crate::app::control::{self, Unanswered};
 use crate::sys::{self, Wanted};
+use crate::thread::start_thread;
 use keys::{Wish, press};
 use model::{Model, Sample};
 
@@ -30,10 +31,10 @@ const EVERY: Duration = Duration::from_secs(1);
 /// How often it is looked for an answer or a signal while no key is pressed.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Shows the hvsock whose control socket is at `path`, until the user has had enough.
+/// Shows the hvsock whose control socket is at `path`, until the user ends it.
 ///
 /// # Errors
-/// If nobody answers there to begin with; what the terminal says.
+/// If there is no answer at the start; the terminal's errors.
 pub(crate) fn run(path: &Path) -> io::Result<()> {
     let mut model = Model::default();
     model.heard(ask(path).map_err(io::Error::other)?);
@@ -41,10 +42,12 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
     for signal in [SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&end))?;
     }
-    // Of one: what nobody takes, as while the terminal is stopped, must not pile up.
+    // Of one: what is not taken, as while the terminal is stopped, must not pile up.
     let (tell, told) = sync_channel(1);
     let place: PathBuf = path.to_owned();
-    thread::spawn(move || keep_asking(&place, &tell));
+    start_thread("hvsock-ask", "to ask for the status", move || {
+        keep_asking(&place, &tell);
+    })?;
     let (answer, answers) = channel();
     let _screen = Screen;
     let mut terminal = ratatui::try_init()?;
@@ -88,15 +91,19 @@ impl Drop for Screen {
 /// the screen doesn't wait for it.
 fn close(path: &Path, id: u64, answer: Sender<String>) {
     let path = path.to_owned();
-    thread::spawn(move || {
+    let failing = answer.clone();
+    let close = move || {
         let call = format!("/v1/connections/{id}");
         let closed = control::ask(&path, "DELETE", &call, "");
-        // Nobody looks any more, perhaps.
+        // The view may have ended.
         let _ = answer.send(match closed {
             Ok(_) => format!("closed {id}"),
             Err(why) => why.to_string(),
         });
-    });
+    };
+    if let Err(e) = start_thread("hvsock-close", "to close a connection", close) {
+        let _ = failing.send(e.to_string());
+    }
 }
 
 fn take(model: &mut Model, told: &Receiver<Result<Sample, String>>) {
@@ -116,7 +123,7 @@ fn ask(path: &Path) -> Result<Sample, Unanswered> {
     })
 }
 
-/// Asks until nobody wants to hear any more.
+/// Asks once a second, until the view has ended.
 fn keep_asking(path: &Path, tell: &SyncSender<Result<Sample, String>>) {
     loop {
         thread::sleep(EVERY);

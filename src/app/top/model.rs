@@ -127,7 +127,7 @@ pub(super) struct Model {
     pub(super) status: Option<Status>,
     lanes: Vec<Lane>,
     connections: Vec<Busy>,
-    /// Why nobody answers any more.
+    /// Why there is no answer any more.
     pub(super) trouble: Option<String>,
     pub(super) sort: Sort,
     /// How many forwards are above those shown.
@@ -165,7 +165,7 @@ impl Model {
         self.scroll(0);
     }
 
-    /// Nobody answers any more.
+    /// Notes that there is no answer any more.
     pub(super) fn lost(&mut self, why: String) {
         self.trouble = Some(why);
     }
@@ -304,7 +304,7 @@ impl Model {
         self.connections.iter().find(|it| it.connection.id == id)
     }
 
-    /// The forwards in the order that is wanted, from where it was scrolled to.
+    /// Returns the forwards in the order that is wanted, from where it was scrolled to.
     pub(super) fn lanes(&self) -> Vec<&Lane> {
         let mut lanes: Vec<&Lane> = self.lanes.iter().collect();
         match self.sort {
@@ -315,7 +315,7 @@ impl Model {
         lanes.split_off(self.scrolled.min(lanes.len()))
     }
 
-    /// The rate of all forwards together.
+    /// Returns the rate of all forwards together.
     pub(super) fn rate(&self) -> Rate {
         let rates = self.lanes.iter().map(Lane::rate);
         rates.fold(Rate::default(), |sum, rate| Rate {
@@ -339,7 +339,7 @@ impl Model {
     }
 }
 
-/// Of what is heard first no rate is known.
+/// Returns a rate; of what is heard first none is known, and it is 0.
 fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
     match passed {
         Some(passed) if !passed.is_zero() => {
@@ -349,7 +349,7 @@ fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
     }
 }
 
-/// What a forward is called in a narrow column: by where it listens, if it has no name.
+/// Returns what a forward is called in a narrow column: where it listens, if it has no name.
 pub(super) fn called(forward: &Forward) -> String {
     if let Some(name) = &forward.name {
         return name.clone();

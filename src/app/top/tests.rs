@@ -94,8 +94,8 @@ fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> 
     }
 }
 
-/// A model that has heard twice, 2 s apart: web1 sends 2 KiB a second, web2 receives 5 KiB, and the second of three
-/// connections is the busiest.
+/// A model that has heard twice, 2 s apart: web1 sends 2 KiB a second, web2 receives 5 KiB, and the
+/// second of three connections is the busiest.
 fn model() -> Model {
     let start = Instant::now();
     let mut model = Model::default();

@@ -12,8 +12,8 @@
 //! dial of a port on which nobody listens, which the kernel refuses as soon as it runs. The same
 //! probe tells whether the dial of a held client was taken.
 //!
-//! A guest dials the host whether there is a slot or not, and each of its dials has taken one by the
-//! time it is accepted. So a guest's dials are bounded by their end: those beyond their quota
+//! A guest dials the host whether there is a slot or not, and each of its dials has taken one by
+//! the time it is accepted. So a guest's dials are bounded by their end: those beyond their quota
 //! ([`guests`]) are not served, but ended at once, gracefully.
 //!
 //! What is counted are the slots that the device counts. A connection that was closed though its

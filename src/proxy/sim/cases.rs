@@ -112,7 +112,8 @@ fn play(plan: Plan) {
     play_orders(plan, ORDERS, MOST_STEPS);
 }
 
-/// Plays a plan in so many orders, each of which has fewer steps than `most`. Returns what happened.
+/// Plays a plan in so many orders, each of which has fewer steps than `most`. Returns what
+/// happened.
 fn play_orders(mut plan: Plan, orders: u64, most: u64) -> BTreeMap<&'static str, u64> {
     keep_panics();
     let mut counts = BTreeMap::new();
@@ -481,7 +482,8 @@ fn a_guest_that_falls_silent_is_logged_once() {
         plan.acts = vec![(ms(170_000), Act::Look)];
         let mut idle = plan.clone();
 
-        // Twice: while the VMM may still answer the dials themselves, and when they are long closed.
+        // Twice: while the VMM may still answer the dials themselves, and when they are long
+        // closed.
         for resumes in [80_000, 150_000] {
             let mut plan = plan.clone();
             let mut vm = vm();

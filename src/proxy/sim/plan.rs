@@ -688,8 +688,8 @@ impl Plan {
     }
 
     /// How many clients of a VM are let in: those that there are slots for, where one rule leads
-    /// there (clients are queued per rule) and none is made to, unless some come before or are held,
-    /// or what had slots is gone.
+    /// there (clients are queued per rule) and none is made to, unless some come before or are
+    /// held, or what had slots is gone.
     pub(super) fn most_in(&self) -> Option<usize> {
         let is_free = |it: &RulePlan| {
             let is_held = it.rule.wait.is_some();

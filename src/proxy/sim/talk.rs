@@ -1,8 +1,8 @@
 //! What a peer of the proxy says on one connection, what it hears, and with which manners.
 //!
-//! What a peer says can be told from all else: four bytes with its number, and then bytes that follow
-//! from the number and their place. So who hears them knows whose they are, and whether one is
-//! missing, doubled, or another's.
+//! What a peer says can be told from all else: four bytes with its number, and then bytes that
+//! follow from the number and their place. So who hears them knows whose they are, and whether one
+//! is missing, doubled, or another's.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;

@@ -25,8 +25,8 @@ use super::talk::{Manner, Talk};
 /// The bytes of hyperkit's line.
 const LINE: usize = 18;
 
-/// The distance that dials keep on the average, and how many may follow each other at once (rule 5 of
-/// a good neighbour).
+/// The distance that dials keep on the average, and how many may follow each other at once (rule 5
+/// of a good neighbour).
 const INTERVAL: Duration = Duration::from_micros(150);
 const BURST: u32 = 8;
 

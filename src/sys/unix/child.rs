@@ -25,8 +25,8 @@ pub(crate) enum Leads {
     Session,
 }
 
-/// Has a command begin as a program of its own: it leads a group or a session, SIGHUP ends it unless
-/// it asks otherwise, and it has no descriptor but its standard ones.
+/// Has a command begin as a program of its own: it leads a group or a session, SIGHUP ends it
+/// unless it asks otherwise, and it has no descriptor but its standard ones.
 #[allow(unsafe_code)]
 pub(crate) fn detach_command(command: &mut Command, leads: Leads) {
     if leads == Leads::Group {

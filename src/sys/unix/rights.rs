@@ -205,8 +205,8 @@ pub(crate) fn send(
     #[cfg(target_vendor = "apple")]
     let flags = libc::MSG_DONTWAIT;
     // SAFETY: the message points to one buffer and at most one control buffer, each valid for reads
-    // of the length given; both outlive the call, which doesn't write to them. The kernel checks the
-    // descriptors' numbers.
+    // of the length given; both outlive the call, which doesn't write to them. The kernel checks
+    // the descriptors' numbers.
     let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use crate::report::{Outcome, ensure, eventually};
 use crate::sockets::connect_vsock;
 
-/// Linux 6.1's accept sleeps until the next tick if it finds nobody, non-blocking or not: so ours doesn't ask then.
-/// (Counted and not timed, for this machine may be slow, and is an emulated one.)
+/// Linux 6.1's accept sleeps until the next tick if it finds nobody, non-blocking or not: so ours
+/// doesn't ask then. (Counted and not timed, for this machine may be slow, and is an emulated one.)
 pub(crate) fn finds_nobody_without_sleeping() -> Outcome {
     const TRIES: u64 = 200;
     let listener = hvsock::mio::Listener::bind(&"vsock://:7020".parse()?)?;

@@ -58,7 +58,8 @@ pub(crate) fn client_ends_first() -> Outcome {
     Ok(())
 }
 
-/// The server ends first and goes on reading: what the client sends after that EOF arrives, and its own EOF.
+/// The server ends first and goes on reading: what the client sends after that EOF arrives, and its
+/// own EOF.
 pub(crate) fn server_ends_first() -> Outcome {
     let server = Server::unix("/told.sock")?;
     let bridge = Bridge::start("/told-near.sock", 5002, "/told.sock")?;

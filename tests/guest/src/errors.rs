@@ -74,7 +74,8 @@ pub(crate) fn port_in_use() -> Outcome {
     listening_fails(0, "vsock://:7002", "; another program listens there")
 }
 
-/// A listener whose backlog is full looks like a refusal in AF_VSOCK: the clients beyond it are told, none waits.
+/// A listener whose backlog is full looks like a refusal in AF_VSOCK: the clients beyond it are
+/// told, none waits.
 pub(crate) fn full_backlog() -> Outcome {
     let server = Server::vsock_with_backlog(7004, 1)?;
     let proxy = proxy("unix:///backlog.sock", "vsock://local:7004")?;

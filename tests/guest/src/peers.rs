@@ -1,5 +1,6 @@
-//! Peers that close, break off or don't read. AF_VSOCK has no reset that a program could send: a peer that is gone for
-//! good reads EOF and writes into EPIPE, where one that has only half-closed can still be written to.
+//! Peers that close, break off or don't read. AF_VSOCK has no reset that a program could send: a
+//! peer that is gone for good reads EOF and writes into EPIPE, where one that has only half-closed
+//! can still be written to.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -50,7 +51,8 @@ fn write_until_told(mut to: &UnixStream, within: Duration) -> Result<io::Error, 
     Err(format!("it can still write after {within:?}"))
 }
 
-/// A server that answers and closes, with the request unread: the answer arrives, whole, and its end.
+/// A server that answers and closes, with the request unread: the answer arrives, whole, and its
+/// end.
 pub(crate) fn server_closes_unread() -> Outcome {
     let server = Server::vsock(5100)?;
     let proxy = proxy("unix:///unread.sock", "vsock://local:5100")?;
@@ -68,7 +70,8 @@ pub(crate) fn server_closes_unread() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// The same from the other end: a vsock client that closes with the answer unread. The server is told.
+/// The same from the other end: a vsock client that closes with the answer unread. The server is
+/// told.
 pub(crate) fn client_closes_unread() -> Outcome {
     let server = Server::unix("/unread-server.sock")?;
     let proxy = proxy("vsock://:5101", "unix:///unread-server.sock")?;
@@ -91,7 +94,8 @@ pub(crate) fn client_closes_unread() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// A server that goes away in the middle of an upload: the client is told, and doesn't send for ever.
+/// A server that goes away in the middle of an upload: the client is told, and doesn't send for
+/// ever.
 pub(crate) fn server_gone_in_upload() -> Outcome {
     let server = Server::vsock(5102)?;
     let proxy = proxy("unix:///upload.sock", "vsock://local:5102")?;
@@ -125,8 +129,8 @@ pub(crate) fn listener_gone_unaccepted() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// An upload that a reset breaks off: the server doesn't see the half-close of one that is complete, for it can't
-/// answer any more.
+/// An upload that a reset breaks off: the server doesn't see the half-close of one that is
+/// complete, for it can't answer any more.
 pub(crate) fn broken_upload() -> Outcome {
     let server = Server::vsock(5104)?;
     let proxy = proxy("tcp://127.0.0.1:0", "vsock://local:5104")?;
@@ -151,7 +155,8 @@ pub(crate) fn broken_upload() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// A server that takes its time: the client is made to wait, in bounded memory, and every byte arrives.
+/// A server that takes its time: the client is made to wait, in bounded memory, and every byte
+/// arrives.
 pub(crate) fn server_does_not_read() -> Outcome {
     let server = Server::vsock(5105)?;
     let proxy = proxy("unix:///slow.sock", "vsock://local:5105")?;
@@ -190,8 +195,8 @@ pub(crate) fn client_does_not_read() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// A server that never reads. A client that ends leaves its upload there until the server ends too; one that breaks off
-/// is not waited for.
+/// A server that never reads. A client that ends leaves its upload there until the server ends too;
+/// one that breaks off is not waited for.
 pub(crate) fn never_read() -> Outcome {
     let server = Server::vsock(5107)?;
     let rule = Rule::new("tcp://127.0.0.1:0".parse()?, "vsock://local:5107".parse()?);

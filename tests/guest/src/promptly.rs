@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use crate::report::Outcome;
 
-/// Has an attempt take less than a second, by its own clock or ours: one of three, for the machine may be busy.
+/// Has an attempt take less than a second, by its own clock or ours: one of three, for the machine
+/// may be busy.
 pub(crate) fn within_a_second(
     mut attempt: impl FnMut() -> Result<Option<Duration>, Box<dyn Error + Send + Sync>>,
 ) -> Outcome {

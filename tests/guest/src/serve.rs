@@ -1,7 +1,9 @@
-//! `hvsock.mode=serve`: a guest with `/hvsock` in vsudd's place, for a driver on the host to try the way to and fro.
+//! `hvsock.mode=serve`: a guest with `/hvsock` in vsudd's place, for a driver on the host to try
+//! the way to and fro.
 //!
-//! Each service is there twice: at its port behind `/hvsock`, and at the port [`NATIVE`] higher by itself. The driver
-//! says on [`CONTROL`] what the guest is to do, one line a connection, answered by one line.
+//! Each service is there twice: at its port behind `/hvsock`, and at the port [`NATIVE`] higher by
+//! itself. The driver says on [`CONTROL`] what the guest is to do, one line a connection, answered
+//! by one line.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -167,7 +169,8 @@ fn request(up: &str, down: &str) -> Result<Request, std::num::ParseIntError> {
     })
 }
 
-/// A while later, for the host to stand still by then, dials it, and says on the serial line what it was told.
+/// A while later, for the host to stand still by then, dials it, and says on the serial line what
+/// it was told.
 fn deadline(address: &Address) {
     thread::sleep(Duration::from_secs(2));
     let start = Instant::now();

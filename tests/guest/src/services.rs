@@ -1,5 +1,5 @@
-//! What both ends of a VM serve for the checks, and the clients of it: in the guest and, included there by path, in the
-//! driver on the host. Sockets of every family go by std's Unix stream.
+//! What both ends of a VM serve for the checks, and the clients of it: in the guest and, included
+//! there by path, in the driver on the host. Sockets of every family go by std's Unix stream.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -91,8 +91,8 @@ pub(crate) fn verdict() -> Result<(), String> {
     Err("the server has not come to an end".to_owned())
 }
 
-/// Speaks and ends first. If its client has nothing more to say that is the end; else it half-closes, and what the client
-/// sends after that, and its EOF, still arrive.
+/// Speaks and ends first. If its client has nothing more to say that is the end; else it
+/// half-closes, and what the client sends after that, and its EOF, still arrive.
 pub(crate) fn tell(client: UnixStream) {
     let Ok(request) = Request::read(&client) else {
         return;

@@ -1,4 +1,5 @@
-//! Sockets for the proxies to carry between: Unix and AF_VSOCK, blocking, with a limit to every wait.
+//! Sockets for the proxies to carry between: Unix and AF_VSOCK, blocking, with a limit to every
+//! wait.
 
 use std::io;
 use std::os::fd::OwnedFd;

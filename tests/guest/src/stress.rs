@@ -18,7 +18,8 @@ use crate::tools::{Tool, cat_echo, cat_refused, stress};
 const HVSOCK: &str = "/hvsock";
 const MIB: usize = 1024 * 1024;
 
-/// A server for all loads, 200 clients at a time, 64 MiB each way, one way, to and fro; SIGTERM is not needed to end it.
+/// A server for all loads, 200 clients at a time, 64 MiB each way, one way, to and fro; SIGTERM is
+/// not needed to end it.
 pub(crate) fn all_loads() -> Outcome {
     let hvsock = Path::new(HVSOCK);
     let mut server = Tool::start(hvsock, "stress --server vsock://:8100")?;
@@ -120,7 +121,8 @@ pub(crate) fn blocking_sockets() -> Outcome {
     Ok(())
 }
 
-/// How far a client may send ahead is what the addresses say. Newer kernels hold a sender to its own size, too.
+/// How far a client may send ahead is what the addresses say. Newer kernels hold a sender to its
+/// own size, too.
 pub(crate) fn buffer_sizes() -> Outcome {
     for (size, query) in [(256 * 1024, ""), (MIB, "?buffer-size=1048576")] {
         let listener = Listener::bind(&format!("vsock://:8103{query}").parse()?)?;

@@ -1,5 +1,5 @@
-//! `hvsock cat` and `hvsock stress` as a user runs them: in the guest and, included there by path, in the driver on the
-//! host.
+//! `hvsock cat` and `hvsock stress` as a user runs them: in the guest and, included there by path,
+//! in the driver on the host.
 
 use std::error::Error;
 use std::io::Read;
@@ -31,7 +31,8 @@ impl Tool {
         pipes.ok_or_else(|| "its pipes are taken".into())
     }
 
-    /// Feeds it the pattern of one seed, and expects that of another from it, each with its EOF; and exit code 0.
+    /// Feeds it the pattern of one seed, and expects that of another from it, each with its EOF;
+    /// and exit code 0.
     pub(crate) fn exchange(
         mut self,
         (seed, bytes): (u64, usize),
@@ -88,7 +89,8 @@ pub(crate) fn stress(hvsock: &Path, words: &str) -> Result<(), Failure> {
     }
 }
 
-/// `hvsock cat WORDS` of a port on which nobody listens: exit code 1, and it is told what to look at.
+/// `hvsock cat WORDS` of a port on which nobody listens: exit code 1, and it is told what to look
+/// at.
 pub(crate) fn cat_refused(hvsock: &Path, words: &str) -> Result<(), Failure> {
     let mut tool = Tool::start(hvsock, &format!("cat {words}"))?;
     // Without an end of the input the refusal alone ends it.

@@ -1,5 +1,5 @@
-//! A VM that is named by its CID: its health and its limits, and what its guest may ask of an hvsock of the host. The
-//! guest is this system, by loopback: both have CID 1.
+//! A VM that is named by its CID: its health and its limits, and what its guest may ask of an
+//! hvsock of the host. The guest is this system, by loopback: both have CID 1.
 
 use std::error::Error;
 use std::fs;
@@ -19,10 +19,11 @@ type Failure = Box<dyn Error + Send + Sync>;
 const HVSOCK: &str = "/hvsock";
 const SOON: Duration = Duration::from_secs(30);
 
-/// The VM comes and goes with the transport to its CID, which `load` and `unload` are for. Who may wait is held until it
-/// is there; that it is back is seen though nobody dials it.
+/// The VM comes and goes with the transport to its CID, which `load` and `unload` are for. Who may
+/// wait is held until it is there; that it is back is seen though nobody dials it.
 ///
-/// The kernel keeps a transport for as long as a connect over it might have taken: no longer than it must be.
+/// The kernel keeps a transport for as long as a connect over it might have taken: no longer than
+/// it must be.
 pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     let vm = Vm::run(
         "health",
@@ -59,8 +60,8 @@ pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     vm.says("the VM at vsock://1 is back after ")
 }
 
-/// Of the VM's 9 connections 8 may be its guest's: those beyond are ended at once. A client of the host's waits for one
-/// to be free. What dials a listener that all guests may dial counts, too.
+/// Of the VM's 9 connections 8 may be its guest's: those beyond are ended at once. A client of the
+/// host's waits for one to be free. What dials a listener that all guests may dial counts, too.
 pub(crate) fn limits() -> Outcome {
     Server::vsock(8210)?.serve(echo);
     Server::unix("/limits-target.sock")?.serve(echo);
@@ -110,8 +111,8 @@ pub(crate) fn limits() -> Outcome {
     Ok(())
 }
 
-/// Guests have the metrics at `vsock://`, and nothing else there; at `guest-control` those that `from` names change
-/// forwards, but neither start programs nor end the process.
+/// Guests have the metrics at `vsock://`, and nothing else there; at `guest-control` those that
+/// `from` names change forwards, but neither start programs nor end the process.
 pub(crate) fn guests_may_control_it() -> Outcome {
     Server::unix("/controlled-target.sock")?.serve(echo);
     let at = "--metrics vsock://:8220 --guest-control vsock://:8221 --guest-control-from 7,1";

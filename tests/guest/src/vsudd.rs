@@ -1,4 +1,5 @@
-//! The binary in a guest's place, as LinuxKit's vsudd stands there: `hvsock forward vsock://:PORT unix:///PATH`.
+//! The binary in a guest's place, as LinuxKit's vsudd stands there: `hvsock forward vsock://:PORT
+//! unix:///PATH`.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;

@@ -1,8 +1,9 @@
 //! Gives a Linux process the manners of macOS' sockets.
 //!
 //! Preloaded (`LD_PRELOAD`), it stands before libc's socket calls. `MANNERS` names those manners
-//! that are wanted, with commas between them; without it all are given but `capped` and `copies`. They
-//! are read in XNU's source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`); see [`Manner`].
+//! that are wanted, with commas between them; without it all are given but `capped` and `copies`.
+//! They are read in XNU's source (`bsd/kern/uipc_socket.c`, `uipc_usrreq.c`, `uipc_syscalls.c`);
+//! see [`Manner`].
 //!
 //! What isn't given: calls that don't go through libc; to a peer that has shut down both of its
 //! directions a write fails as to one that has closed.

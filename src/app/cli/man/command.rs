@@ -221,8 +221,8 @@ pub(super) fn page(command: &Command, hvsock: &Command) -> Page {
     page.finish(&see_also)
 }
 
-/// How a command is written: what it must have first, and the options of its own. Those that many commands have are one
-/// word.
+/// Returns how a command is written: what it must have first, and the options of its own. Those
+/// that many commands have are one word.
 fn synopsis(command: &Command) -> Vec<Inline> {
     let mut line = vec![bold(
         command.get_bin_name().unwrap_or_else(|| command.get_name()),
@@ -288,7 +288,7 @@ fn synopsis(command: &Command) -> Vec<Inline> {
     line
 }
 
-/// What stands for an argument's value, if it takes one.
+/// Returns what stands for an argument's value, if it takes one.
 fn value_of(arg: &Arg) -> Option<String> {
     let takes = arg.is_positional() || arg.get_action().takes_values();
     let names = arg.get_value_names().unwrap_or_default();
@@ -307,7 +307,7 @@ fn options(page: &mut Builder, command: &Command) {
     page.raw(&section.replace("\n.br\n\n.br\n", "\n.sp\n"));
 }
 
-/// What follows the options in the help: paragraphs, and blocks of lines under a heading.
+/// Returns what follows the options in the help: paragraphs, and blocks of lines under a heading.
 fn notes(command: &Command) -> (Vec<String>, Vec<(String, Vec<String>)>) {
     let text = command
         .get_after_help()

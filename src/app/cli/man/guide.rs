@@ -6,7 +6,7 @@ use pulldown_cmark::{CodeBlockKind, Event, HeadingLevel, Options, Parser, Tag, T
 use super::page::{Builder, Page, full_name, section_of_guide};
 use crate::guide::PAGES;
 
-/// The page of that name of the guide.
+/// Makes a page of the guide.
 pub(super) fn page(name: &str, text: &str) -> Page {
     let title = text.lines().next().unwrap_or_default();
     let title = title
@@ -182,7 +182,8 @@ impl Writer {
         }
     }
 
-    /// Writes a row as an entry: the first cell is its name. With more than two columns each cell has its heading.
+    /// Writes a row as an entry: the first cell is its name. With more than two columns each cell
+    /// has its heading.
     fn row(&mut self) {
         self.begin();
         let mut cells = std::mem::take(&mut self.cells).into_iter();
@@ -207,7 +208,7 @@ impl Writer {
     }
 }
 
-/// The text of a line, without its fonts.
+/// Returns the text of a line, without its fonts.
 fn plain(line: &[Inline]) -> String {
     let text = line.iter().map(|part| match part {
         Inline::Roman(text) | Inline::Bold(text) | Inline::Italic(text) => text.as_str(),

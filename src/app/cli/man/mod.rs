@@ -27,11 +27,12 @@ use page::Page;
   hvsock man hvsock.toml >hvsock.toml.5
   hvsock man --dir /usr/local/share/man")]
 pub(super) struct Man {
-    /// The command that the page is of, or the name of another page, such as hvsock.toml or hvsock-control [default:
-    /// hvsock itself]
+    /// The command that the page is of, or the name of another page, such as hvsock.toml or
+    /// hvsock-control [default: hvsock itself]
     #[arg(value_name = "COMMAND|PAGE")]
     of: Option<String>,
-    /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't exist
+    /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't
+    /// exist
     #[arg(long, value_name = "DIR", conflicts_with = "of", value_hint = ValueHint::DirPath)]
     dir: Option<PathBuf>,
 }
@@ -84,7 +85,7 @@ fn show(page: &str) -> Outcome {
     }
 }
 
-/// All pages.
+/// Makes all pages.
 fn pages(hvsock: Command) -> Vec<Page> {
     let mut all = hvsock.disable_help_subcommand(true);
     // It gives the commands their full names.
@@ -95,7 +96,7 @@ fn pages(hvsock: Command) -> Vec<Page> {
     commands.chain(guide).collect()
 }
 
-/// What a page may be asked for by: the names of commands, and of pages of the guide.
+/// Returns the names by which pages are asked for: those of commands, and of pages of the guide.
 pub(super) fn names(hvsock: &Command) -> Vec<String> {
     let commands = hvsock.get_subcommands().map(|it| it.get_name().to_owned());
     let guide = PAGES.iter().map(|(name, _)| page::full_name(name));

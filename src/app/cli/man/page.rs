@@ -11,7 +11,7 @@ pub(super) struct Page {
     pub(super) text: String,
 }
 
-/// The name of a command's page, or of one of the guide.
+/// Returns the full name of a command's page, or of one of the guide.
 pub(super) fn full_name(name: &str) -> String {
     match name {
         "" | "hvsock" => "hvsock".to_owned(),
@@ -20,7 +20,7 @@ pub(super) fn full_name(name: &str) -> String {
     }
 }
 
-/// The section of a guide's page.
+/// Returns the section of a guide's page.
 pub(super) fn section_of_guide(name: &str) -> u8 {
     match name {
         "configuration" => 5,
@@ -137,7 +137,8 @@ impl Builder {
     }
 }
 
-/// Writes backslashes and apostrophes as what they are: a terminal is given other signs for them otherwise.
+/// Writes backslashes and apostrophes as what they are: a terminal is given other signs for them
+/// otherwise.
 fn exact(roff: &str) -> String {
     let mut text = String::with_capacity(roff.len());
     for line in roff.lines() {

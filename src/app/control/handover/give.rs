@@ -33,8 +33,8 @@ impl Successor {
         Wire::new(stream).map(Successor)
     }
 
-    /// Gives it all sockets that it takes. The configuration asks for the forwards that are `listed`; `agree`
-    /// says whether the hand-over is still wanted when the successor is ready.
+    /// Gives it all sockets that it takes. The configuration asks for the forwards that are
+    /// `listed`; `agree` says whether the hand-over is still wanted when the successor is ready.
     ///
     /// Returns the connection to it, by which it is told of the slots that this process still has.
     ///
@@ -142,14 +142,14 @@ pub(in crate::app::control) struct Finishing {
     told: Slots,
     /// The forwards that the successor can't have.
     pub(in crate::app::control) failed: FailedForwards,
-    /// Those of the last connections that have ended of which it knows, by their processes and ids; `None` if it is of
-    /// an earlier version, and hears of none.
+    /// Those of the last connections that have ended of which it knows, by their processes and ids;
+    /// `None` if it is of an earlier version, and hears of none.
     ended: Option<HashSet<(Option<u32>, u64)>>,
 }
 
 impl Finishing {
-    /// Tells the successor of the slots that are left, if they have become fewer, and of the connections that have
-    /// `ended`, if it doesn't know them.
+    /// Tells the successor of the slots that are left, if they have become fewer, and of the
+    /// connections that have `ended`, if it doesn't know them.
     ///
     /// # Errors
     /// That it has ended, or takes nothing.

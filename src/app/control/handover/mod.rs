@@ -1,8 +1,8 @@
-//! The hand-over of all listening sockets from a running hvsock to another process of the same user, so that no client
-//! is refused while one version takes the place of another.
+//! The hand-over of all listening sockets from a running hvsock to another process of the same
+//! user, so that no client is refused while one version takes the place of another.
 //!
-//! The successor makes a Unix socket in a private directory and asks for it by `POST /v1/take-over`. The predecessor
-//! connects there. Then each line is one of JSON:
+//! The successor makes a Unix socket in a private directory and asks for it by `POST
+//! /v1/take-over`. The predecessor connects there. Then each line is one of JSON:
 //!
 //! | from | line | meaning |
 //! |---|---|---|
@@ -15,16 +15,17 @@
 //! | predecessor | [`Slots`], again and again | which slots of VMs its connections still have |
 //! | predecessor | [`EndedLine`], for each, if the successor hears of them | one of its last connections that have ended |
 //!
-//! The end of the conversation is then the predecessor's own. The slots that it has of a VM's device are left out by the
-//! successor, so that together they have no more than there are; what it tells with `yours` and `done` counts at once.
+//! The end of the conversation is then the predecessor's own. The slots that it has of a VM's
+//! device are left out by the successor, so that together they have no more than there are; what it
+//! tells with `yours` and `done` counts at once.
 //!
-//! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened if the successor
-//! ends before. Nothing changes its forwards meanwhile. After `done` it lets its connections finish, and ends. From
-//! `yours` on the successor ends the conversation by its own end only: whoever hears of no end, and of nothing else,
-//! believes that the other has the sockets.
+//! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened
+//! if the successor ends before. Nothing changes its forwards meanwhile. After `done` it lets its
+//! connections finish, and ends. From `yours` on the successor ends the conversation by its own end
+//! only: whoever hears of no end, and of nothing else, believes that the other has the sockets.
 //!
-//! If one of them is killed in between, its keeper serves the ports that guests dial, which the other one serves: that
-//! one takes them from it.
+//! If one of them is killed in between, its keeper serves the ports that guests dial, which the
+//! other one serves: that one takes them from it.
 
 pub(super) mod give;
 pub(super) mod take;
@@ -50,8 +51,8 @@ use crate::sys::{self, Wanted};
 /// The version of the protocol. A predecessor speaks no other.
 pub(super) const PROTOCOL: u32 = 1;
 
-/// How long either side waits for the other: to bind what is new may take a successor some time. The forwards can't be
-/// changed meanwhile.
+/// How long either side waits for the other: to bind what is new may take a successor some time.
+/// The forwards can't be changed meanwhile.
 const PATIENCE: Duration = Duration::from_secs(8);
 
 /// How often the predecessor looks which slots its connections still have, and which have ended.
@@ -112,7 +113,8 @@ struct FileLine {
     identity: String,
 }
 
-/// Which sockets the successor takes, by their numbers from 0. The others are closed by the predecessor.
+/// Which sockets the successor takes, by their numbers from 0. The others are closed by the
+/// predecessor.
 #[derive(Debug, Deserialize, Serialize)]
 struct Taken {
     taken: Vec<usize>,
@@ -213,15 +215,16 @@ fn path_of(address: &str) -> io::Result<PathBuf> {
         .ok_or_else(|| invalid(format!("{address:?} is no path")))
 }
 
-/// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for a process that was
-/// killed.
+/// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for
+/// a process that was killed.
 fn take_from_keepers(ports: &[PathBuf]) {
     for taken in ports.iter().filter_map(|path| keeper::Taken::take(path)) {
         taken.release();
     }
 }
 
-/// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's address.
+/// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's
+/// address.
 fn guest_port(address: &Address) -> Option<PathBuf> {
     address.hyperkit_vm()?;
     address.listen_path().map(PathBuf::from)
@@ -314,7 +317,8 @@ impl Wire {
         serde_json::from_slice(&line).map_err(|e| invalid(e.to_string()))
     }
 
-    /// Returns the next line that came with a descriptor. Each such line has one, and both come in their order.
+    /// Returns the next line that came with a descriptor. Each such line has one, and both come in
+    /// their order.
     fn next_with<T: DeserializeOwned>(&mut self) -> io::Result<(T, OwnedFd)> {
         let line = self.next()?;
         let descriptor = self.descriptors.pop_front();

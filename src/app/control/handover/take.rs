@@ -100,8 +100,8 @@ impl Predecessor {
         added.collect()
     }
 
-    /// Takes the sockets of these rules. A socket that another program has bound is taken in any case: who waits there
-    /// may be served later.
+    /// Takes the sockets of these rules. A socket that another program has bound is taken in any
+    /// case: who waits there may be served later.
     pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for rule in rules {
@@ -154,11 +154,13 @@ impl Predecessor {
         left
     }
 
-    /// Says which sockets are taken, all of which are ready. Once this returns they are this process', and it is to
-    /// accept at them. `handle` leaves out the slots that the other may still use.
+    /// Says which sockets are taken, all of which are ready. Once this returns they are this
+    /// process', and it is to accept at them. `handle` leaves out the slots that the other may
+    /// still use.
     ///
     /// # Errors
-    /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this took too long.
+    /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this
+    /// took too long.
     pub(crate) fn agree(mut self, handle: &Handle) -> io::Result<Agreed> {
         self.wire.send(&Taken {
             taken: std::mem::take(&mut self.taken),
@@ -188,9 +190,9 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, but at the forwards that have `failed`, and returns when the other, that
-    /// process, accepts none any more. The slots that it still has are left out until it has ended, and what has become
-    /// of its connections is noted.
+    /// Says that clients are accepted here, but at the forwards that have `failed`, and returns
+    /// when the other, that process, accepts none any more. The slots that it still has are left
+    /// out until it has ended, and what has become of its connections is noted.
     pub(crate) fn finish(
         mut self,
         handle: &Handle,
@@ -230,7 +232,8 @@ impl Agreed {
     }
 }
 
-/// Hears of the slots that the predecessor still has, and of its connections that have ended, until it has itself.
+/// Hears of the slots that the predecessor still has, and of its connections that have ended, until
+/// it has itself.
 fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(Ended)) {
     loop {
         match wire.next::<Last>() {

@@ -1,29 +1,36 @@
-//! A fake kernel: sockets with bounded queues, peers that follow a script, and an edge-triggered poller.
+//! A fake kernel: sockets with bounded queues, peers that follow a script, and an edge-triggered
+//! poller.
 //!
-//! A [`Wire`] is one connection as the kernel sees it. `incoming` is the relay's receive queue, `outgoing` what the
-//! relay has written and the peer has not read. The relay holds the one end as a [`FakeSocket`]; the peer at the other
-//! end either moves by itself (a [`Script`], at random, also in the middle of the relay's calls) or is moved by a named
-//! case (`say`, `fin`, `reset`, `hear`, …).
+//! A [`Wire`] is one connection as the kernel sees it. `incoming` is the relay's receive queue,
+//! `outgoing` what the relay has written and the peer has not read. The relay holds the one end as
+//! a [`FakeSocket`]; the peer at the other end either moves by itself (a [`Script`], at random,
+//! also in the middle of the relay's calls) or is moved by a named case (`say`, `fin`, `reset`,
+//! `hear`, …).
 //!
 //! What it imitates:
-//! - **Kernel edges** (epoll, kqueue; `FakeSocket<true>`). A wire is due an event when data or EOF or an error comes,
-//!   and when a third of the send queue is free again after a write was short or would have blocked; not before. The
-//!   event says all that is so (epoll), or only what has changed (kqueue, `terse`). A read is short only if the queue
-//!   was drained.
-//! - **Emulated edges** (mio on poll(2) and Windows; `FakeSocket<false>`). What an event has said it says no more
-//!   until a call has returned `WouldBlock`, which arms both directions. Reads and writes may be short for no reason.
+//! - **Kernel edges** (epoll, kqueue; `FakeSocket<true>`). A wire is due an event when data or EOF
+//!   or an error comes, and when a third of the send queue is free again after a write was short or
+//!   would have blocked; not before. The event says all that is so (epoll), or only what has
+//!   changed (kqueue, `terse`). A read is short only if the queue was drained.
+//! - **Emulated edges** (mio on poll(2) and Windows; `FakeSocket<false>`). What an event has said
+//!   it says no more until a call has returned `WouldBlock`, which arms both directions. Reads and
+//!   writes may be short for no reason.
 //! - `Interrupted`, now and then.
-//! - A reset: what was queued for the peer is lost; what it had sent can still be read, or not (`reset_purges`). The
-//!   error is told **once**: to the next read or, on Linux' TCP, to the next call, be it a write (`write_takes_error`).
-//!   After that a read finds EOF and a write EPIPE, whatever happened. (Tried on Linux 6: `send` → ECONNRESET, `recv` →
-//!   what was queued, `recv` → 0.)
+//! - A reset: what was queued for the peer is lost; what it had sent can still be read, or not
+//!   (`reset_purges`). The error is told **once**: to the next read or, on Linux' TCP, to the next
+//!   call, be it a write (`write_takes_error`). After that a read finds EOF and a write EPIPE,
+//!   whatever happened. (Tried on Linux 6: `send` → ECONNRESET, `recv` → what was queued, `recv` →
+//!   0.)
 //! - A peer that shut its receiving side: writes fail with EPIPE while reads go on.
-//! - A close with data unread, or with data that comes later: the peer is reset, and loses what it hasn't read.
-//! - macOS' Unix sockets (`hides_resets`): a peer that closes with data unread has ended like any other, a half-close to
-//!   who has closed fails, and what is written to a peer that shut its receiving side goes nowhere.
+//! - A close with data unread, or with data that comes later: the peer is reset, and loses what it
+//!   hasn't read.
+//! - macOS' Unix sockets (`hides_resets`): a peer that closes with data unread has ended like any
+//!   other, a half-close to who has closed fails, and what is written to a peer that shut its
+//!   receiving side goes nowhere.
 //!
-//! The wire itself asserts what no schedule may break: each side gets its bytes once and in order, nothing is
-//! written after a half-close or an error, nothing read after EOF or an error, and no half-close is sent twice.
+//! The wire itself asserts what no schedule may break: each side gets its bytes once and in order,
+//! nothing is written after a half-close or an error, nothing read after EOF or an error, and no
+//! half-close is sent twice.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -54,8 +61,9 @@ pub(super) struct Habits {
     pub(super) terse: bool,
     /// Interrupts calls and shortens them, where that is allowed.
     pub(super) nervous: bool,
-    /// Urgent data stands behind so many bytes: a read ends there, the next one goes past it, and a splice never does.
-    /// Where [`drains`](Habits::drains) says that short reads can be trusted, an event tells of it.
+    /// Urgent data stands behind so many bytes: a read ends there, the next one goes past it, and a
+    /// splice never does. Where [`drains`](Habits::drains) says that short reads can be trusted, an
+    /// event tells of it.
     pub(super) mark: Option<usize>,
     /// The peer sends urgent data now and then.
     pub(super) urgent: bool,
@@ -205,7 +213,8 @@ impl Wire {
 
     // What the peer does.
 
-    /// Sends `n` bytes; fewer if the queue is full. What is sent to a closed socket is answered by a reset.
+    /// Sends `n` bytes; fewer if the queue is full. What is sent to a closed socket is answered by
+    /// a reset.
     pub(super) fn say(&mut self, n: usize) {
         assert!(!self.fin && !self.gone);
         if self.closed {

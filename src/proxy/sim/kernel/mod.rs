@@ -1,25 +1,25 @@
-//! A simulated kernel: sockets, listeners, files and descriptors, with the edges, the errors and the
-//! limits of Linux'.
+//! A simulated kernel: sockets, listeners, files and descriptors, with the edges, the errors and
+//! the limits of Linux'.
 //!
 //! Every socket of a run is here, those of the proxy and those of its peers. A connection has two
 //! [`Socket`]s. What one writes reaches the other at once (Unix), or by a later [`Kernel::deliver`]
 //! (TCP, AF_VSOCK): until then a reset takes it away.
 //!
 //! What it imitates:
-//! - **Edges** (epoll, kqueue): a socket is due an event when data, an end or an error comes, and when
-//!   a third of the send queue is free again after a write was short or would have blocked; not
-//!   before. The event says all that is so (epoll), or only what has changed (`terse`, kqueue).
+//! - **Edges** (epoll, kqueue): a socket is due an event when data, an end or an error comes, and
+//!   when a third of the send queue is free again after a write was short or would have blocked;
+//!   not before. The event says all that is so (epoll), or only what has changed (`terse`, kqueue).
 //! - **Reset** (TCP, AF_VSOCK): what was in flight is lost, what has arrived can still be read, the
-//!   error is told once, to a read or to a write. A close with data unread is a reset, and so is what
-//!   is sent to a socket that was closed.
-//! - **Unix**: no reset. A close with data unread gives the peer ECONNRESET behind what it has; what is
-//!   written to a socket that was closed, or whose receiving side was shut, is EPIPE. A full backlog is
-//!   EAGAIN, and no event tells when it isn't any more.
+//!   error is told once, to a read or to a write. A close with data unread is a reset, and so is
+//!   what is sent to a socket that was closed.
+//! - **Unix**: no reset. A close with data unread gives the peer ECONNRESET behind what it has;
+//!   what is written to a socket that was closed, or whose receiving side was shut, is EPIPE. A
+//!   full backlog is EAGAIN, and no event tells when it isn't any more.
 //! - **Urgent data** (TCP): a read ends at the mark, and an event tells of it.
 //! - **Listeners**: a backlog, EADDRINUSE, EINVAL once somebody has shut it down, EMFILE when the
 //!   process has no descriptor left; the client waits in the backlog then.
-//! - **Connects**: of TCP refused, established, or silent for ever; of AF_VSOCK ECONNRESET where nobody
-//!   listens, ETIMEDOUT after two seconds where the guest is silent, ENODEV for no such CID.
+//! - **Connects**: of TCP refused, established, or silent for ever; of AF_VSOCK ECONNRESET where
+//!   nobody listens, ETIMEDOUT after two seconds where the guest is silent, ENODEV for no such CID.
 //!
 //! It asserts that the proxy writes nothing after its half-close.
 
@@ -338,7 +338,8 @@ impl Kernel {
         Ok(key)
     }
 
-    /// Whether the file of a listener is still its own; `None` if there is no file, or it needs none.
+    /// Whether the file of a listener is still its own; `None` if there is no file, or it needs
+    /// none.
     pub(super) fn has_file(&self, key: ListenerKey) -> Option<bool> {
         match &self.listeners[key.0].place {
             Place::Path(path) => {

@@ -1,7 +1,9 @@
-//! One connection between a Unix socket of the host and a port of the guest: credit, half-close, end.
+//! One connection between a Unix socket of the host and a port of the guest: credit, half-close,
+//! end.
 //!
-//! Nothing here knows rings or epoll. What the guest must be told follows from the state, one packet at a time
-//! ([`Connection::next`]); it waits there, and takes no memory, for as long as the ring is full or the guest down.
+//! Nothing here knows rings or epoll. What the guest must be told follows from the state, one
+//! packet at a time ([`Connection::next`]); it waits there, and takes no memory, for as long as the
+//! ring is full or the guest down.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -13,7 +15,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::packet::{Header, NEITHER, NO_RECEIVE, NO_SEND, Op};
 
-/// What of the guest's data the device holds for a host that doesn't read, and so what it offers as credit.
+/// What of the guest's data the device holds for a host that doesn't read, and so what it offers as
+/// credit.
 pub(crate) const BUF_ALLOC: u32 = 256 * 1024;
 
 /// What is read from the host at a time, only when all that was read before has gone to the guest.
@@ -189,7 +192,8 @@ impl Connection {
         self.write();
     }
 
-    /// The guest has booted anew. As with hyperkit the host isn't told before it sends something, and the guest resets.
+    /// The guest has booted anew. As with hyperkit the host isn't told before it sends something,
+    /// and the guest resets.
     pub(crate) fn outlive_guest(&mut self) {
         self.stale = true;
     }
@@ -364,7 +368,8 @@ impl Connection {
 }
 
 impl Drop for Connection {
-    /// Closing a Unix socket with data unread shows as a reset; hyperkit's connections end with an EOF.
+    /// Closing a Unix socket with data unread shows as a reset; hyperkit's connections end with an
+    /// EOF.
     fn drop(&mut self) {
         let _ = self.stream.shutdown(Shutdown::Both);
         let mut discarded = [0; 4096];

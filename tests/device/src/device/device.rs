@@ -15,7 +15,8 @@ use crate::state_dir::StateDir;
 /// As many as hyperkit has.
 const SLOTS: usize = 1024;
 
-/// How many resets of unknown connections may wait for room in the ring before no more of the guest's packets are read.
+/// How many resets of unknown connections may wait for room in the ring before no more of the
+/// guest's packets are read.
 const RESETS: usize = 1024;
 
 /// epoll's token of `connect`; those of streams count up from [`FIRST`].

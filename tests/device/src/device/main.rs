@@ -1,10 +1,13 @@
-//! A vhost-user vsock device with hyperkit's face, for tests: `device VHOST.sock STATE_DIR [GUEST_CID]`.
+//! A vhost-user vsock device with hyperkit's face, for tests: `device VHOST.sock STATE_DIR
+//! [GUEST_CID]`.
 //!
-//! QEMU gets its vsock device from the first; the second is a state directory as hyperkit has it, with `connect`,
-//! `00000002.PORT` and `hyperkit.pid`. Exact where hyperkit is, and robust where hyperkit isn't: what kills or hangs
-//! that one is `hvsock simulate`'s to imitate. It ends with QEMU, and then leaves its files behind, as hyperkit does.
+//! QEMU gets its vsock device from the first; the second is a state directory as hyperkit has it,
+//! with `connect`, `00000002.PORT` and `hyperkit.pid`. Exact where hyperkit is, and robust where
+//! hyperkit isn't: what kills or hangs that one is `hvsock simulate`'s to imitate. It ends with
+//! QEMU, and then leaves its files behind, as hyperkit does.
 //!
-//! Each line of its standard input is answered with a line of counters; at the end of the input it ends, too.
+//! Each line of its standard input is answered with a line of counters; at the end of the input it
+//! ends, too.
 
 mod connection;
 mod device;
@@ -79,7 +82,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut listener = Listener::new(&vhost, true)?;
     daemon.start(&mut listener).map_err(|e| e.to_string())?;
     println!("QEMU is there");
-    // Its end is the VM's, however it comes. No destructor runs: that of the daemon would wait for the loop to end.
+    // Its end is the VM's, however it comes. No destructor runs: that of the daemon would wait for
+    // the loop to end.
     if let Err(e) = daemon.wait() {
         eprintln!("device: QEMU has gone: {e}");
     }

@@ -1,6 +1,7 @@
 //! The header of a virtio vsock packet (virtio 1.2, section 5.10.6), as it stands in the rings.
 //!
-//! Not the crate virtio-vsock's: that wants header and data in a descriptor each, and drivers are free to do otherwise.
+//! Not the crate virtio-vsock's: that wants header and data in a descriptor each, and drivers are
+//! free to do otherwise.
 
 /// How long a header is.
 pub(crate) const HEADER: usize = 44;

@@ -1,4 +1,5 @@
-//! The vhost-user side: QEMU gives the rings and the guest's memory; packets move between them and the [`Device`].
+//! The vhost-user side: QEMU gives the rings and the guest's memory; packets move between them and
+//! the [`Device`].
 
 use std::io::{self, Read, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,7 +26,8 @@ const RINGS: usize = 2;
 pub(crate) const HOST: u64 = 8;
 pub(crate) const AGAIN: u64 = 9;
 
-/// How many packets go one way before the other way has its turn, and how many turns are taken before QEMU has its.
+/// How many packets go one way before the other way has its turn, and how many turns are taken
+/// before QEMU has its.
 const TURN: usize = 128;
 const TURNS: usize = 32;
 
@@ -111,8 +113,9 @@ impl VhostUserBackend for Rings {
         Ok(())
     }
 
-    /// The guest's driver has let go of a ring: it reboots. As with hyperkit, connections stay: the kernel that comes
-    /// resets those that speak to it. Taking the lock is the point: when this returns no ring is in use.
+    /// The guest's driver has let go of a ring: it reboots. As with hyperkit, connections stay: the
+    /// kernel that comes resets those that speak to it. Taking the lock is the point: when this
+    /// returns no ring is in use.
     fn stop_vring(&self, _index: u32) -> io::Result<()> {
         self.lock().stopped = true;
         Ok(())
@@ -163,7 +166,8 @@ impl Inner {
             if let Some((header, data)) = read_packet(chain, &memory) {
                 self.device.hear(&header, &data);
             }
-            // Fails only for a ring outside of the guest's memory, and that is the guest's own affair.
+            // Fails only for a ring outside of the guest's memory, and that is the guest's own
+            // affair.
             let _ = ring.add_used(head, 0);
             count += 1;
         }

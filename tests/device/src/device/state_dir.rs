@@ -55,7 +55,8 @@ impl StateDir {
         (u64::from(hex(cid)?) == self.guest_cid).then_some(hex(port)?)
     }
 
-    /// Connects to the host's program for this port, without waiting: a full backlog refuses, as on macOS.
+    /// Connects to the host's program for this port, without waiting: a full backlog refuses, as on
+    /// macOS.
     pub(crate) fn dial(&self, port: u32) -> io::Result<UnixStream> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.set_nonblocking(true)?;

@@ -29,8 +29,8 @@ const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(20);
 const LATER: Duration = Duration::from_secs(90);
 
-/// The guest's ports, each with a TCP and a Unix front: served behind the guest's `/hvsock`, by the guest itself, by
-/// nobody behind `/hvsock`, by nobody at all.
+/// The guest's ports, each with a TCP and a Unix front: served behind the guest's `/hvsock`, by the
+/// guest itself, by nobody behind `/hvsock`, by nobody at all.
 const PORTS: [u32; 7] = [7, 8, 9, 1008, 1009, 98, 99];
 
 /// Requests of half-close checks.
@@ -162,7 +162,8 @@ pub(crate) fn client_ends_first(vm: &Exact) -> Outcome {
     vm.is_idle()
 }
 
-/// The server half-closes first, and goes on reading: all of the upload after that arrives, and its EOF.
+/// The server half-closes first, and goes on reading: all of the upload after that arrives, and its
+/// EOF.
 pub(crate) fn server_ends_first(vm: &Exact) -> Outcome {
     for port in [8, 1008] {
         for front in vm.fronts(port) {
@@ -179,7 +180,8 @@ pub(crate) fn server_ends_first(vm: &Exact) -> Outcome {
     vm.is_idle()
 }
 
-/// A port on which nobody listens, and one behind which nobody does: a TCP client is reset, within a second.
+/// A port on which nobody listens, and one behind which nobody does: a TCP client is reset, within
+/// a second.
 pub(crate) fn refused_by_guest(vm: &Exact) -> Outcome {
     for port in [99, 98] {
         within_a_second(|| {
@@ -254,7 +256,8 @@ pub(crate) fn tools_to_host(vm: &Exact) -> Outcome {
 
 /// A guest that dials a host which says nothing is told so at its own deadline.
 pub(crate) fn connect_deadline(vm: &Exact) -> Outcome {
-    // More than one try: the guest dials after a while, and if the machine is busy the device may still run then.
+    // More than one try: the guest dials after a while, and if the machine is busy the device may
+    // still run then.
     for _ in 0..3 {
         let device = vm.machine().device.id();
         vm.line.order("deadline 5007")?;
@@ -287,7 +290,8 @@ pub(crate) fn sequence_300(vm: &Exact) -> Outcome {
     vm.is_idle()
 }
 
-/// A client that doesn't read is waited for, in bounded memory, and others are not; then it gets all.
+/// A client that doesn't read is waited for, in bounded memory, and others are not; then it gets
+/// all.
 pub(crate) fn slow_reader(vm: &Exact) -> Outcome {
     const BYTES: usize = 32 * MIB;
     let client = vm.tcp(8).connect()?;
@@ -389,13 +393,15 @@ pub(crate) fn rude_clients(vm: &Exact) -> Outcome {
     Ok(())
 }
 
-/// The guest reboots; QEMU, the device and the proxy stay. A connection from before ends as soon as it is used.
+/// The guest reboots; QEMU, the device and the proxy stay. A connection from before ends as soon as
+/// it is used.
 pub(crate) fn guest_reboots(vm: &Exact) -> Outcome {
     let mut old = vm.tcp(7).connect()?;
     old.write_all(b"before")?;
     old.read_exact(&mut [0; 6])?;
     vm.machine().reboot()?;
-    // Those that try while there is no guest may wait or be refused, but are not kept waiting for good.
+    // Those that try while there is no guest may wait or be refused, but are not kept waiting for
+    // good.
     let waiting = vm.tcp(7).connect()?;
     vm.machine().wait_until_it_serves(LATER)?;
     vm.recovers()?;
@@ -435,7 +441,8 @@ pub(crate) fn vm_starts_anew(vm: &Exact) -> Outcome {
     vm.is_idle()
 }
 
-/// SIGTERM ends the proxy in order. What the guest dials is its keeper's until the VM has ended, and nothing is left then.
+/// SIGTERM ends the proxy in order. What the guest dials is its keeper's until the VM has ended,
+/// and nothing is left then.
 pub(crate) fn ends_in_order(vm: &Exact) -> Outcome {
     let mut proxy = vm.proxy();
     proxy.process.terminate()?;

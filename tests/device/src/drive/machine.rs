@@ -49,7 +49,8 @@ const CONTROL: u32 = 1;
 
 pub(crate) struct Machine {
     kind: Kind,
-    /// What the host's programs know of it: a state directory, or the path of the stock device's socket.
+    /// What the host's programs know of it: a state directory, or the path of the stock device's
+    /// socket.
     place: PathBuf,
     pub(crate) device: Process,
     pub(crate) qemu: Process,
@@ -188,7 +189,8 @@ impl Line {
     }
 }
 
-/// QEMU finds its own data relative to itself. Without erms, fsrm, smap and smep copying is four times as fast here.
+/// QEMU finds its own data relative to itself. Without erms, fsrm, smap and smep copying is four
+/// times as fast here.
 fn qemu(parts: &Parts, vhost: &Path) -> Command {
     let root = |path: &str| parts.root.join(path);
     let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];

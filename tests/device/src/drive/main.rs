@@ -1,7 +1,8 @@
-//! Drives a booted guest through the real binary: `drive ROOT KERNEL INITRAMFS HVSOCK DEVICE PEER [CHECK…]`.
+//! Drives a booted guest through the real binary: `drive ROOT KERNEL INITRAMFS HVSOCK DEVICE PEER
+//! [CHECK…]`.
 //!
-//! It starts QEMU, a vsock device and `hvsock`, checks what goes to and fro, and prints what became of each check, as
-//! the guest's own checks do. Nothing that it starts outlives it.
+//! It starts QEMU, a vsock device and `hvsock`, checks what goes to and fro, and prints what became
+//! of each check, as the guest's own checks do. Nothing that it starts outlives it.
 
 mod exact;
 mod machine;

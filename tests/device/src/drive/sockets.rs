@@ -1,4 +1,5 @@
-//! The driver's own sockets. Whatever the family, std's Unix stream carries it; every wait has a limit.
+//! The driver's own sockets. Whatever the family, std's Unix stream carries it; every wait has a
+//! limit.
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};

@@ -1,4 +1,5 @@
-//! What a check of either kind stands on: a machine, a proxy in front of it, and where that listens.
+//! What a check of either kind stands on: a machine, a proxy in front of it, and where that
+//! listens.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,8 @@ pub(crate) struct Stand {
 }
 
 impl Stand {
-    /// Of a guest that serves, and a proxy that has done nothing yet and whose first rules are the ports' fronts.
+    /// Of a guest that serves, and a proxy that has done nothing yet and whose first rules are the
+    /// ports' fronts.
     pub(crate) fn new(
         parts: &Parts,
         dir: &Path,

@@ -1,6 +1,7 @@
-//! `hvsock forward` in front of vhost-device-vsock 0.3.0, the stock device, flawed as it is: it ends both directions at
-//! the host's EOF, doesn't pass the guest's half-close on, stalls for good now and then when its host is slow, and dies
-//! of clients that go at the wrong moment. Nothing is lost that it doesn't lose, nothing hangs on it, nothing kills it.
+//! `hvsock forward` in front of vhost-device-vsock 0.3.0, the stock device, flawed as it is: it
+//! ends both directions at the host's EOF, doesn't pass the guest's half-close on, stalls for good
+//! now and then when its host is slow, and dies of clients that go at the wrong moment. Nothing is
+//! lost that it doesn't lose, nothing hangs on it, nothing kills it.
 
 use std::ffi::OsString;
 use std::io::{ErrorKind, Read, Write};
@@ -29,8 +30,8 @@ const LATER: Duration = Duration::from_secs(90);
 /// What the stock device stalls is not worth a long wait.
 const STALLED: Duration = Duration::from_secs(10);
 
-/// How often something is tried that the stock device stalls: of a full-duplex echo of 32 MiB one in five, with and
-/// without our proxy; and how often something that it has not been seen to stall.
+/// How often something is tried that the stock device stalls: of a full-duplex echo of 32 MiB one
+/// in five, with and without our proxy; and how often something that it has not been seen to stall.
 const OFTEN: usize = 6;
 const TWICE: usize = 2;
 
@@ -100,8 +101,8 @@ impl Stock {
         self.line.order("descriptors").map(drop)
     }
 
-    /// Tries to carry something by way of our proxy until it succeeds once. If it never does, the device must be seen
-    /// to fail without our proxy, too.
+    /// Tries to carry something by way of our proxy until it succeeds once. If it never does, the
+    /// device must be seen to fail without our proxy, too.
     fn carries(
         &self,
         tries: usize,
@@ -146,8 +147,8 @@ pub(crate) fn echo_to_guest(vm: &Stock) -> Outcome {
     vm.is_well()
 }
 
-/// By AF_VSOCK clients in the guest alone: those behind the guest's own proxy end by a half-close, and that the device
-/// passes on to nobody. Without our proxy nobody listens there.
+/// By AF_VSOCK clients in the guest alone: those behind the guest's own proxy end by a half-close,
+/// and that the device passes on to nobody. Without our proxy nobody listens there.
 pub(crate) fn echo_to_host(vm: &Stock) -> Outcome {
     let order = format!("echo 5007 {} close", 64 * MIB);
     vm.carries(OFTEN, &|| vm.line.order(&order).map(drop), &|| Ok(()))?;
@@ -166,7 +167,8 @@ pub(crate) fn half_close_loses_no_answer(vm: &Stock) -> Outcome {
         let client = impatient(client)?;
         request.send(&client)?;
         client.shutdown(Shutdown::Write)?;
-        // The guest's proxy ends by a half-close, which the device doesn't pass on; the guest's server by a close.
+        // The guest's proxy ends by a half-close, which the device doesn't pass on; the guest's
+        // server by a close.
         match port {
             8 => receive_pattern(&client, 31, MIB),
             _ => expect_pattern(&client, 31, MIB),
@@ -183,8 +185,8 @@ pub(crate) fn half_close_loses_no_answer(vm: &Stock) -> Outcome {
     vm.is_well()
 }
 
-/// A server that half-closes first gets all that its client still sends. (That it has half-closed the client isn't
-/// told: the device doesn't pass it on.)
+/// A server that half-closes first gets all that its client still sends. (That it has half-closed
+/// the client isn't told: the device doesn't pass it on.)
 pub(crate) fn server_ends_first(vm: &Stock) -> Outcome {
     let request = Request {
         wait: 0,
@@ -220,7 +222,8 @@ pub(crate) fn refused(vm: &Stock) -> Outcome {
         within_a_second(|| {
             let told = vm.fronts(port)[0].connect()?.read(&mut [0; 1]);
             println!("# a TCP client of port {port} reads {told:?}");
-            // Behind the guest's proxy the device has said OK: what follows is an answer, if an empty one.
+            // Behind the guest's proxy the device has said OK: what follows is an answer, if an
+            // empty one.
             let is_told = match &told {
                 Ok(n) => *n == 0 && port == 98,
                 Err(e) => e.kind() == ErrorKind::ConnectionReset,
@@ -342,7 +345,8 @@ fn recovers(vm: &Stock) -> Outcome {
     if back { Ok(()) } else { outcome }
 }
 
-/// The guest reboots while the proxy runs. Where the device doesn't survive it, another takes its place.
+/// The guest reboots while the proxy runs. Where the device doesn't survive it, another takes its
+/// place.
 pub(crate) fn guest_reboots(vm: &Stock) -> Outcome {
     let mut old = vm.fronts(7)[0].connect()?;
     old.write_all(b"before")?;
@@ -377,7 +381,8 @@ fn restart(vm: &Stock) -> Outcome {
     machine.wait_until_it_serves(LATER)
 }
 
-/// The device dies, as it may of clients that go right after their line, and another VM starts in its place.
+/// The device dies, as it may of clients that go right after their line, and another VM starts in
+/// its place.
 pub(crate) fn vm_starts_anew(vm: &Stock) -> Outcome {
     let mut rude = 0;
     while rude < 300 && vm.machine().device.is_running() {

@@ -1,0 +1,307 @@
+//! What a rule needs beside sockets: directories, files, programs, addresses of this host.
+//!
+//! The file, the command line and the control socket all look here. What isn't there now may come
+//! later, and is no more than a note; what can never work is a mistake.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, TcpListener};
+use std::path::{Path, PathBuf};
+
+use crate::address::{Address, UnixAddress};
+use crate::app::rule::RuleOptions;
+use crate::app::slow::give_up_if_slow;
+use crate::proxy::Rule;
+use crate::{file, sys};
+
+/// What a problem means for whoever asks for a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Weight {
+    /// It can't be carried out.
+    Mistake,
+    /// It can, and may not be what was meant.
+    Note,
+}
+
+/// Something that is wrong with what a rule needs. Prints as `WHAT; REMEDY`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Finding {
+    pub(crate) weight: Weight,
+    pub(crate) what: String,
+    pub(crate) remedy: String,
+}
+
+impl Finding {
+    fn mistake(what: String, remedy: impl Into<String>) -> Finding {
+        Finding {
+            weight: Weight::Mistake,
+            what,
+            remedy: remedy.into(),
+        }
+    }
+
+    fn note(what: String, remedy: impl Into<String>) -> Finding {
+        Finding {
+            weight: Weight::Note,
+            what,
+            remedy: remedy.into(),
+        }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", self.what, self.remedy)
+    }
+}
+
+/// A directory that is needed.
+enum Directory {
+    /// As far as can be known.
+    IsThere,
+    IsMissing {
+        path: PathBuf,
+        /// The nearest one above it that is there.
+        nearest: PathBuf,
+    },
+    /// What is in its place, or in that of one above it.
+    CanNotBe(PathBuf),
+}
+
+impl Directory {
+    fn look_at(path: &Path) -> Directory {
+        match fs::metadata(path) {
+            Ok(found) if found.is_dir() => Directory::IsThere,
+            Ok(_) => Directory::CanNotBe(path.to_owned()),
+            Err(e) if is_missing(&e) => match nearest(path) {
+                Some((nearest, true)) => Directory::IsMissing {
+                    path: path.to_owned(),
+                    nearest: nearest.to_owned(),
+                },
+                Some((nearest, false)) => Directory::CanNotBe(nearest.to_owned()),
+                None => Directory::IsThere,
+            },
+            Err(_) => Directory::IsThere,
+        }
+    }
+
+    /// Looks at the one in which a file is.
+    fn of(file: &Path) -> Directory {
+        match file.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => Directory::look_at(parent),
+            _ => Directory::IsThere,
+        }
+    }
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory];
+    kinds.contains(&error.kind())
+}
+
+/// Returns the nearest path above one that is there, and whether it is a directory.
+pub(crate) fn nearest(path: &Path) -> Option<(&Path, bool)> {
+    let mut above = path.ancestors().skip(1);
+    above.find_map(|it| Some((it, fs::metadata(it).ok()?.is_dir())))
+}
+
+/// Returns the nearest directory above a path that is there.
+#[cfg(unix)]
+pub(crate) fn nearest_directory(path: &Path) -> Option<&Path> {
+    nearest(path)
+        .filter(|(_, is_directory)| *is_directory)
+        .map(|(path, _)| path)
+}
+
+/// Says what is wrong with the directory in which a file is to be. `whose` is what needs it.
+pub(crate) fn look_at_directory_of(whose: &str, file: &Path) -> Option<Finding> {
+    match Directory::of(file) {
+        Directory::IsThere => None,
+        Directory::IsMissing { path, nearest } => {
+            let (path, nearest) = (path.display(), nearest.display());
+            let what = format!("{whose}: there is no directory {path} yet (there is {nearest})");
+            Some(Finding::note(what, "make it, or is the path right?"))
+        }
+        Directory::CanNotBe(path) => {
+            let what = format!("{whose}: {} is no directory", path.display());
+            Some(Finding::mistake(what, "choose another path"))
+        }
+    }
+}
+
+/// The addresses that listeners have, and whether each is one of this host.
+#[derive(Default)]
+pub(crate) struct HostAddresses(HashMap<IpAddr, bool>);
+
+impl HostAddresses {
+    fn contain(&mut self, ip: IpAddr) -> bool {
+        *self.0.entry(ip).or_insert_with(|| is_of_this_host(ip))
+    }
+}
+
+/// Returns whether an address can be listened on here, as far as is known.
+fn is_of_this_host(ip: IpAddr) -> bool {
+    match TcpListener::bind((ip, 0)) {
+        Err(e) => e.kind() != io::ErrorKind::AddrNotAvailable,
+        Ok(_) => true,
+    }
+}
+
+/// Says what is wrong with the place of a listener.
+pub(crate) fn look_at_listen(listen: &Address, known: &mut HostAddresses) -> Option<Finding> {
+    let whose = listen.to_string();
+    match listen {
+        Address::Unix(UnixAddress::Path(path)) => {
+            let missing = look_at_directory_of(&whose, path);
+            if missing.is_some() {
+                return missing;
+            }
+            let found = fs::symlink_metadata(path).ok()?;
+            let kind = match (found.is_file(), found.is_dir()) {
+                (true, _) => "file",
+                (_, true) => "directory",
+                _ => return None,
+            };
+            let what = format!("{whose}: a {kind} is there");
+            let remedy = "remove it, or choose another path for the socket";
+            Some(Finding::mistake(what, remedy))
+        }
+        Address::VsockMux(mux) => look_at_directory_of(&whose, &mux.path),
+        Address::Tcp(tcp) => {
+            let ip = tcp.socket_addr()?.ip();
+            let remedy = "choose another, or it can't be listened on until it is";
+            let what = format!("{ip} is no address of this host now");
+            (!known.contain(ip)).then(|| Finding::note(what, remedy))
+        }
+        _ => None,
+    }
+}
+
+/// Says what is wrong with the file, the program or the socket's path that a target names.
+pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
+    let whose = target.to_string();
+    let path = match target {
+        Address::Unix(UnixAddress::Path(path)) => path,
+        Address::File(file) => &file.path,
+        Address::Exec(exec) => &exec.program,
+        _ => return None,
+    };
+    let missing = look_at_directory_of(&whose, path);
+    if missing.is_some() {
+        return missing;
+    }
+    let found = match fs::metadata(path) {
+        Ok(found) => found,
+        // Its server makes a socket when it starts.
+        Err(e) if is_missing(&e) && matches!(target, Address::Unix(_)) => return None,
+        Err(e) if is_missing(&e) => {
+            let what = format!("{whose}: it is not there");
+            return Some(Finding::note(what, "its clients are refused until it is"));
+        }
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            let what = format!("{whose}: this user may not look at it ({e})");
+            return Some(Finding::note(what, "run as a user who may"));
+        }
+        Err(_) => return None,
+    };
+    let kind = file::describe_kind(found.file_type());
+    let shown = path.display();
+    match target {
+        Address::Exec(_) if found.is_dir() => {
+            let what = format!("{whose}: it is a directory");
+            Some(Finding::mistake(what, "name a program in it"))
+        }
+        Address::Exec(_) if !found.is_file() => {
+            let what = format!("{whose}: it is {kind}, and no program");
+            Some(Finding::mistake(what, "is the path right?"))
+        }
+        Address::Exec(_) if !sys::is_program(&found) => {
+            let what = format!("{whose}: it is not executable");
+            let remedy = format!("make it a program: chmod +x {shown}");
+            Some(Finding::mistake(what, remedy))
+        }
+        Address::Exec(_) if !sys::may_start(path) => {
+            let what = format!("{whose}: this user may not start it");
+            Some(Finding::note(
+                what,
+                "its clients are refused unless the user who runs this may",
+            ))
+        }
+        Address::File(_) if found.is_dir() => {
+            let what = format!("{whose}: it is a directory");
+            Some(Finding::mistake(what, "name a file in it"))
+        }
+        Address::File(_) if !found.is_file() => {
+            let what = format!("{whose}: it is {kind}, not a regular file");
+            Some(Finding::mistake(what, "is the path right?"))
+        }
+        Address::File(_) if !sys::may_read(path) => {
+            let what = format!("{whose}: this user may not read it");
+            Some(Finding::note(
+                what,
+                "its clients are refused unless the user who runs this may",
+            ))
+        }
+        Address::Unix(_) if found.is_dir() => {
+            let what = format!("{whose}: it is a directory");
+            Some(Finding::mistake(what, "name a socket in it"))
+        }
+        Address::Unix(_) if !sys::may_be_socket(&found) => {
+            let what = format!("{whose}: it is {kind}, and no socket");
+            let remedy = "is the path right? The content of a file is sent by file:/PATH";
+            Some(Finding::mistake(what, remedy))
+        }
+        _ => None,
+    }
+}
+
+/// Returns whether a target is looked at by [`look_at_target`].
+fn has_path(target: &Address) -> bool {
+    matches!(
+        target,
+        Address::Unix(UnixAddress::Path(_)) | Address::File(_) | Address::Exec(_)
+    )
+}
+
+/// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with
+/// each, in the order of the rules.
+///
+/// # Errors
+/// Returns why they were not looked at.
+pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
+    let targets = rules.iter().map(|it| &it.connect).filter(|it| has_path(it));
+    let targets: Vec<Address> = targets.cloned().collect();
+    if targets.is_empty() {
+        return Ok(Vec::new());
+    }
+    give_up_if_slow(move || targets.iter().filter_map(look_at_target).collect())
+}
+
+/// Says which permissions a rule has beside the `usual` options though its listener has no file.
+pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding> {
+    let listen = &rule.listen;
+    if listen.listen_path().is_some() {
+        return None;
+    }
+    let usual = usual.applied_to(Rule::new(listen.clone(), rule.connect.clone()));
+    let given = [
+        ("mode", rule.mode != usual.mode),
+        ("owner", rule.owner != usual.owner),
+        ("group", rule.group != usual.group),
+    ];
+    let given = given.iter().filter(|(_, is_given)| *is_given);
+    let given: Vec<&str> = given.map(|(key, _)| *key).collect();
+    let remedy = match listen {
+        Address::Tcp(_) | Address::Vsock(_) => "leave it out; `from` says which clients may come",
+        Address::Npipe(_) => "leave it out; ?sddl=… of its address says who may connect",
+        _ => "leave it out",
+    };
+    let (keys, are) = (
+        given.join(" and "),
+        if given.len() == 1 { "is" } else { "are" },
+    );
+    let what = format!("{listen}: {keys} {are} for the file of a Unix socket, and it has none");
+    (!given.is_empty()).then(|| Finding::mistake(what, remedy))
+}
