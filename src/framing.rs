@@ -51,8 +51,8 @@ pub struct Framed<S> {
 /// The state of the frames of one connection. Callers pass the stream below.
 #[derive(Debug, Default)]
 pub(crate) struct Frames {
-    reading: Mutex<Reading>,
-    writing: Mutex<Writing>,
+    reading: Mutex<FrameReading>,
+    writing: Mutex<FrameWriting>,
     /// Nothing can be read any more.
     read_ended: AtomicBool,
     /// Nothing can be written any more: this end has shut down, or the peer reads no more.
@@ -61,7 +61,7 @@ pub(crate) struct Frames {
 }
 
 #[derive(Debug, Default)]
-struct Reading {
+struct FrameReading {
     header: [u8; 4],
     /// How much of the header has come.
     have: usize,
@@ -70,7 +70,7 @@ struct Reading {
 }
 
 #[derive(Debug, Default)]
-struct Writing {
+struct FrameWriting {
     header: [u8; 4],
     /// How much of the header is still to be written.
     header_left: usize,
@@ -78,7 +78,7 @@ struct Writing {
     left: usize,
 }
 
-impl Writing {
+impl FrameWriting {
     fn begin(&mut self, header: u32) {
         self.header = header.to_le_bytes();
         self.header_left = self.header.len();
@@ -188,7 +188,7 @@ impl Frames {
     }
 
     /// Locks the writing side between two frames, to write a mark.
-    fn between_frames(&self, inner: &mut impl Write) -> io::Result<MutexGuard<'_, Writing>> {
+    fn between_frames(&self, inner: &mut impl Write) -> io::Result<MutexGuard<'_, FrameWriting>> {
         let mut writing = lock(&self.writing);
         if writing.left > 0 {
             let why = "a frame is begun, and the rest of it wasn't written";
@@ -291,7 +291,7 @@ impl Frames {
     }
 }
 
-fn flush_header(inner: &mut impl Write, writing: &mut Writing) -> io::Result<()> {
+fn flush_header(inner: &mut impl Write, writing: &mut FrameWriting) -> io::Result<()> {
     while writing.header_left > 0 {
         match inner.write(writing.header())? {
             0 => return Err(io::ErrorKind::WriteZero.into()),

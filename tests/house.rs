@@ -1,5 +1,6 @@
 //! Who imports whom in `src`: no circles, from a floor only to those below, and in the engine as
 //! its table says. Imports are read from `use` lines and from paths; a call of a method is none.
+//! And the words and names of `src`: a thing has the word of its field, and a name means one thing.
 
 #![cfg(unix)] // The sources are the same everywhere.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -20,6 +21,8 @@ struct Module {
     files: Vec<String>,
     /// What it defines.
     items: BTreeSet<String>,
+    /// The types among these.
+    types: BTreeSet<String>,
     /// What it imports, by the name that it has here.
     imports: BTreeMap<String, Names>,
     /// The modules of which it hands on all.
@@ -67,6 +70,7 @@ impl House {
         let here = self.modules.entry(module.clone()).or_default();
         here.files.push(file.to_owned());
         here.items.extend(names.items);
+        here.types.extend(names.types);
         here.imports.extend(names.imports);
         here.globs.extend(names.globs);
         let paths = names.paths.into_iter();
@@ -170,14 +174,17 @@ impl House {
     }
 }
 
+/// The modules of the crate.
+static HOUSE: LazyLock<House> = LazyLock::new(House::read);
+
 /// Which files import which, and what.
-static IMPORTS: LazyLock<BTreeMap<(String, String), String>> =
-    LazyLock::new(|| House::read().imports());
+static IMPORTS: LazyLock<BTreeMap<(String, String), String>> = LazyLock::new(|| HOUSE.imports());
 
 /// Finds what a module's items define, import and name.
 #[derive(Default)]
 struct Finder {
     items: BTreeSet<String>,
+    types: BTreeSet<String>,
     imports: BTreeMap<String, Names>,
     globs: Vec<Names>,
     paths: Vec<Names>,
@@ -238,6 +245,12 @@ impl<'a> Visit<'a> for Finder {
             syn::Item::Union(it) => Some(&it.ident),
             _ => None,
         };
+        let is_type = matches!(
+            item,
+            syn::Item::Enum(_) | syn::Item::Struct(_) | syn::Item::Trait(_) | syn::Item::Type(_)
+        );
+        self.types
+            .extend(name.filter(|_| is_type).map(ToString::to_string));
         self.items.extend(name.map(ToString::to_string));
         visit::visit_item(self, item);
     }
@@ -487,6 +500,33 @@ const NAMELESS_FUNCTIONS: [(&str, &[&str]); 4] = [
     ("tell", &[]),
 ];
 
+/// The places where a name of a type may mean another thing than elsewhere: the face, whose models
+/// and commands are named after what they show; the stand-in VM and the simulated world, which know
+/// nothing of the proxy's parts.
+const OTHER_VOCABULARIES: [&str; 4] = ["app/", "main.rs", "proxy/sim/", "simulate/"];
+
+/// The names of types that several modules may define, each with the reason.
+const SHARED_NAMES: [(&str, &str); 6] = [
+    ("Identity", "one for each system"),
+    (
+        "Listener",
+        "the public sockets: blocking, for mio, for tokio, of one family",
+    ),
+    (
+        "Pipe",
+        "the trait, and the system's pipe that it is made for",
+    ),
+    ("SocketFile", "one for each system"),
+    (
+        "Source",
+        "public: where clients come from, and which program keeps a VM",
+    ),
+    (
+        "Stream",
+        "the public sockets: blocking, for mio, for tokio, of one family",
+    ),
+];
+
 /// Splits text into its words: those of sentences, and those of names in either case.
 fn words(text: &str) -> Vec<String> {
     let mut words = vec![String::new()];
@@ -692,4 +732,26 @@ fn a_thing_has_the_word_that_its_field_has_for_it() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_type_has_a_name_of_its_own() {
+    let mut modules: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for module in HOUSE.modules.values() {
+        let file = module.files[0].as_str();
+        let is_elsewhere = OTHER_VOCABULARIES.iter().any(|it| file.starts_with(it));
+        for name in module.types.iter().filter(|_| !is_elsewhere) {
+            modules.entry(name).or_default().push(file);
+        }
+    }
+    assert!(modules.len() > 300, "the types are not found");
+    modules.retain(|_, files| files.len() > 1);
+    let may_be_shared = |name: &str| SHARED_NAMES.iter().any(|(it, _)| *it == name);
+    let wrong = modules.iter().filter(|(name, _)| !may_be_shared(name));
+    let lines = wrong.map(|(name, files)| format!("{name}: {}\n", files.join(", ")));
+    let lines: String = lines.collect();
+    assert!(lines.is_empty(), "names of several types:\n{lines}");
+    for (name, _) in SHARED_NAMES {
+        assert!(modules.contains_key(name), "only one type is named {name}");
+    }
 }

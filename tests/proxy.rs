@@ -7,13 +7,14 @@ mod common;
 
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use common::*;
 use hvsock::simulate::{Service, Vm};
-use hvsock::{Proxy, Rule};
+use hvsock::{Listener, Proxy, Rule};
 
 fn echo_vm(directory: &std::path::Path) -> Vm {
     Vm::builder(directory)
@@ -930,4 +931,24 @@ fn urgent_data_in_many_uploads_ends_none() {
             scope.spawn(|| (0..UPLOADS / AT_ONCE).for_each(|_| take()));
         }
     });
+}
+
+#[test]
+fn all_clients_that_have_waited_at_a_passed_listener_are_served() {
+    /// More than a listener accepts in one go.
+    const CLIENTS: usize = 100;
+    let dir = private_dir();
+    let path = dir.path().join("passed.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let clients: Vec<_> = (0..CLIENTS).map(|_| unix_client(&path)).collect();
+    let (_server, target) = tcp_server();
+    let mut config = config(vec![Rule::new(unix(&path), target)]);
+    let listener = Listener::try_from(OwnedFd::from(listener)).unwrap();
+    config.listeners.push(listener);
+    let proxy = Proxy::start(config).unwrap();
+    let handle = proxy.handle();
+    eventually("all are accepted", || {
+        handle.forwards()[0].counters.accepted == CLIENTS as u64
+    });
+    drop(clients);
 }

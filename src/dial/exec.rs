@@ -94,14 +94,15 @@ impl Drop for Connected {
 /// What is told of the end of a program.
 #[derive(Debug)]
 pub(crate) enum ProgramEnd {
-    /// Its connection was cut before it had ended its output: it is ended for that, and how is of no meaning.
+    /// Its connection was cut before it had ended its output: it is ended for that, and how is of
+    /// no meaning.
     Cut,
     /// It had ended its output, and has ended itself; the error is that nobody knows how.
     Ended(io::Result<ExitStatus>),
 }
 
-/// Starts a program. Returns the connection with its standard input and output. Its end is told once, on a thread of its
-/// own, and possibly before this returns.
+/// Starts a program. Returns the connection with its standard input and output. Its end is told
+/// once, on a thread of its own, and possibly before this returns.
 ///
 /// # Errors
 /// Returns why it can't be started; nothing is told then.
@@ -155,21 +156,21 @@ fn attend(
     debug!(program = %program.to_string().escape_debug(), process = id, "started");
     // The dial may have been given up meanwhile.
     let _ = started.send(Ok(()));
-    let mut carrier = Carrier::new(near, far);
+    let mut carrier = ProgramCarrier::new(near, far);
     let log = |status: &io::Result<ExitStatus>| match status {
         Ok(status) => debug!(process = id, "{}", describe(*status)),
         // Another part of this program reaps all children, this one included.
         Err(e) => debug!(process = id, "ended; its status can't be had: {e}"),
     };
     match carrier.run() {
-        Carried::All => {
+        CarryingEnd::All => {
             carrier.close();
             drop(connected);
             let status = child.wait();
             log(&status);
             tell_end(ProgramEnd::Ended(status));
         }
-        Carried::Cut => {
+        CarryingEnd::Cut => {
             debug!(process = id, "its connection was cut: SIGHUP");
             // Nobody is to wait for what that takes.
             tell_end(ProgramEnd::Cut);
@@ -337,7 +338,7 @@ impl AsFd for Far {
 
 /// The reason for which carrying has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Carried {
+enum CarryingEnd {
     /// The program has ended its output, and all of it was delivered.
     All,
     /// The connection has ended before.
@@ -345,17 +346,17 @@ enum Carried {
 }
 
 /// Carries the bytes between a connection and a program. A buffer is filled only when it is empty.
-struct Carrier {
+struct ProgramCarrier {
     near: UnixStream,
     far: Far,
     /// To the program.
-    up: Flow,
+    up: ProgramFlow,
     /// From the program.
-    down: Flow,
+    down: ProgramFlow,
 }
 
 /// One direction.
-struct Flow {
+struct ProgramFlow {
     buffer: Vec<u8>,
     /// The bytes of the buffer that are still to be written.
     left: std::ops::Range<usize>,
@@ -365,9 +366,9 @@ struct Flow {
     closed: bool,
 }
 
-impl Flow {
-    fn new() -> Flow {
-        Flow {
+impl ProgramFlow {
+    fn new() -> ProgramFlow {
+        ProgramFlow {
             buffer: vec![0; BUFFER],
             left: 0..0,
             ended: false,
@@ -419,18 +420,18 @@ fn would_wait(error: &io::Error) -> bool {
     matches!(error.kind(), WouldBlock | Interrupted)
 }
 
-impl Carrier {
-    fn new(near: UnixStream, far: Far) -> Carrier {
-        Carrier {
+impl ProgramCarrier {
+    fn new(near: UnixStream, far: Far) -> ProgramCarrier {
+        ProgramCarrier {
             near,
             far,
-            up: Flow::new(),
-            down: Flow::new(),
+            up: ProgramFlow::new(),
+            down: ProgramFlow::new(),
         }
     }
 
     /// Carries until the program has ended its output, or the connection is cut.
-    fn run(&mut self) -> Carried {
+    fn run(&mut self) -> CarryingEnd {
         let mut ends_input = false;
         loop {
             self.up.fill(|buffer| self.near.read(buffer));
@@ -457,7 +458,7 @@ impl Carrier {
             self.down.fill(|buffer| self.far.read(buffer));
             self.down.empty(|bytes| self.near.write(bytes));
             if self.down.closed && !self.down.ended {
-                return Carried::Cut;
+                return CarryingEnd::Cut;
             }
             if self.down.is_at_its_end() {
                 let _ = self.near.shutdown(Shutdown::Write);
@@ -465,19 +466,19 @@ impl Carrier {
             }
             let output_has_ended = self.down.closed;
             if output_has_ended && (self.up.closed || self.far.has_closed()) {
-                return Carried::All;
+                return CarryingEnd::All;
             }
             self.wait();
         }
     }
 
     /// Returns how carrying has ended, now that the connection is closed.
-    fn end(&mut self) -> Carried {
+    fn end(&mut self) -> CarryingEnd {
         // The program may have ended its output at the same time.
         self.down.fill(|buffer| self.far.read(buffer));
         match self.down.ended && self.down.left.is_empty() {
-            true => Carried::All,
-            false => Carried::Cut,
+            true => CarryingEnd::All,
+            false => CarryingEnd::Cut,
         }
     }
 

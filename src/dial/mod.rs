@@ -237,7 +237,7 @@ pub(crate) fn on_thread(
     programs: &std::sync::Arc<Programs>,
     tell_end: impl FnOnce(ProgramEnd) + Send + 'static,
 ) -> crate::error::Result<crate::stream::nonblocking::Stream> {
-    use crate::stream::local::{Descriptors, Local};
+    use crate::stream::local::{Local, PassedDescriptors};
     use crate::stream::nonblocking::Stream;
     let connected = match address {
         Address::Exec(exec) => exec::start(exec, programs, tell_end),
@@ -253,7 +253,7 @@ pub(crate) fn on_thread(
         .set_nonblocking(true)
         .map_err(|e| Error::new(Operation::Connect, address, e))?;
     let connected = mio::net::UnixStream::from_std(connected);
-    let stream = Stream::Local(Local::from_unix(connected, Descriptors::Refused));
+    let stream = Stream::Local(Local::from_unix(connected, PassedDescriptors::Refused));
     stream.set_options();
     Ok(stream)
 }

@@ -274,7 +274,7 @@ impl Forward {
         let is_reported = self.health().is_up() == Some(false);
         if !is_reported && self.absence_limiter.admit(ABSENT, now).is_some() {
             let news = self.health().mark_down(now);
-            self.log_change(news, Some(error));
+            self.log_failed_dial(news, error);
         }
     }
 
@@ -285,7 +285,7 @@ impl Forward {
             Some(_) => {}
             None => {
                 let news = self.health().mark_up(now);
-                self.log_change(news, None);
+                self.log_change(news);
             }
         }
     }
@@ -304,7 +304,16 @@ impl Forward {
     }
 
     /// Logs a change of the target's health, where no gate does.
-    fn log_change(&self, news: Option<News>, error: Option<&Error>) {
+    fn log_change(&self, news: Option<News>) {
+        self.log_news(news, None);
+    }
+
+    /// Logs a change of the target's health that a failed dial has shown, where no gate does.
+    fn log_failed_dial(&self, news: Option<News>, error: &Error) {
+        self.log_news(news, Some(error));
+    }
+
+    fn log_news(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let mut forwards = ForwardsTo::default();
             *forwards.of(self.rule.while_down()) = 1;

@@ -54,6 +54,15 @@ pub(crate) enum VmIdentity {
     Cid,
 }
 
+/// Whether the process of a VM goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ProcessState {
+    /// It is not known to be stopped.
+    #[default]
+    Runs,
+    IsStopped,
+}
+
 /// What a look at a VM from outside has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct VmLook {
@@ -64,8 +73,8 @@ pub(crate) struct VmLook {
     pub(crate) is_alive: bool,
     /// The process that its pid file names, if that lives.
     pub(crate) process: Option<i32>,
-    /// Whether its process is stopped, as far as the system tells.
-    pub(crate) is_stopped: bool,
+    /// The state of its process, as far as the system tells.
+    pub(crate) process_state: ProcessState,
 }
 
 /// What is known of the target.

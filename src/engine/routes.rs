@@ -40,7 +40,7 @@ impl Route {
 /// The routes between the forwards of this process, by their live connections.
 #[derive(Debug, Default)]
 pub(crate) struct Routes {
-    known: Mutex<Known>,
+    known: Mutex<RouteTables>,
     /// The number of dialled sockets that may lead to a listener of this process. While it is 0, no
     /// accepted socket needs to be looked up.
     dialled: AtomicUsize,
@@ -77,7 +77,7 @@ impl<K: Eq + Hash> Counts<K> {
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct RouteTables {
     listeners: HashMap<ListenerName, ForwardId>,
     names: HashMap<ForwardId, ListenerName>,
     /// How many listeners there are of each kind.
@@ -95,7 +95,7 @@ struct Known {
 }
 
 impl Routes {
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, RouteTables> {
         lock(&self.known)
     }
 
@@ -264,7 +264,7 @@ impl Routes {
     }
 }
 
-impl Known {
+impl RouteTables {
     fn remove_listener(&mut self, forward: ForwardId) {
         let Some(name) = self.names.remove(&forward) else {
             return;

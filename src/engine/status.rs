@@ -174,8 +174,8 @@ pub struct VmStatus {
     /// them. They come back when the VM is restarted, and are taken from the limit until then.
     #[cfg_attr(feature = "cli", serde(default))]
     pub lost: usize,
-    /// The slots that are left to the process from which this one has taken over, until it has ended.
-    /// They are none of `connections`, and are taken from the limit.
+    /// The slots that are left to the process from which this one has taken over, until it has
+    /// ended. They are none of `connections`, and are taken from the limit.
     #[cfg_attr(feature = "cli", serde(default))]
     pub predecessor: usize,
     /// Connections that the guest has made, and that are served.
@@ -206,8 +206,8 @@ pub struct VmStatus {
     /// Whether the VM's process is stopped, by SIGSTOP or a debugger. Only Linux tells.
     #[cfg_attr(feature = "cli", serde(default))]
     pub paused: bool,
-    /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell. `None`
-    /// while nothing is known.
+    /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell.
+    /// `None` while nothing is known.
     pub up: Option<bool>,
     /// The time since which the VM is known to be gone. `None` if it was never there.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]
@@ -248,7 +248,7 @@ pub(crate) enum Obstacle {
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct KnownStatus {
     obstacle: Option<(Obstacle, String, SystemTime)>,
     /// The last error, and how many clients' targets had been connected by then.
     error: Option<(Arc<str>, SystemTime, u64)>,
@@ -257,10 +257,10 @@ struct Known {
 
 /// A cell in which workers leave the status of a forward for those who ask.
 #[derive(Debug, Default)]
-pub(crate) struct StatusCell(Mutex<Known>);
+pub(crate) struct StatusCell(Mutex<KnownStatus>);
 
 impl StatusCell {
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, KnownStatus> {
         lock(&self.0)
     }
 

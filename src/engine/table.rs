@@ -45,7 +45,7 @@ impl Id {
 }
 
 #[derive(Debug)]
-struct Slot<T> {
+struct TableEntry<T> {
     generation: u32,
     value: Option<T>,
 }
@@ -53,14 +53,14 @@ struct Slot<T> {
 /// A table of values by [`Id`]. No id is used twice (short of 2³² uses of one index).
 #[derive(Debug)]
 pub(crate) struct Table<T> {
-    slots: Vec<Slot<T>>,
+    entries: Vec<TableEntry<T>>,
     free: Vec<usize>,
 }
 
 impl<T> Table<T> {
     pub(crate) fn new() -> Table<T> {
         Table {
-            slots: Vec::new(),
+            entries: Vec::new(),
             free: Vec::new(),
         }
     }
@@ -68,8 +68,8 @@ impl<T> Table<T> {
     /// Returns the id that the next inserted value will have.
     pub(crate) fn next_id(&self) -> Id {
         match self.free.last() {
-            Some(&index) => Id::new(index, self.slots[index].generation),
-            None => Id::new(self.slots.len(), 1),
+            Some(&index) => Id::new(index, self.entries[index].generation),
+            None => Id::new(self.entries.len(), 1),
         }
     }
 
@@ -77,8 +77,8 @@ impl<T> Table<T> {
     pub(crate) fn insert(&mut self, value: T) -> Id {
         let id = self.next_id();
         match self.free.pop() {
-            Some(index) => self.slots[index].value = Some(value),
-            None => self.slots.push(Slot {
+            Some(index) => self.entries[index].value = Some(value),
+            None => self.entries.push(TableEntry {
                 generation: 1,
                 value: Some(value),
             }),
@@ -88,9 +88,9 @@ impl<T> Table<T> {
 
     /// Returns the value of an id, if it is still there.
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut T> {
-        let slot = self.slots.get_mut(id.index())?;
-        if slot.generation == id.generation() {
-            slot.value.as_mut()
+        let entry = self.entries.get_mut(id.index())?;
+        if entry.generation == id.generation() {
+            entry.value.as_mut()
         } else {
             None
         }
@@ -98,12 +98,12 @@ impl<T> Table<T> {
 
     /// Removes a value. Its id is never used again.
     pub(crate) fn remove(&mut self, id: Id) -> Option<T> {
-        let slot = self.slots.get_mut(id.index())?;
-        if slot.generation != id.generation() {
+        let entry = self.entries.get_mut(id.index())?;
+        if entry.generation != id.generation() {
             return None;
         }
-        let value = slot.value.take()?;
-        slot.generation = slot.generation.checked_add(1).unwrap_or(1);
+        let value = entry.value.take()?;
+        entry.generation = entry.generation.checked_add(1).unwrap_or(1);
         self.free.push(id.index());
         Some(value)
     }
@@ -111,11 +111,11 @@ impl<T> Table<T> {
     /// Returns the ids of all values.
     pub(crate) fn ids(&self) -> Vec<Id> {
         let used = self
-            .slots
+            .entries
             .iter()
             .enumerate()
-            .filter(|(_, slot)| slot.value.is_some());
-        used.map(|(index, slot)| Id::new(index, slot.generation))
+            .filter(|(_, entry)| entry.value.is_some());
+        used.map(|(index, entry)| Id::new(index, entry.generation))
             .collect()
     }
 }

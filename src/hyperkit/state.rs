@@ -18,14 +18,14 @@ pub(super) const JSON_NAME: &str = "hyperkit.json";
 const OLD_CONNECT_NAME: &str = "@connect";
 
 /// What a state directory tells of its VM.
-pub(super) struct State {
+pub(super) struct DirectoryState {
     pub(super) vm: HyperkitVm,
     /// The configuration says that the VM has no vsock device, and there is no socket either.
     pub(super) without_vsock: bool,
 }
 
 /// Reads the state directory `dir`, which exists.
-pub(super) fn read(dir: &Path) -> io::Result<State> {
+pub(super) fn read(dir: &Path) -> io::Result<DirectoryState> {
     if !fs::metadata(dir)?.is_dir() {
         return Err(io::ErrorKind::NotADirectory.into());
     }
@@ -44,7 +44,7 @@ pub(super) fn read(dir: &Path) -> io::Result<State> {
         vm.connect = OLD_CONNECT_NAME.to_owned();
         vm.prefix = "@".to_owned();
     }
-    Ok(State {
+    Ok(DirectoryState {
         without_vsock: json["vsock"] == Value::Bool(false) && !plain && !old,
         vm,
     })

@@ -36,23 +36,23 @@ pub fn list() -> Result<Vec<Machine>> {
 /// # Errors
 /// `NotFound` if there is none; `InvalidInput` if there are several; as [`list`].
 pub fn find(name: &str) -> Result<VmId> {
-    static KNOWN: Known = Known(Mutex::new(None));
+    static KNOWN: KnownMachines = KnownMachines(Mutex::new(None));
     KNOWN
         .find(name, ask)
         .map_err(|failed| failed.into_error(Operation::Find, &format!("VM {name:?}")))
 }
 
 /// The last list, and its time.
-struct Known(Mutex<Option<(Instant, Vec<Machine>)>>);
+struct KnownMachines(Mutex<Option<(Instant, Vec<Machine>)>>);
 
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 
-impl Known {
+impl KnownMachines {
     fn find(
         &self,
         name: &str,
-        ask: impl FnOnce() -> std::result::Result<Vec<Machine>, Failed>,
-    ) -> std::result::Result<VmId, Failed> {
+        ask: impl FnOnce() -> std::result::Result<Vec<Machine>, LookupFailed>,
+    ) -> std::result::Result<VmId, LookupFailed> {
         let begun = Instant::now();
         let mut known = lock(&self.0);
         if let Some((at, machines)) = &*known {
@@ -69,15 +69,15 @@ impl Known {
 
 /// Why there is no list, or no such VM in it, and what can be done about it; empty if nothing can.
 #[derive(Debug)]
-struct Failed {
+struct LookupFailed {
     cause: io::Error,
     remedy: &'static str,
 }
 
-impl Failed {
-    fn new(kind: io::ErrorKind, why: impl Into<String>, remedy: &'static str) -> Failed {
+impl LookupFailed {
+    fn new(kind: io::ErrorKind, why: impl Into<String>, remedy: &'static str) -> LookupFailed {
         let cause = io::Error::new(kind, why.into());
-        Failed { cause, remedy }
+        LookupFailed { cause, remedy }
     }
 
     fn into_error(self, operation: Operation, subject: &str) -> Error {
@@ -92,7 +92,7 @@ impl Failed {
 
 const BY_ID: &str = "name the VM by its id, which (Get-VM NAME).Id prints";
 
-fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed> {
+fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, LookupFailed> {
     let lower = name.to_lowercase();
     let exact: Vec<&Machine> = machines.iter().filter(|vm| vm.name == name).collect();
     let named = match exact.is_empty() {
@@ -110,12 +110,12 @@ fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed
                 true => "Hyper-V has no VM".to_owned(),
                 false => format!("no VM has this name; there are {}", names.join(", ")),
             };
-            Err(Failed::new(io::ErrorKind::NotFound, why, ""))
+            Err(LookupFailed::new(io::ErrorKind::NotFound, why, ""))
         }
         several => {
             let ids: Vec<String> = several.iter().map(|vm| vm.id.0.to_string()).collect();
             let why = format!("several VMs have this name: {}", ids.join(", "));
-            Err(Failed::new(io::ErrorKind::InvalidInput, why, BY_ID))
+            Err(LookupFailed::new(io::ErrorKind::InvalidInput, why, BY_ID))
         }
     }
 }
@@ -126,23 +126,23 @@ fn find_in(machines: &[Machine], name: &str) -> std::result::Result<VmId, Failed
 const SCRIPT: &str = include_str!("list.ps1");
 
 #[cfg(windows)]
-fn ask() -> std::result::Result<Vec<Machine>, Failed> {
+fn ask() -> std::result::Result<Vec<Machine>, LookupFailed> {
     /// The time for an answer: PowerShell and Hyper-V's module are loaded first.
     const ANSWER: Duration = Duration::from_secs(30);
     ask_within(powershell::powershell(SCRIPT), ANSWER)
 }
 
 #[cfg(not(windows))]
-fn ask() -> std::result::Result<Vec<Machine>, Failed> {
+fn ask() -> std::result::Result<Vec<Machine>, LookupFailed> {
     let why = "Hyper-V is on Windows only";
-    Err(Failed::new(io::ErrorKind::Unsupported, why, ""))
+    Err(LookupFailed::new(io::ErrorKind::Unsupported, why, ""))
 }
 
 #[cfg(any(windows, test))]
 fn ask_within(
     command: std::process::Command,
     timeout: Duration,
-) -> std::result::Result<Vec<Machine>, Failed> {
+) -> std::result::Result<Vec<Machine>, LookupFailed> {
     use answer::{Why, one_line};
     use io::ErrorKind::{InvalidData, NotFound, Other, PermissionDenied, TimedOut, Unsupported};
     let printed = powershell::run(command, timeout).map_err(|e| {
@@ -155,15 +155,15 @@ fn ask_within(
             TimedOut => "see whether Hyper-V's service, vmms, is well",
             _ => "see whether Windows PowerShell starts",
         };
-        Failed::new(kind, format!("PowerShell can't be asked: {e}"), remedy)
+        LookupFailed::new(kind, format!("PowerShell can't be asked: {e}"), remedy)
     })?;
     let mut machines = answer::parse(&printed.out).map_err(|why| match why {
-        Some((Why::Denied, message)) => Failed::new(
+        Some((Why::Denied, message)) => LookupFailed::new(
             PermissionDenied,
             one_line(&message),
             "run as Administrator, or as a member of the group Hyper-V Administrators",
         ),
-        Some((Why::Module, message)) => Failed::new(
+        Some((Why::Module, message)) => LookupFailed::new(
             Unsupported,
             format!(
                 "Hyper-V's PowerShell module can't be loaded: {}",
@@ -171,7 +171,7 @@ fn ask_within(
             ),
             "turn Hyper-V and its management tools on",
         ),
-        Some((Why::Other, message)) => Failed::new(
+        Some((Why::Other, message)) => LookupFailed::new(
             Other,
             one_line(&message),
             "see what Get-VM says in PowerShell",
@@ -181,7 +181,7 @@ fn ask_within(
                 "" => "PowerShell has not run our script to its end".to_owned(),
                 errors => format!("PowerShell has failed: {errors}"),
             };
-            Failed::new(InvalidData, why, "see what Get-VM says in PowerShell")
+            LookupFailed::new(InvalidData, why, "see what Get-VM says in PowerShell")
         }
     })?;
     machines.sort_by(|a, b| (&a.name, a.id.0).cmp(&(&b.name, b.id.0)));

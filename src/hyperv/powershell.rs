@@ -53,7 +53,7 @@ pub(super) fn run(mut command: Command, timeout: Duration) -> io::Result<Printed
     let deadline = Instant::now() + timeout;
     command.stdin(Stdio::null());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = Ended(command.spawn()?);
+    let mut child = KilledOnDrop(command.spawn()?);
     let (tell, told) = channel();
     if let (Some(out), Some(err)) = (child.0.stdout.take(), child.0.stderr.take()) {
         let tell_out = tell.clone();
@@ -97,9 +97,9 @@ fn read(from: impl Read, most: u64) -> io::Result<Vec<u8>> {
 }
 
 /// A process that doesn't outlive its use.
-struct Ended(Child);
+struct KilledOnDrop(Child);
 
-impl Drop for Ended {
+impl Drop for KilledOnDrop {
     fn drop(&mut self) {
         // It has ended already, mostly.
         let _ = self.0.kill();

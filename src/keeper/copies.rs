@@ -14,7 +14,7 @@ use tracing::debug;
 use crate::sys::{self, Unconnected};
 
 use super::LinkStatus;
-use super::protocol::{FRAME, Order, Port};
+use super::protocol::{FRAME, GuestPort, Order};
 
 /// How many descriptors may wait in the socket until the keeper is woken to take them. It needn't
 /// take each at once: they arrive even if this process has ended by then.
@@ -61,7 +61,7 @@ pub(super) struct Entry {
 
 impl Entry {
     /// Returns the port of a listening socket.
-    pub(super) fn port(&self) -> Option<&Port> {
+    pub(super) fn port(&self) -> Option<&GuestPort> {
         match &self.order {
             Order::Listener(_, port) => Some(port),
             _ => None,
@@ -125,7 +125,7 @@ impl Ends {
 
 /// How far the keeper is with its missing copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum CopyProgress {
     /// It has all copies.
     Done,
     /// It has some more, and can take others.
@@ -334,17 +334,17 @@ impl Copies {
     }
 
     /// Gives the keeper some of its missing copies.
-    pub(super) fn give_missing(&mut self) -> Progress {
+    pub(super) fn give_missing(&mut self) -> CopyProgress {
         for _ in 0..BATCH {
             let Some(id) = self.missing.front().copied() else {
-                return Progress::Done;
+                return CopyProgress::Done;
             };
             let is_kept = self.kept.get(&id).is_some_and(|it| !it.is_given);
             if is_kept && !self.give(id) {
-                return Progress::Blocked;
+                return CopyProgress::Blocked;
             }
             self.missing.pop_front();
         }
-        Progress::Some
+        CopyProgress::Some
     }
 }

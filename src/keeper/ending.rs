@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
+use crate::stream::draining::{Drain, DrainReading, DrainStep, DrainTurn};
 
 /// How much is read at once.
 const BUFFER: usize = 64 * 1024;
@@ -20,7 +20,7 @@ const READS: usize = 4;
 
 /// A connection that is ended.
 #[derive(Debug)]
-pub(super) struct Ending {
+pub(super) struct EndingConnection {
     stream: UnixStream,
     drain: Drain,
     received: u64,
@@ -32,7 +32,7 @@ pub(super) struct Ending {
 
 /// The result of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum EndingTurn {
     /// It is to be closed now.
     Ended,
     Open,
@@ -42,7 +42,7 @@ pub(super) enum Turn {
 
 /// The result of reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+enum ReadResult {
     /// Nothing more can come.
     Ended,
     /// There is more.
@@ -51,14 +51,14 @@ enum Outcome {
     All,
 }
 
-impl Ending {
+impl EndingConnection {
     /// Half-closes a connection.
-    pub(super) fn begin(connection: OwnedFd) -> Ending {
+    pub(super) fn begin(connection: OwnedFd) -> EndingConnection {
         let stream = UnixStream::from(connection);
         // An accepted socket may still block. The call fails for no socket that can be read.
         let _ = stream.set_nonblocking(true);
         let _ = stream.shutdown(Shutdown::Write);
-        Ending {
+        EndingConnection {
             stream,
             drain: Drain::new(0),
             received: 0,
@@ -69,7 +69,7 @@ impl Ending {
 
     /// Returns whether it waits until it can be read.
     pub(super) fn is_waited_for(&self, now: Instant) -> bool {
-        self.drain.reading(now) != Reading::Later
+        self.drain.reading(now) != DrainReading::Later
     }
 
     /// Returns the time of its next turn, if nothing comes before.
@@ -82,18 +82,18 @@ impl Ending {
     }
 
     /// Reads and discards some of what has come, if its turn is due.
-    pub(super) fn take_turn(&mut self, buffer: &mut Vec<u8>, now: Instant) -> Turn {
+    pub(super) fn take_turn(&mut self, buffer: &mut Vec<u8>, now: Instant) -> EndingTurn {
         let is_due = self.ready || self.wake_at.is_some_and(|at| at <= now);
         let reads = match self.drain.reading(now) {
-            Reading::Full if is_due => READS,
-            Reading::Once if is_due => 1,
-            _ => return Turn::Open,
+            DrainReading::Full if is_due => READS,
+            DrainReading::Once if is_due => 1,
+            _ => return EndingTurn::Open,
         };
         (self.ready, self.wake_at) = (false, None);
         let is_readable = match self.read(buffer, reads) {
-            Outcome::Ended => return Turn::Ended,
-            Outcome::Some => true,
-            Outcome::All => false,
+            ReadResult::Ended => return EndingTurn::Ended,
+            ReadResult::Some => true,
+            ReadResult::All => false,
         };
         let turn = DrainTurn {
             received: self.received,
@@ -104,7 +104,7 @@ impl Ending {
         self.wake_at = match self.drain.take_turn(turn, now) {
             DrainStep::Close => {
                 self.break_off(buffer);
-                return Turn::GivenUp;
+                return EndingTurn::GivenUp;
             }
             DrainStep::GiveUp => {
                 self.drain.give_up(now);
@@ -116,29 +116,29 @@ impl Ending {
             DrainStep::Slower | DrainStep::MayGiveUp => Some(self.drain.next_read(now)),
             DrainStep::Wait | DrainStep::Paused => None,
         };
-        Turn::Open
+        EndingTurn::Open
     }
 
     /// Reads and discards, with at most `reads` calls.
-    fn read(&mut self, buffer: &mut Vec<u8>, reads: usize) -> Outcome {
+    fn read(&mut self, buffer: &mut Vec<u8>, reads: usize) -> ReadResult {
         buffer.resize(BUFFER, 0);
         for _ in 0..reads {
             match self.stream.read(buffer) {
-                Ok(0) => return Outcome::Ended,
+                Ok(0) => return ReadResult::Ended,
                 Ok(n) => {
                     self.received += n as u64;
                     // A short read has taken all there was.
                     if n < buffer.len() {
-                        return Outcome::All;
+                        return ReadResult::All;
                     }
                 }
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Outcome::All,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return ReadResult::All,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 // Nothing more can come of it.
-                Err(_) => return Outcome::Ended,
+                Err(_) => return ReadResult::Ended,
             }
         }
-        Outcome::Some
+        ReadResult::Some
     }
 
     /// Reads what has come, and has the VM's next write fail, so that a close now does as little
@@ -146,14 +146,14 @@ impl Ending {
     pub(super) fn break_off(&mut self, buffer: &mut Vec<u8>) {
         /// Many times what a socket can hold.
         const READS: usize = 64;
-        if self.read(buffer, READS) != Outcome::Ended {
+        if self.read(buffer, READS) != ReadResult::Ended {
             let _ = self.stream.shutdown(Shutdown::Read);
             let _ = self.read(buffer, READS);
         }
     }
 }
 
-impl AsFd for Ending {
+impl AsFd for EndingConnection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
@@ -168,14 +168,14 @@ mod tests {
     use super::*;
     use crate::stream::draining::{LAST_READS, LONGEST_SENDING, SILENCE, UNHURRIED};
 
-    /// A connection that is ended, and the guest's end of it.
-    fn pair() -> (Ending, UnixStream) {
+    /// Returns a connection that is ended, and the guest's end of it.
+    fn pair() -> (EndingConnection, UnixStream) {
         let (ours, guest) = UnixStream::pair().unwrap();
         guest.set_nonblocking(true).unwrap();
-        (Ending::begin(ours.into()), guest)
+        (EndingConnection::begin(ours.into()), guest)
     }
 
-    /// Sends as much as there is room for; whether there can be more.
+    /// Sends as much as there is room for. Returns whether there can be more.
     fn send(mut guest: &UnixStream) -> bool {
         loop {
             if let Err(e) = guest.write_all(&[7; BUFFER]) {
@@ -193,9 +193,9 @@ mod tests {
             assert!(send(&guest), "it was cut off after {turns} turns");
             ending.ready |= ending.is_waited_for(now);
             match ending.take_turn(&mut buffer, now) {
-                Turn::Open => {}
-                Turn::Ended => panic!(),
-                Turn::GivenUp => break,
+                EndingTurn::Open => {}
+                EndingTurn::Ended => panic!(),
+                EndingTurn::GivenUp => break,
             }
             turns += 1;
             assert!(turns < 1000);
@@ -217,20 +217,21 @@ mod tests {
         for _ in 0..20 {
             (&guest).write_all(b"some").unwrap();
             ending.ready = true;
-            assert_eq!(ending.take_turn(&mut buffer, now), Turn::Open);
+            assert_eq!(ending.take_turn(&mut buffer, now), EndingTurn::Open);
             now += SILENCE;
         }
         assert_eq!(ending.wakes_at(now), None);
         // A child that another test forks may still hold a copy: a close would be no EOF yet.
         guest.shutdown(Shutdown::Write).unwrap();
         ending.ready = true;
-        assert_eq!(ending.take_turn(&mut buffer, now), Turn::Ended);
+        assert_eq!(ending.take_turn(&mut buffer, now), EndingTurn::Ended);
     }
 
     #[test]
     fn a_socket_that_was_never_connected_has_ended() {
         let now = Instant::now();
-        let mut ending = Ending::begin(crate::sys::Unconnected::new().unwrap().socket.into());
-        assert_eq!(ending.take_turn(&mut Vec::new(), now), Turn::Ended);
+        let mut ending =
+            EndingConnection::begin(crate::sys::Unconnected::new().unwrap().socket.into());
+        assert_eq!(ending.take_turn(&mut Vec::new(), now), EndingTurn::Ended);
     }
 }

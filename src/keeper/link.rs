@@ -27,8 +27,8 @@ use tracing::{debug, error, warn};
 use crate::lock::lock;
 use crate::sys::{self, Identity, Unconnected, Wanted};
 
-use super::copies::{AHEAD, Copies, Descriptor, Ends, Entry, MOST_SERVED, Progress, When};
-use super::protocol::{Order, PROTOCOL, Port, UNKNOWN_PROTOCOL};
+use super::copies::{AHEAD, Copies, CopyProgress, Descriptor, Ends, Entry, MOST_SERVED, When};
+use super::protocol::{GuestPort, Order, PROTOCOL, UNKNOWN_PROTOCOL};
 use super::status::socket_path;
 use super::{Keeper, LinkStatus};
 
@@ -51,7 +51,7 @@ pub(crate) const DESCRIPTORS: usize = 6 + AHEAD + MOST_SERVED;
 pub(crate) struct Link(Arc<Owner>);
 
 #[derive(Debug)]
-struct Owner(Arc<Inner>);
+struct Owner(Arc<LinkState>);
 
 impl Drop for Owner {
     fn drop(&mut self) {
@@ -61,7 +61,7 @@ impl Drop for Owner {
 
 /// A view of the link, which doesn't keep the keeper running.
 #[derive(Clone, Debug)]
-pub(crate) struct View(Arc<Inner>);
+pub(crate) struct View(Arc<LinkState>);
 
 impl View {
     pub(crate) fn status(&self) -> LinkStatus {
@@ -114,7 +114,7 @@ impl View {
 /// copy of a connection, or to accept at its copy of a listening socket.
 #[derive(Debug)]
 pub(crate) struct Kept {
-    inner: Arc<Inner>,
+    inner: Arc<LinkState>,
     id: u64,
     is_done: bool,
 }
@@ -177,7 +177,7 @@ impl Drop for Kept {
 }
 
 #[derive(Debug)]
-struct Inner {
+struct LinkState {
     keeper: Keeper,
     state: Mutex<Copies>,
     changed: Condvar,
@@ -188,7 +188,7 @@ impl Link {
     pub(crate) fn new(keeper: Keeper) -> Link {
         let state = Mutex::default();
         let changed = Condvar::new();
-        Link(Arc::new(Owner(Arc::new(Inner {
+        Link(Arc::new(Owner(Arc::new(LinkState {
             keeper,
             state,
             changed,
@@ -241,7 +241,7 @@ impl Link {
     }
 
     /// Has the keeper keep a listening socket, as [`keep_connection`](Link::keep_connection) does.
-    pub(crate) fn keep_listener(&self, listener: BorrowedFd<'_>, port: Port) -> Option<Kept> {
+    pub(crate) fn keep_listener(&self, listener: BorrowedFd<'_>, port: GuestPort) -> Option<Kept> {
         let duplicate = listener.try_clone_to_owned().ok()?;
         let descriptor = Descriptor::Duplicate(duplicate);
         let kept = self.keep(descriptor, |id| Order::Listener(id, port));
@@ -265,7 +265,7 @@ impl Link {
             is_given: false,
         };
         state.kept.insert(id, entry);
-        if state.give_missing() != Progress::Done || !state.give(id) {
+        if state.give_missing() != CopyProgress::Done || !state.give(id) {
             state.missing.push_back(id);
             if state.pid.is_some() && !std::mem::replace(&mut state.has_warned, true) {
                 warn!(
@@ -283,13 +283,13 @@ impl Link {
     }
 }
 
-impl Inner {
+impl LinkState {
     fn state(&self) -> MutexGuard<'_, Copies> {
         lock(&self.state)
     }
 
     /// Starts the thread that starts the keeper, once.
-    fn begin(self: &Arc<Inner>) {
+    fn begin(self: &Arc<LinkState>) {
         if std::mem::replace(&mut self.state().has_begun, true) {
             return;
         }
@@ -303,7 +303,7 @@ impl Inner {
     }
 
     /// Gives the keeper what it could not take, on a thread of its own, as soon as it can.
-    fn catch_up(self: &Arc<Inner>, mut state: MutexGuard<'_, Copies>) {
+    fn catch_up(self: &Arc<LinkState>, mut state: MutexGuard<'_, Copies>) {
         if state.ends.is_none() || std::mem::replace(&mut state.is_catching_up, true) {
             return;
         }
@@ -433,13 +433,17 @@ impl Inner {
             let mut state = self.state();
             let progress = match state.flush() {
                 true => state.give_missing(),
-                false => Progress::Blocked,
+                false => CopyProgress::Blocked,
             };
-            if progress == Progress::Some {
+            if progress == CopyProgress::Some {
                 continue;
             }
             state.notify();
-            let Some(ends) = state.ends.clone().filter(|_| progress != Progress::Done) else {
+            let Some(ends) = state
+                .ends
+                .clone()
+                .filter(|_| progress != CopyProgress::Done)
+            else {
                 return;
             };
             drop(state);

@@ -1,6 +1,6 @@
 //! The keeper: a small process that keeps a hyperkit VM whole when its proxy is gone.
 //!
-//! A proxy that is killed, or that crashes, closes its connections rudely, which can kill the VM;
+//! A proxy that is killed, or that crashes, closes its connections unread, which can kill the VM;
 //! and a port that the guest dials and on which nobody listens any more can hang it. So the proxy
 //! gives a copy of each VM connection, and of each socket at which guests dial, to a keeper. While
 //! the proxy lives, the keeper waits and does nothing. When the proxy has ended, by whatever means,
@@ -12,7 +12,7 @@
 //! use hvsock::ProxyConfig;
 //! use hvsock::keeper::Keeper;
 //!
-//! // At the very begin of the program's `main`:
+//! // At the very beginning of the program's `main`:
 //! if std::env::args_os().nth(1).is_some_and(|it| it == "keeper") {
 //!     std::process::exit(hvsock::keeper::serve());
 //! }
@@ -35,7 +35,7 @@ use std::path::PathBuf;
 
 pub(crate) use copies::When;
 pub(crate) use link::{DESCRIPTORS, Kept, Link, View};
-pub(crate) use protocol::Port;
+pub(crate) use protocol::GuestPort;
 pub(crate) use status::Taken;
 
 /// The program that a proxy starts as its keeper. It must call [`serve`] when it is started with

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::hyperkit::state::running_pid;
 use crate::sys::{self, Identity, Place};
 
-use super::protocol::Port;
+use super::protocol::GuestPort;
 use super::status::{KeptPort, PortState};
 
 /// How many connections one port accepts in a turn.
@@ -21,32 +21,32 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// The VM behind a port, as it was when the keeper began to serve it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Vm {
+enum ServedVm {
     Socket(Identity),
     Process(i32),
 }
 
 /// Returns the VM whose socket is `connect`, or that has a pid file beside it; `None` if none runs.
-fn find_vm(connect: &Path) -> Option<Vm> {
+fn find_vm(connect: &Path) -> Option<ServedVm> {
     match Identity::of(connect) {
         Ok(identity) => {
             // A socket that may not be connected to (permissions) may live.
             let lives = sys::is_socket_alive(connect).unwrap_or(true);
-            lives.then_some(Vm::Socket(identity))
+            lives.then_some(ServedVm::Socket(identity))
         }
         // A VM with `guest_forwards` alone has no such socket.
         Err(_) => {
             let pid = running_pid(connect.parent()?)?;
-            Some(Vm::Process(pid))
+            Some(ServedVm::Process(pid))
         }
     }
 }
 
-/// A kept port.
+/// The keeper's copy of a listening socket that guests dial.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct KeptListener {
     listener: UnixListener,
-    port: Port,
+    port: GuestPort,
     /// The VM for which it is served; `None`: it is held, for the proxy listens there.
     served: Option<Served>,
     /// The client of the status socket that has reserved it: a successor of the proxy.
@@ -55,7 +55,7 @@ pub(super) struct Kept {
 
 #[derive(Debug)]
 struct Served {
-    vm: Option<Vm>,
+    vm: Option<ServedVm>,
     not_before: Option<Instant>,
 }
 
@@ -67,9 +67,9 @@ pub(super) enum Fate {
     Closed,
 }
 
-impl Kept {
-    pub(super) fn new(listener: OwnedFd, port: Port) -> Kept {
-        Kept {
+impl KeptListener {
+    pub(super) fn new(listener: OwnedFd, port: GuestPort) -> KeptListener {
+        KeptListener {
             listener: UnixListener::from(listener),
             port,
             served: None,
@@ -173,7 +173,7 @@ impl Kept {
     }
 }
 
-impl AsFd for Kept {
+impl AsFd for KeptListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
     }

@@ -18,8 +18,8 @@ use crate::error::{Error, Operation};
 use crate::listener::file::{self, FileState, SocketFile};
 use crate::sys;
 
-use super::ending::{Ending, Turn};
-use super::ports::{Fate, Kept};
+use super::ending::{EndingConnection, EndingTurn};
+use super::ports::{Fate, KeptListener};
 use super::protocol::{Decoder, Order, PROTOCOL, UNKNOWN_PROTOCOL};
 use super::status::{self, KeeperStatus, socket_path};
 
@@ -80,7 +80,7 @@ struct Client {
 
 /// What a descriptor that is waited for belongs to.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+enum PollSource {
     Notifier,
     Door(usize),
     Client(u64),
@@ -95,7 +95,7 @@ enum Course {
     Ends,
 }
 
-struct Process<'a> {
+struct KeeperLoop<'a> {
     notifier: BorrowedFd<'a>,
     orders: BorrowedFd<'a>,
     decoder: Decoder,
@@ -108,8 +108,8 @@ struct Process<'a> {
     connections: HashMap<u64, OwnedFd>,
     /// The copies of connections that the proxy has ended, to be closed.
     released: Vec<OwnedFd>,
-    ports: HashMap<u64, Kept>,
-    endings: Vec<Ending>,
+    ports: HashMap<u64, KeptListener>,
+    endings: Vec<EndingConnection>,
     /// How many of them were closed though their guests went on sending.
     given_up: u64,
     doors: Vec<Door>,
@@ -143,7 +143,7 @@ pub(super) fn run(version: Option<&str>) -> i32 {
             return 1;
         }
     }
-    let process = Process {
+    let process = KeeperLoop {
         notifier: notifier.as_fd(),
         orders: orders.as_fd(),
         decoder: Decoder::default(),
@@ -166,7 +166,7 @@ pub(super) fn run(version: Option<&str>) -> i32 {
     0
 }
 
-impl Process<'_> {
+impl KeeperLoop<'_> {
     fn run(mut self) {
         loop {
             let (ready, now) = self.wait();
@@ -176,14 +176,14 @@ impl Process<'_> {
             let mut course = Course::GoesOn;
             for source in &ready {
                 match source {
-                    Source::Notifier => self.read_notifier(now),
-                    Source::Door(index) => self.accept_client(*index),
-                    Source::Client(id) if self.serve_client(*id, now) == Course::Ends => {
+                    PollSource::Notifier => self.read_notifier(now),
+                    PollSource::Door(index) => self.accept_client(*index),
+                    PollSource::Client(id) if self.serve_client(*id, now) == Course::Ends => {
                         course = Course::Ends;
                     }
-                    Source::Client(_) => {}
-                    Source::Port(id) => self.accept_guests(*id, now),
-                    Source::Ending(index) => self.endings[*index].ready = true,
+                    PollSource::Client(_) => {}
+                    PollSource::Port(id) => self.accept_guests(*id, now),
+                    PollSource::Ending(index) => self.endings[*index].ready = true,
                 }
             }
             if course == Course::Ends {
@@ -204,7 +204,7 @@ impl Process<'_> {
     }
 
     /// Waits until something is ready or it is time for a look.
-    fn wait(&self) -> (Vec<Source>, Instant) {
+    fn wait(&self) -> (Vec<PollSource>, Instant) {
         let now = Instant::now();
         let mut wake_at = None;
         let mut wake_by =
@@ -216,35 +216,35 @@ impl Process<'_> {
             polled.push(PollFd::new(socket, PollFlags::POLLIN));
         };
         if !self.notifier_ended {
-            add(Source::Notifier, self.notifier);
+            add(PollSource::Notifier, self.notifier);
         }
         if self.has_more {
             wake_by(now);
         }
         for (index, door) in self.doors.iter().enumerate() {
             if let Some((listener, _)) = &door.bound {
-                add(Source::Door(index), listener.as_fd());
+                add(PollSource::Door(index), listener.as_fd());
             }
         }
         for client in &self.clients {
-            add(Source::Client(client.id), client.stream.as_fd());
+            add(PollSource::Client(client.id), client.stream.as_fd());
         }
         for (id, port) in &self.ports {
             match port.accepts(now) {
-                Ok(true) => add(Source::Port(*id), port.as_fd()),
+                Ok(true) => add(PollSource::Port(*id), port.as_fd()),
                 Ok(false) => {}
                 Err(later) => wake_by(later),
             }
         }
         for (index, ending) in self.endings.iter().enumerate() {
             if ending.is_waited_for(now) {
-                add(Source::Ending(index), ending.as_fd());
+                add(PollSource::Ending(index), ending.as_fd());
             }
             if let Some(at) = ending.wakes_at(now) {
                 wake_by(at);
             }
         }
-        if self.ports.values().any(Kept::is_served) {
+        if self.ports.values().any(KeptListener::is_served) {
             wake_by(self.look_at);
         }
         let timeout = match wake_at {
@@ -281,10 +281,10 @@ impl Process<'_> {
         if self.notifier_ended && !self.has_more {
             self.proxy_ended = true;
             for (_, connection) in self.connections.drain() {
-                self.endings.push(Ending::begin(connection));
+                self.endings.push(EndingConnection::begin(connection));
             }
             self.connections.shrink_to_fit();
-            self.ports.values_mut().for_each(Kept::serve);
+            self.ports.values_mut().for_each(KeptListener::serve);
             self.look_at = now;
         }
     }
@@ -327,7 +327,9 @@ impl Process<'_> {
             }
             Order::Release(id) => self.released.extend(self.connections.remove(&id)),
             Order::Listener(id, port) => {
-                let kept = descriptors.next().map(|it| (id, Kept::new(it, port)));
+                let kept = descriptors
+                    .next()
+                    .map(|it| (id, KeptListener::new(it, port)));
                 self.ports.extend(kept);
             }
             Order::Serve(id) => {
@@ -353,7 +355,7 @@ impl Process<'_> {
 
     fn accept_guests(&mut self, id: u64, now: Instant) {
         let endings = &mut self.endings;
-        let end = |guest| endings.push(Ending::begin(guest));
+        let end = |guest| endings.push(EndingConnection::begin(guest));
         if let Some(port) = self.ports.get_mut(&id)
             && port.accept(now, end) == Fate::Closed
         {
@@ -366,8 +368,8 @@ impl Process<'_> {
         let (buffer, given_up) = (&mut self.buffer, &mut self.given_up);
         self.endings.retain_mut(|ending| {
             let turn = ending.take_turn(buffer, now);
-            *given_up += u64::from(turn == Turn::GivenUp);
-            turn == Turn::Open
+            *given_up += u64::from(turn == EndingTurn::GivenUp);
+            turn == EndingTurn::Open
         });
     }
 
@@ -506,7 +508,7 @@ impl Process<'_> {
             connections: self.made() + self.endings.len(),
             given_up: self.given_up,
             ports: {
-                let mut ports: Vec<_> = self.ports.values().map(Kept::status).collect();
+                let mut ports: Vec<_> = self.ports.values().map(KeptListener::status).collect();
                 ports.sort_by_key(|port| port.port);
                 ports
             },
@@ -523,7 +525,7 @@ impl Process<'_> {
 
     /// Reserves a served port for a client. Returns false if there is none, or another has it.
     fn take(&mut self, inode: Option<u64>, client: u64) -> bool {
-        let wanted = |port: &&mut Kept| Some(port.inode()) == inode && port.is_served();
+        let wanted = |port: &&mut KeptListener| Some(port.inode()) == inode && port.is_served();
         match self.ports.values_mut().find(wanted) {
             Some(port) if port.taken_by.is_none_or(|by| by == client) => {
                 port.taken_by = Some(client);
@@ -535,7 +537,7 @@ impl Process<'_> {
 
     /// Closes a port that a client has taken, once another socket has its name.
     fn release(&mut self, inode: Option<u64>, client: u64, now: Instant) -> bool {
-        let wanted = |(id, port): (&u64, &Kept)| {
+        let wanted = |(id, port): (&u64, &KeptListener)| {
             (Some(port.inode()) == inode && port.taken_by == Some(client)).then_some(*id)
         };
         match self.ports.iter().find_map(wanted) {

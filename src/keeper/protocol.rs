@@ -52,7 +52,7 @@ pub(super) enum Order {
     /// Close the copy of a connection: the proxy has ended it.
     Release(u64),
     /// Keep this listening socket, whose descriptor comes with the order.
-    Listener(u64, Port),
+    Listener(u64, GuestPort),
     /// Accept at this socket from now on: the proxy listens there no more.
     Serve(u64),
     /// Close the copy of a listening socket, and leave its file alone: another process has it.
@@ -63,7 +63,7 @@ pub(super) enum Order {
 
 /// A port that guests dial, with what the keeper needs to serve it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Port {
+pub(crate) struct GuestPort {
     pub(crate) port: u32,
     /// The absolute path of the socket at which the VM connects.
     pub(crate) path: PathBuf,
@@ -73,7 +73,7 @@ pub(crate) struct Port {
     pub(crate) connect: PathBuf,
 }
 
-impl Port {
+impl GuestPort {
     fn to_tail(&self) -> Vec<u8> {
         [
             self.path.as_os_str().as_bytes(),
@@ -84,12 +84,12 @@ impl Port {
         .join(&0)
     }
 
-    fn from_tail(tail: &[u8]) -> Option<Port> {
+    fn from_tail(tail: &[u8]) -> Option<GuestPort> {
         let mut fields = tail.split(|byte| *byte == 0);
         let mut path = || Some(path_of(fields.next()?));
         let (path, connect) = (path()?, path()?);
         let mut text = || std::str::from_utf8(fields.next()?).ok();
-        Some(Port {
+        Some(GuestPort {
             path,
             connect,
             identity: Identity::from_text(text()?)?,
@@ -140,7 +140,7 @@ impl Order {
             Order::PROXY => u32::try_from(id).ok().map(Order::Proxy),
             Order::CONNECTION => Some(Order::Connection(id)),
             Order::RELEASE => Some(Order::Release(id)),
-            Order::LISTENER => Port::from_tail(tail).map(|port| Order::Listener(id, port)),
+            Order::LISTENER => GuestPort::from_tail(tail).map(|port| Order::Listener(id, port)),
             Order::SERVE => Some(Order::Serve(id)),
             Order::FORGET => Some(Order::Forget(id)),
             Order::DIRECTORY => {
@@ -228,8 +228,8 @@ mod tests {
 
     use super::*;
 
-    fn port() -> Port {
-        Port {
+    fn port() -> GuestPort {
+        GuestPort {
             port: 5000,
             path: "/state/00000002.00001388".into(),
             identity: Identity::of(Path::new("/")).unwrap(),
@@ -357,7 +357,7 @@ mod tests {
             .collect::<Vec<u8>>()
         );
         let tail = b"/s/p\0/s/connect\x001:2:3:4\x005000";
-        let port = Port::from_tail(tail).unwrap();
+        let port = GuestPort::from_tail(tail).unwrap();
         assert_eq!(port.to_tail(), tail);
         assert_eq!((port.port, port.identity.inode()), (5000, 2));
         let kinds = [

@@ -165,7 +165,7 @@ pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
 }
 
 /// Connects to each of these keepers. Returns the status of each as well.
-fn clients(directory: &Path) -> Vec<(Client, KeeperStatus)> {
+fn clients(directory: &Path) -> Vec<(Conversation, KeeperStatus)> {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Vec::new();
     };
@@ -177,7 +177,7 @@ fn clients(directory: &Path) -> Vec<(Client, KeeperStatus)> {
         .collect();
     pids.sort_unstable();
     let ask = |pid| {
-        let mut client = Client::connect(directory, pid).ok()?;
+        let mut client = Conversation::connect(directory, pid).ok()?;
         let status = client.status().ok()?;
         Some((client, status))
     };
@@ -187,7 +187,7 @@ fn clients(directory: &Path) -> Vec<(Client, KeeperStatus)> {
 /// A port that a keeper serves and that this process has reserved, to bind its path anew.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    client: Client,
+    client: Conversation,
     inode: u64,
 }
 
@@ -243,24 +243,24 @@ impl Taken {
 /// Returns `NotFound` or `ConnectionRefused` if there is no such keeper; what the system says.
 #[cfg(feature = "cli")]
 pub(crate) fn end(directory: &Path, pid: u32) -> io::Result<()> {
-    Client::connect(directory, pid)?.ask("end").map(drop)
+    Conversation::connect(directory, pid)?.ask("end").map(drop)
 }
 
 /// A conversation with a keeper.
 #[derive(Debug)]
-pub(crate) struct Client(BufReader<UnixStream>);
+pub(crate) struct Conversation(BufReader<UnixStream>);
 
-impl Client {
+impl Conversation {
     /// Connects to the keeper `pid`, which has a status socket in `directory`.
     ///
     /// # Errors
     /// Returns `NotFound` or `ConnectionRefused` if there is none; what the system says.
-    pub(crate) fn connect(directory: &Path, pid: u32) -> io::Result<Client> {
+    pub(crate) fn connect(directory: &Path, pid: u32) -> io::Result<Conversation> {
         let path = socket_path(directory, pid);
         let stream = sys::with_short_path(&path, |short| UnixStream::connect(short))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Client(BufReader::new(stream)))
+        Ok(Conversation(BufReader::new(stream)))
     }
 
     /// Asks the keeper for its status.

@@ -169,7 +169,7 @@ mod tests {
     use super::*;
     use crate::listener::nonblocking::has_client_left;
 
-    /// What `ss -K` does, or another process that has the socket.
+    /// Shuts a listener down, as `ss -K` does, or another process that has the socket.
     fn shut_down(listener: &LastingListener) {
         let listener = listener.listener.as_ref().unwrap();
         socket2::SockRef::from(listener)

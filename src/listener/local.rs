@@ -19,12 +19,12 @@ use crate::error::{Error, Operation, Result};
 use crate::keeper::{self, Kept, Link, Taken};
 use crate::name::SocketName;
 use crate::stream::endpoint::not_carried;
-use crate::stream::local::{Descriptors, Local};
+use crate::stream::local::{Local, PassedDescriptors};
 use crate::sys::{self, AsSocket, BorrowedSocket};
 
 /// Which connections of a Unix listener refuse descriptors that a peer passes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
+pub(crate) enum DescriptorRefusal {
     /// All: they inherit it from the listener.
     All,
     None,
@@ -40,7 +40,7 @@ pub(crate) enum LocalListener {
         kept: Option<Kept>,
         listener: mio::net::UnixListener,
         file: Option<Arc<SocketFile>>,
-        descriptors: Refusal,
+        descriptors: DescriptorRefusal,
         /// Whether accepted sockets may have the small buffers that are the system's default.
         small_buffers: bool,
     },
@@ -79,11 +79,11 @@ impl LocalListener {
                     sys::make_room(&SockRef::from(&stream));
                 }
                 let refused = match descriptors {
-                    Refusal::All => true,
-                    Refusal::None => false,
-                    Refusal::Some => sys::refuses_descriptors(stream.as_socket()),
+                    DescriptorRefusal::All => true,
+                    DescriptorRefusal::None => false,
+                    DescriptorRefusal::Some => sys::refuses_descriptors(stream.as_socket()),
                 };
-                let stream = Local::from_unix(stream, Descriptors::refused(refused));
+                let stream = Local::from_unix(stream, PassedDescriptors::refused(refused));
                 Ok((stream, SocketName::Unnamed))
             }
             LocalListener::Vsock(listener) => {
@@ -116,7 +116,7 @@ impl LocalListener {
         }
     }
 
-    /// See [`Listener::adopt`](super::nonblocking::Listener::adopt).
+    /// Does what [`Listener::adopt`](super::nonblocking::Listener::adopt) says.
     #[cfg(feature = "cli")]
     pub(super) fn adopt(&mut self, adopted: Option<SocketFile>) {
         if let LocalListener::Unix {
@@ -125,8 +125,8 @@ impl LocalListener {
         {
             *file = adopted.map(Arc::new);
             // The option was set before it was bound.
-            if *descriptors == Refusal::Some {
-                *descriptors = Refusal::All;
+            if *descriptors == DescriptorRefusal::Some {
+                *descriptors = DescriptorRefusal::All;
             }
         }
     }
@@ -160,7 +160,7 @@ impl LocalListener {
         if let (Ok(path), Ok(connect)) =
             (absolute(file.path()), absolute(&hyperkit.vm.connect_path()))
         {
-            let port = keeper::Port {
+            let port = keeper::GuestPort {
                 port: hyperkit.port.0,
                 path,
                 identity: file.identity(),
@@ -301,8 +301,8 @@ fn listen(
     socket.set_nonblocking(true)?;
     let file = file()?;
     let descriptors = match sys::refuses_descriptors(socket.as_socket()) {
-        true => Refusal::All,
-        false => Refusal::None,
+        true => DescriptorRefusal::All,
+        false => DescriptorRefusal::None,
     };
     Ok(LocalListener::Unix {
         kept: None,

@@ -20,7 +20,7 @@ use super::blocking::Listener;
 use super::blocking::Wish;
 #[cfg(feature = "cli")]
 use super::file::SocketFile;
-use super::local::{LocalListener, Refusal};
+use super::local::{DescriptorRefusal, LocalListener};
 use super::nonblocking;
 use super::tcp::TcpListener;
 use crate::address::{Address, Host, TcpAddress, UnixAddress, VsockAddress};
@@ -59,8 +59,8 @@ fn take(socket: Socket) -> io::Result<Listener> {
     let unix = |address, socket: Socket| {
         // Clients may have connected before the option was set.
         let descriptors = match sys::refuse_descriptors(&socket) {
-            true => Refusal::Some,
-            false => Refusal::None,
+            true => DescriptorRefusal::Some,
+            false => DescriptorRefusal::None,
         };
         let small_buffers = sys::make_room(&SockRef::from(&socket));
         let listener = LocalListener::Unix {

@@ -30,16 +30,16 @@ const WAITING: usize = 16;
 pub(crate) struct LocalListener {
     name: String,
     access: Access,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<WaitingInstances>,
 }
 
 /// The instances that wait for a client.
 #[derive(Debug, Default)]
-struct Waiting {
+struct WaitingInstances {
     /// The instances at which no client was asked for yet. Clients find them all the same.
     made: Vec<OwnedHandle>,
     /// Those at which a caller that blocks waits for a client.
-    operations: Vec<sys::Operation>,
+    operations: Vec<sys::OverlappedOperation>,
     /// Those that the event loop watches.
     watched: Vec<NamedPipe>,
     /// Those with a client that came before it was asked for.
@@ -47,7 +47,7 @@ struct Waiting {
     watcher: Option<(Registry, Token)>,
 }
 
-impl Waiting {
+impl WaitingInstances {
     fn count(&self) -> usize {
         self.made.len() + self.operations.len() + self.watched.len()
     }
@@ -55,7 +55,7 @@ impl Waiting {
     /// Begins to wait for clients at those that were made, for a caller that blocks.
     fn begin_operations(&mut self) -> io::Result<()> {
         for pipe in self.made.drain(..) {
-            let mut operation = sys::Operation::new(Arc::new(pipe))?;
+            let mut operation = sys::OverlappedOperation::new(Arc::new(pipe))?;
             match operation.connect()? {
                 true => self.taken.extend(operation.into_handle()),
                 false => self.operations.push(operation),
@@ -150,9 +150,9 @@ impl LocalListener {
         let listener = LocalListener {
             name: pipe.name.clone(),
             access,
-            waiting: Mutex::new(Waiting {
+            waiting: Mutex::new(WaitingInstances {
                 made: vec![first],
-                ..Waiting::default()
+                ..WaitingInstances::default()
             }),
         };
         listener
@@ -166,12 +166,12 @@ impl LocalListener {
         Ok(listener)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
+    fn lock(&self) -> MutexGuard<'_, WaitingInstances> {
         lock(&self.waiting)
     }
 
     /// Makes as many instances as are to wait.
-    fn fill_up(&self, waiting: &mut Waiting) -> io::Result<()> {
+    fn fill_up(&self, waiting: &mut WaitingInstances) -> io::Result<()> {
         while waiting.count() < WAITING {
             let pipe = sys::create_pipe(&self.name, &self.access, false)?;
             waiting.made.push(pipe);

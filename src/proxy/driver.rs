@@ -76,7 +76,8 @@ pub(crate) enum DriverEvent<S, L> {
     LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
-    /// The program that was dialled with this token has ended its output and itself, or was cut off: see [`Driver::dial`].
+    /// The program that was dialled with this token has ended its output and itself, or was cut off:
+    /// see [`Driver::dial`].
     #[cfg_attr(not(unix), allow(dead_code))]
     ProgramEnded {
         token: usize,
@@ -174,8 +175,8 @@ pub(crate) trait Driver: Sized {
     /// Returns `WouldBlock` if no client waits; the system's error, which may be `Interrupted`.
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
     /// Checks whether a listener's file is still there, and binds the address again if it is
-    /// missing; the result is an [`DriverEvent::Listener`]. Returns false if the listener has no file of
-    /// its own.
+    /// missing; the result is a [`DriverEvent::Listener`]. Returns false if the listener has no file
+    /// of its own.
     fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
     /// Closes the old listener, if there is one, and binds its address again; the result is an
     /// [`DriverEvent::Listener`].
@@ -220,7 +221,7 @@ pub(crate) trait Driver: Sized {
         patience: Duration,
     ) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
     /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
-    /// then an [`DriverEvent::Explained`].
+    /// then a [`DriverEvent::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
     /// Returns the name by which clients know a listener, if they know one.
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
@@ -236,7 +237,7 @@ pub(crate) trait Driver: Sized {
     /// Leaves a stream to the keeper, which closes it when this process has ended.
     fn leave(&mut self, stream: Self::Stream);
 
-    /// Resolves `host`; the result is an [`DriverEvent::Resolved`].
+    /// Resolves `host`; the result is a [`DriverEvent::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);
     /// Returns whether the process at the other end of a stream is ending or has ended, as far as
     /// the system tells.
@@ -244,11 +245,12 @@ pub(crate) trait Driver: Sized {
     /// Releases what was kept for connections, since there are none any more.
     fn release_unused(&mut self);
     /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
-    /// result is an [`DriverEvent::VmSeen`].
+    /// result is a [`DriverEvent::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
-    /// Connects to the target of a forward, to which connecting blocks; the result is an [`DriverEvent::Dialled`]. If it is a
-    /// program, an [`DriverEvent::ProgramEnded`] tells the end of it, before that event or after it.
+    /// Connects to the target of a forward, to which connecting blocks; the result is a
+    /// [`DriverEvent::Dialled`]. If it is a program, a [`DriverEvent::ProgramEnded`] tells the end of
+    /// it, before that event or after it.
     fn dial(
         &mut self,
         token: usize,

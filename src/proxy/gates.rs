@@ -16,7 +16,7 @@ const FEW: usize = 64;
 /// The gates, which rules and workers share.
 #[derive(Debug)]
 pub(super) struct Gates {
-    /// The workers have this lock, too: nothing that may block is done with it.
+    /// The workers take this lock, too: nothing that may block is done while it is held.
     all: Mutex<GateTable>,
     limits: Limits,
 }
@@ -78,8 +78,8 @@ impl Gates {
         self.insert(canonical(vm), vm)
     }
 
-    /// Returns the gate of the VM whose guest a client is, if its name says so: a listener on a vsock
-    /// port may have those of several VMs.
+    /// Returns the gate of the VM whose guest a client is, if its name says so: a listener on a
+    /// vsock port may have those of several VMs.
     pub(super) fn of_guest(&self, client: &SocketName) -> Option<Arc<Gate>> {
         let SocketName::Vsock(client) = client else {
             return None;

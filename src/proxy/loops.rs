@@ -18,7 +18,7 @@ use super::forbidden;
 /// What an address that is listened on has in common with each target that
 /// [reaches] it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Place {
+enum EndpointKey {
     /// A TCP port of one address.
     Tcp(IpAddr, u16),
     /// A TCP port of all addresses.
@@ -34,61 +34,67 @@ enum Place {
     Other(Address),
 }
 
-impl Place {
-    /// Returns the places that are listened on at an address. Files are looked at.
-    fn listened_on(listen: &Address) -> Vec<Place> {
+impl EndpointKey {
+    /// Returns the keys of an address that is listened on. Files are looked at.
+    fn listened_on(listen: &Address) -> Vec<EndpointKey> {
         if let Some(tcp) = listen.as_tcp() {
             let of = |ip: IpAddr| match ip.is_unspecified() {
-                true => Place::AnyTcp(tcp.port),
-                false => Place::Tcp(ip, tcp.port),
+                true => EndpointKey::AnyTcp(tcp.port),
+                false => EndpointKey::Tcp(ip, tcp.port),
             };
             return addresses(tcp).map(of).collect();
         }
         #[cfg(unix)]
         if let Some(path) = listen.listen_path() {
-            return Place::of_file(&path);
+            return EndpointKey::of_file(&path);
         }
-        vec![Place::of_other(listen)]
+        vec![EndpointKey::of_other(listen)]
     }
 
-    /// Returns the places to which a connection to `target` may lead. Files are looked at.
-    fn led_to(target: &Address) -> Vec<Place> {
+    /// Returns the keys to which a connection to `target` may lead. Files are looked at.
+    fn led_to(target: &Address) -> Vec<EndpointKey> {
         if let Some(tcp) = target.as_tcp() {
             let addresses = addresses(tcp).map(reached_by);
-            let mut places: Vec<Place> = addresses.map(|ip| Place::Tcp(ip, tcp.port)).collect();
-            if !places.is_empty() {
-                places.push(Place::AnyTcp(tcp.port));
+            let mut keys: Vec<EndpointKey> =
+                addresses.map(|ip| EndpointKey::Tcp(ip, tcp.port)).collect();
+            if !keys.is_empty() {
+                keys.push(EndpointKey::AnyTcp(tcp.port));
             }
-            return places;
+            return keys;
         }
-        let mut places = Place::of_files(target);
-        places.push(Place::of_other(target));
-        places
+        let mut keys = EndpointKey::of_files(target);
+        keys.push(EndpointKey::of_other(target));
+        keys
     }
 
-    /// Returns the places of the files that a connect to the target may go through.
+    /// Returns the keys of the files that a connect to the target may go through.
     #[cfg(unix)]
-    fn of_files(target: &Address) -> Vec<Place> {
+    fn of_files(target: &Address) -> Vec<EndpointKey> {
         let paths = target.connect_paths();
-        paths.iter().flat_map(|path| Place::of_file(path)).collect()
+        paths
+            .iter()
+            .flat_map(|path| EndpointKey::of_file(path))
+            .collect()
     }
 
     #[cfg(not(unix))]
-    fn of_files(_: &Address) -> Vec<Place> {
+    fn of_files(_: &Address) -> Vec<EndpointKey> {
         Vec::new()
     }
 
     #[cfg(unix)]
-    fn of_file(path: &std::path::Path) -> Vec<Place> {
-        let mut places = vec![Place::Path(forbidden::resolve_links(path))];
-        places.extend(forbidden::file_at(path).map(|(device, inode)| Place::File(device, inode)));
-        places
+    fn of_file(path: &std::path::Path) -> Vec<EndpointKey> {
+        let mut keys = vec![EndpointKey::Path(forbidden::resolve_links(path))];
+        keys.extend(
+            forbidden::file_at(path).map(|(device, inode)| EndpointKey::File(device, inode)),
+        );
+        keys
     }
 
-    fn of_other(address: &Address) -> Place {
+    fn of_other(address: &Address) -> EndpointKey {
         match address {
-            Address::Vsock(vsock) => Place::Vsock(vsock.port.0),
-            other => Place::Other(other.clone()),
+            Address::Vsock(vsock) => EndpointKey::Vsock(vsock.port.0),
+            other => EndpointKey::Other(other.clone()),
         }
     }
 }
@@ -99,7 +105,7 @@ struct Indexed {
     name: Option<String>,
     listen: Address,
     connect: Address,
-    places: Vec<Place>,
+    keys: Vec<EndpointKey>,
 }
 
 /// The rules that are carried beside each other, by their names and by where they listen, so that
@@ -112,16 +118,34 @@ pub(crate) struct RuleIndex {
     rules: HashMap<u64, Indexed>,
     names: HashMap<String, u64>,
     listens: HashMap<Address, u64>,
-    places: HashMap<Place, BTreeSet<u64>>,
+    keys: HashMap<EndpointKey, BTreeSet<u64>>,
+}
+
+/// What a rule that is checked is to those of an index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Candidate {
+    New,
+    /// It is the rule of this number, or is to take its place.
+    InPlaceOf(u64),
+}
+
+impl Candidate {
+    /// Returns the number of the rule whose place it has.
+    pub(crate) fn replaced(self) -> Option<u64> {
+        match self {
+            Candidate::New => None,
+            Candidate::InPlaceOf(id) => Some(id),
+        }
+    }
 }
 
 impl RuleIndex {
     /// Inserts a rule with a number of its own.
     pub(crate) fn insert(&mut self, id: u64, rule: &Rule) {
         self.remove(id);
-        let places = Place::listened_on(&rule.listen);
-        for place in &places {
-            self.places.entry(place.clone()).or_default().insert(id);
+        let keys = EndpointKey::listened_on(&rule.listen);
+        for key in &keys {
+            self.keys.entry(key.clone()).or_default().insert(id);
         }
         if let Some(name) = &rule.name {
             self.names.insert(name.clone(), id);
@@ -131,7 +155,7 @@ impl RuleIndex {
             name: rule.name.clone(),
             listen: rule.listen.clone(),
             connect: rule.connect.clone(),
-            places,
+            keys,
         };
         self.rules.insert(id, indexed);
     }
@@ -140,11 +164,11 @@ impl RuleIndex {
         let Some(rule) = self.rules.remove(&id) else {
             return;
         };
-        for place in &rule.places {
-            if let Some(there) = self.places.get_mut(place) {
+        for key in &rule.keys {
+            if let Some(there) = self.keys.get_mut(key) {
                 there.remove(&id);
                 if there.is_empty() {
-                    self.places.remove(place);
+                    self.keys.remove(key);
                 }
             }
         }
@@ -172,14 +196,13 @@ impl RuleIndex {
         self.listens.get(listen).copied()
     }
 
-    /// Returns the path by which a client of `rule` certainly comes back to `rule`, which may be
-    /// the one of the number `id`: the addresses that the rules listen on, `rule`'s own as the last
-    /// one.
-    pub(crate) fn find_loop(&self, id: Option<u64>, rule: &Rule) -> Option<Vec<Address>> {
+    /// Returns the path by which a client of `rule` certainly comes back to `rule`: the addresses
+    /// that the rules listen on, `rule`'s own as the last one.
+    pub(crate) fn find_loop(&self, candidate: Candidate, rule: &Rule) -> Option<Vec<Address>> {
         // For each step of the way, the rules that are still to be tried there.
         let mut steps = vec![self.reached_from(&rule.connect)];
         let mut trail: Vec<u64> = Vec::new();
-        let mut seen: HashSet<u64> = id.into_iter().collect();
+        let mut seen: HashSet<u64> = candidate.replaced().into_iter().collect();
         let mut comes_back = reaches(&rule.connect, &rule.listen);
         while !comes_back {
             let Some(next) = steps.last_mut()?.pop() else {
@@ -203,8 +226,8 @@ impl RuleIndex {
     /// Returns the rules at which a connection to `target` certainly arrives, the first as the last
     /// one.
     fn reached_from(&self, target: &Address) -> Vec<u64> {
-        let places = Place::led_to(target);
-        let there = places.iter().filter_map(|place| self.places.get(place));
+        let keys = EndpointKey::led_to(target);
+        let there = keys.iter().filter_map(|key| self.keys.get(key));
         let near: BTreeSet<u64> = there.flatten().copied().collect();
         let is_reached = |id: &u64| {
             let rule = self.rules.get(id);
@@ -279,7 +302,7 @@ mod tests {
         for (id, rule) in (1..).zip(&rules[1..]) {
             index.insert(id, rule);
         }
-        index.find_loop(None, &rules[0])
+        index.find_loop(Candidate::New, &rules[0])
     }
 
     fn rules(pairs: &[(&str, &str)]) -> Vec<Rule> {
@@ -361,7 +384,7 @@ mod tests {
         for id in 0..n {
             let (listen, connect) = rule(id);
             let rule = Rule::new(listen.parse().unwrap(), connect.parse().unwrap());
-            assert_eq!(index.find_loop(None, &rule), None, "{rule:?}");
+            assert_eq!(index.find_loop(Candidate::New, &rule), None, "{rule:?}");
             assert_eq!(index.listening_on(&rule.listen), None);
             index.insert(id, &rule);
         }
@@ -404,12 +427,16 @@ mod tests {
         ]);
         let mut index = RuleIndex::default();
         index.insert(7, &rules[1]);
-        assert!(index.find_loop(None, &rules[0]).is_some());
+        assert!(index.find_loop(Candidate::New, &rules[0]).is_some());
         // What is replaced is not what a rule is compared with.
-        assert!(index.find_loop(Some(7), &rules[0]).is_none());
+        assert!(
+            index
+                .find_loop(Candidate::InPlaceOf(7), &rules[0])
+                .is_none()
+        );
         index.remove(7);
-        assert!(index.find_loop(None, &rules[0]).is_none());
+        assert!(index.find_loop(Candidate::New, &rules[0]).is_none());
         assert_eq!(index.listening_on(&rules[1].listen), None);
-        assert!(index.places.is_empty() && index.rules.is_empty());
+        assert!(index.keys.is_empty() && index.rules.is_empty());
     }
 }

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant, SystemTime};
 use mio::event::Source;
 use mio::{Events, Interest, Poll, Token, Waker};
 
-use crate::address::{Address, AnyVm, HyperkitVm};
+use crate::address::Address;
+#[cfg(unix)]
+use crate::address::AnyVm;
 use crate::engine::connection::{Progress, ThreadsResult};
 use crate::engine::relay::{Readiness, Side};
 use crate::error::{Error, Operation, Result};
@@ -27,8 +29,8 @@ use crate::listener::nonblocking::Listener;
 use crate::name::SocketName;
 use crate::stream::endpoint::{Endpoint, Target};
 use crate::stream::nonblocking::Stream;
-use crate::sys::{self, Identity};
-use crate::{dial, hyperkit, listener, stream};
+use crate::sys;
+use crate::{dial, listener, stream};
 
 use super::adapter::{self, Adapters};
 #[cfg(all(unix, feature = "cli"))]
@@ -39,11 +41,12 @@ use super::housekeeper::Housekeeper;
 use super::notifier::{Notifier, Report};
 use super::relay_threads::{RelayThreads, Reporter};
 use super::resolver::Resolver;
+use super::vm_look;
 use crate::engine::admission::Gate;
 #[cfg(unix)]
 use crate::engine::end_reason::ProgramFailure;
 use crate::engine::forward::Forward;
-use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::health::VmIdentity;
 use crate::engine::id::ConnectionId;
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
@@ -209,86 +212,6 @@ impl Drop for MioDriver {
         sys::wait_for_delivery(LAST_DELIVERY);
     }
 }
-
-/// Returns the identity of the socket by which a VM is dialled, or `None` if there is none.
-fn identity_of_socket(path: &Path) -> Option<VmIdentity> {
-    Identity::of(path).ok().map(VmIdentity::Socket)
-}
-
-fn identity_of_hyperkit(vm: &HyperkitVm) -> Option<VmIdentity> {
-    // A VM with `guest_forwards` alone has no `connect` socket.
-    identity_of_socket(&vm.connect_path()).or_else(|| {
-        let pid_file = Identity::of(&vm.pid_path());
-        pid_file.ok().map(VmIdentity::PidFile)
-    })
-}
-
-/// Looks at a VM from outside, without a connection to its socket. `process` is the one that had it
-/// at the last dial.
-fn look_at(vm: &AnyVm, process: Option<i32>) -> VmLook {
-    let mut look = match vm {
-        AnyVm::Hyperkit(vm) => look_at_socket(&vm.connect_path(), || identity_of_hyperkit(vm)),
-        AnyVm::VsockMux(path) => look_at_socket(path, || identity_of_socket(path)),
-        other => VmLook {
-            identity: identity_of_cid(other),
-            ..VmLook::default()
-        },
-    };
-    if let AnyVm::Hyperkit(vm) = vm {
-        look.process = hyperkit::running_pid(&vm.state_dir);
-    }
-    let process = look.process.or(process.filter(|_| look.is_alive));
-    look.is_stopped = process.is_some_and(sys::process_is_stopped);
-    look
-}
-
-/// Looks at the socket by which a VM is dialled. A VM that was killed leaves the file behind, so
-/// the kernel is asked whether a process has the socket, which the VMM doesn't notice.
-#[cfg(unix)]
-fn look_at_socket(path: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
-    let is_alive = sys::is_socket_alive(path);
-    let identity = match is_alive {
-        Ok(false) => None,
-        // What can't be asked says nothing.
-        Ok(true) | Err(_) => identity(),
-    };
-    VmLook {
-        identity,
-        is_alive: is_alive.unwrap_or(false),
-        ..VmLook::default()
-    }
-}
-
-#[cfg(not(unix))]
-fn look_at_socket(_: &Path, identity: impl FnOnce() -> Option<VmIdentity>) -> VmLook {
-    VmLook {
-        identity: identity(),
-        ..VmLook::default()
-    }
-}
-
-/// Returns the identity of a VM that is reached by its CID, or `None` if there is none.
-#[cfg(unix)]
-fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
-    let AnyVm::Vsock(cid) = vm else {
-        return None;
-    };
-    let port = crate::address::VsockAddress::new(*cid, UNUSED_PORT);
-    match Stream::connect(&Endpoint::Vsock(port), Duration::ZERO) {
-        Err(e) if sys::is_no_such_cid(&e) => None,
-        // The connect was begun, and is refused later or not answered.
-        _ => Some(VmIdentity::Cid),
-    }
-}
-
-#[cfg(not(unix))]
-fn identity_of_cid(_: &AnyVm) -> Option<VmIdentity> {
-    None
-}
-
-/// A port on which hardly anybody listens, to find out whether there is a CID.
-#[cfg(unix)]
-const UNUSED_PORT: u32 = u32::MAX - 1;
 
 /// Returns the directory of the socket file that an address stands for.
 fn directory_of(address: &Address) -> Option<PathBuf> {
@@ -570,12 +493,7 @@ impl Driver for MioDriver {
         let stream = Stream::connect_kept(endpoint, patience, self.keeper.as_ref())?;
         #[cfg(not(unix))]
         let stream = Stream::connect(endpoint, patience)?;
-        let identity = match endpoint {
-            Endpoint::Hyperkit(to) => identity_of_hyperkit(&to.vm),
-            Endpoint::VsockMux(to) => identity_of_socket(&to.path),
-            _ => None,
-        };
-        Ok((stream, identity))
+        Ok((stream, vm_look::identity_behind(endpoint)))
     }
 
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error> {
@@ -682,7 +600,7 @@ impl Driver for MioDriver {
             if let (AnyVm::Hyperkit(vm), Some(keeper)) = (gate.vm(), keeper) {
                 keeper.look_after(&vm.state_dir);
             }
-            let look = look_at(gate.vm(), gate.process());
+            let look = vm_look::look_at(gate.vm(), gate.process());
             DriverEvent::VmSeen { gate, look }
         });
     }
@@ -800,6 +718,7 @@ fn failure_of(end: dial::ProgramEnd) -> Option<ProgramFailure> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::address::HyperkitVm;
     use crate::engine::admission::GateLimits;
 
     #[test]

@@ -59,6 +59,7 @@ mod shared;
 #[cfg(all(test, target_os = "linux"))]
 mod sim;
 mod socket;
+mod vm_look;
 mod worker;
 
 use std::io;
@@ -111,7 +112,7 @@ pub use handle::Handle;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use handover::Offered;
 #[cfg(feature = "cli")]
-pub(crate) use loops::{RuleIndex, describe as describe_loop};
+pub(crate) use loops::{Candidate, RuleIndex, describe as describe_loop};
 #[cfg(feature = "cli")]
 pub(crate) use rules::{check_name, check_rule};
 

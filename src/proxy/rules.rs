@@ -23,7 +23,7 @@ use crate::{dial, listener};
 use super::driver::Driver;
 use super::forbidden::leads_to;
 use super::gates::Gates;
-use super::loops::{self, RuleIndex};
+use super::loops::{self, Candidate, RuleIndex};
 #[cfg(all(unix, feature = "cli"))]
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::admission::{Gate, Reservation};
@@ -155,8 +155,8 @@ pub(crate) fn check_rule(rule: &Rule) -> Result<()> {
 }
 
 /// Checks a rule against the other rules: those of the index but the one that it replaces.
-fn check_beside(rule: &Rule, index: &RuleIndex, replaced: Option<ForwardId>) -> Result<()> {
-    let replaced = replaced.map(|id| id.0);
+fn check_beside(rule: &Rule, index: &RuleIndex, candidate: Candidate) -> Result<()> {
+    let replaced = candidate.replaced();
     let is_another = |id: Option<u64>| id.is_some() && id != replaced;
     let invalid = |why: String| {
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
@@ -170,7 +170,7 @@ fn check_beside(rule: &Rule, index: &RuleIndex, replaced: Option<ForwardId>) -> 
     if !rule.listen.leaves_port_to_kernel() && is_another(index.listening_on(&rule.listen)) {
         return invalid("it is given twice".to_owned());
     }
-    if let Some(trail) = index.find_loop(replaced, rule) {
+    if let Some(trail) = index.find_loop(candidate, rule) {
         let why = loops::describe(&trail);
         let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
         return Err(Error::new(Operation::Connect, &rule.connect, cause)
@@ -282,7 +282,7 @@ impl Binder {
     ) -> Result<(D::Listener, Arc<Forward>)> {
         check_alone(&rule, self.waiter)?;
         self.check_forbidden(&rule)?;
-        check_beside(&rule, &self.index(), None)?;
+        check_beside(&rule, &self.index(), Candidate::New)?;
         let id = ForwardId(self.next.fetch_add(1, Ordering::Relaxed));
         let listener = match self.take_passed(&rule, id)? {
             Some(listener) => D::take_passed(listener),
@@ -295,7 +295,7 @@ impl Binder {
         let asked = std::mem::replace(&mut rule.listen, asked);
         // Checked again, because the port that was chosen may be the target's.
         check_alone(&rule, self.waiter)?;
-        check_beside(&rule, &self.index(), None)?;
+        check_beside(&rule, &self.index(), Candidate::New)?;
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let quota = reserve_at_vm(&rule, &gates, id)?;
         let reports = self.reports.clone();
@@ -434,7 +434,7 @@ impl Binder {
         let rule = Rule { listen, ..rule };
         check_alone(&rule, self.waiter)?;
         self.check_forbidden(&rule)?;
-        check_beside(&rule, &self.index(), Some(old.id))?;
+        check_beside(&rule, &self.index(), Candidate::InPlaceOf(old.id.0))?;
         let gates = Side::BOTH.map(|side| self.gate_of(&rule, side));
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.

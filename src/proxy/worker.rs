@@ -212,7 +212,7 @@ impl<D: Driver> Worker<D> {
             DriverEvent::VmSeen { gate, look } => {
                 gate.take_look(&look, now);
                 if self.phase == Phase::Running
-                    && gate.check_silence(look.is_stopped, now) == SilenceCheck::ProbeWanted
+                    && gate.check_silence(look.process_state, now) == SilenceCheck::ProbeWanted
                 {
                     call!(self.connections.probe_silent_vm(&gate), now);
                 }

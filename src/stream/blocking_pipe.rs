@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::lock::lock;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
-use crate::sys::{self, Event, Last, LastWord, Operation, PipeKind};
+use crate::sys::{self, Last, LastWord, ManualResetEvent, OverlappedOperation, PipeKind};
 use crate::time::after;
 
 const BUFFER: u32 = 64 * 1024;
@@ -22,11 +22,11 @@ const LEFT: Duration = Duration::from_secs(30);
 
 /// A connected pipe.
 #[derive(Debug)]
-pub(super) struct Pipe {
+pub(super) struct BlockingPipe {
     reading: Mutex<Reading>,
     writing: Mutex<Writing>,
-    read_end: End,
-    write_end: End,
+    read_end: PipeEnd,
+    write_end: PipeEnd,
     nonblocking: AtomicBool,
     last: Mutex<Option<LastWord>>,
     kind: PipeKind,
@@ -35,20 +35,20 @@ pub(super) struct Pipe {
 
 /// The state of one direction that is known without its lock.
 #[derive(Debug)]
-struct End {
+struct PipeEnd {
     timeout: Mutex<Option<Duration>>,
     /// Whether the direction was shut down.
     shut: AtomicBool,
     /// The event that is set when it is shut down.
-    event: Event,
+    event: ManualResetEvent,
 }
 
-impl End {
-    fn new() -> io::Result<End> {
-        Ok(End {
+impl PipeEnd {
+    fn new() -> io::Result<PipeEnd> {
+        Ok(PipeEnd {
             timeout: Mutex::new(None),
             shut: AtomicBool::new(false),
-            event: Event::new()?,
+            event: ManualResetEvent::new()?,
         })
     }
 
@@ -74,7 +74,7 @@ impl End {
 
 #[derive(Debug)]
 struct Reading {
-    operation: Operation,
+    operation: OverlappedOperation,
     state: Input,
 }
 
@@ -142,7 +142,7 @@ impl Reading {
 
 #[derive(Debug)]
 struct Writing {
-    operation: Operation,
+    operation: OverlappedOperation,
     pending: bool,
     /// The failure of a write that was taken, for the next one to return.
     failure: Option<io::Error>,
@@ -161,22 +161,22 @@ impl Writing {
     }
 }
 
-impl Pipe {
+impl BlockingPipe {
     /// Takes over a pipe that no event loop has.
-    pub(super) fn new(handle: OwnedHandle, kind: PipeKind) -> io::Result<Pipe> {
+    pub(super) fn new(handle: OwnedHandle, kind: PipeKind) -> io::Result<BlockingPipe> {
         let handle = Arc::new(handle);
-        Ok(Pipe {
+        Ok(BlockingPipe {
             reading: Mutex::new(Reading {
-                operation: Operation::new(Arc::clone(&handle))?,
+                operation: OverlappedOperation::new(Arc::clone(&handle))?,
                 state: Input::Idle,
             }),
             writing: Mutex::new(Writing {
-                operation: Operation::new(Arc::clone(&handle))?,
+                operation: OverlappedOperation::new(Arc::clone(&handle))?,
                 pending: false,
                 failure: None,
             }),
-            read_end: End::new()?,
-            write_end: End::new()?,
+            read_end: PipeEnd::new()?,
+            write_end: PipeEnd::new()?,
             nonblocking: AtomicBool::new(false),
             last: Mutex::new(None),
             kind,
@@ -263,7 +263,7 @@ impl Pipe {
 
     fn pause(
         &self,
-        end: &End,
+        end: &PipeEnd,
         operation: BorrowedHandle<'_>,
         deadline: Option<Instant>,
     ) -> io::Result<()> {
@@ -340,7 +340,7 @@ impl Pipe {
     }
 }
 
-impl Drop for Pipe {
+impl Drop for BlockingPipe {
     fn drop(&mut self) {
         // With both directions shut down, nothing is to be waited for.
         if self.read_end.is_shut() && self.write_end.is_shut() {

@@ -17,7 +17,8 @@ const MOST: usize = 64;
 /// Closes descriptors that came with bytes, if any did.
 ///
 /// # Errors
-/// Too many are being closed already. Only the connection that brought these is to end.
+/// Returns an error if too many are being closed already. Only the connection that brought these is
+/// to end.
 pub(crate) fn close_passed(descriptors: Vec<OwnedFd>) -> io::Result<()> {
     if descriptors.is_empty() {
         return Ok(());

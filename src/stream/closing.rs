@@ -19,13 +19,13 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(128);
 /// a close with bytes unread.
 #[derive(Debug)]
 pub(crate) struct GracefulClose {
-    state: State,
+    state: ClosingState,
     /// The time at which the peer is given up.
     until: Instant,
 }
 
 #[derive(Debug)]
-enum State {
+enum ClosingState {
     /// The half-close was not sent yet.
     Open,
     Draining,
@@ -75,7 +75,7 @@ impl GracefulClose {
     /// Begins the close; the peer is given up at `until`.
     pub(crate) fn new(until: Instant) -> GracefulClose {
         GracefulClose {
-            state: State::Open,
+            state: ClosingState::Open,
             until,
         }
     }
@@ -84,16 +84,16 @@ impl GracefulClose {
     pub(crate) fn next(&mut self, now: Instant) -> Step {
         let until = self.until;
         match self.state {
-            State::Open => {
-                self.state = State::Draining;
+            ClosingState::Open => {
+                self.state = ClosingState::Draining;
                 Step::ShutdownWrite { until }
             }
-            State::Draining if now < until => Step::Read { until },
-            State::Draining => {
-                self.state = State::Emptying { left: MOST_UNREAD };
+            ClosingState::Draining if now < until => Step::Read { until },
+            ClosingState::Draining => {
+                self.state = ClosingState::Emptying { left: MOST_UNREAD };
                 Step::ShutdownRead
             }
-            State::Emptying { .. } => Step::ReadUnread,
+            ClosingState::Emptying { .. } => Step::ReadUnread,
         }
     }
 
@@ -102,11 +102,11 @@ impl GracefulClose {
     pub(crate) fn take_read(&mut self, read: io::Result<usize>) -> Option<Outcome> {
         match (&mut self.state, read) {
             (_, Err(e)) if e.kind() == io::ErrorKind::Interrupted => None,
-            (State::Emptying { left }, Ok(count @ 1..)) if count < *left => {
+            (ClosingState::Emptying { left }, Ok(count @ 1..)) if count < *left => {
                 *left -= count;
                 None
             }
-            (State::Emptying { .. }, _) => Some(Outcome::GivenUp),
+            (ClosingState::Emptying { .. }, _) => Some(Outcome::GivenUp),
             (_, Ok(0)) => Some(Outcome::PeerEnded),
             (_, Ok(_)) => None,
             (_, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => None,

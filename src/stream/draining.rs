@@ -66,7 +66,7 @@ enum Pace {
 
 /// What is to be done with an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reading {
+pub(crate) enum DrainReading {
     /// Read as much as one turn may.
     Full,
     Once,
@@ -134,11 +134,11 @@ impl Drain {
     }
 
     /// Returns how the end is to be read now.
-    pub(crate) fn reading(&self, now: Instant) -> Reading {
+    pub(crate) fn reading(&self, now: Instant) -> DrainReading {
         match self.pace {
-            Pace::Full | Pace::Last { .. } => Reading::Full,
-            Pace::Slow(next) if now >= next => Reading::Once,
-            Pace::Slow(_) => Reading::Later,
+            Pace::Full | Pace::Last { .. } => DrainReading::Full,
+            Pace::Slow(next) if now >= next => DrainReading::Once,
+            Pace::Slow(_) => DrainReading::Later,
         }
     }
 
@@ -265,7 +265,7 @@ mod tests {
         /// Reads so much, if it is time; whether more can be read then.
         fn reads(&mut self, bytes: u64, is_readable: bool) -> DrainStep {
             let (reading, now) = (self.drain.reading(self.now), self.now);
-            let has_read = reading != Reading::Later;
+            let has_read = reading != DrainReading::Later;
             if has_read {
                 self.received += bytes;
             }
@@ -351,8 +351,8 @@ mod tests {
     fn what_stops_is_read_at_full_speed() {
         let mut guest = Guest::new();
         while guest.reads(4 * BUFFER, true) == DrainStep::Again {}
-        assert_eq!(guest.drain.reading(guest.now), Reading::Later);
+        assert_eq!(guest.drain.reading(guest.now), DrainReading::Later);
         guest.drain.end_slowness();
-        assert_eq!(guest.drain.reading(guest.now), Reading::Full);
+        assert_eq!(guest.drain.reading(guest.now), DrainReading::Full);
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use socket2::Socket;
 
-use super::blocking_pipe::Pipe;
+use super::blocking_pipe::BlockingPipe;
 use crate::name::SocketName;
 #[cfg(feature = "cli")]
 use crate::sys::Wanted;
@@ -17,14 +17,14 @@ use crate::sys::{self, AsSocket, PipeKind};
 #[derive(Debug)]
 pub(super) enum Inner {
     Socket(Socket),
-    Pipe(Arc<Pipe>),
+    Pipe(Arc<BlockingPipe>),
 }
 
 impl Inner {
     /// Takes over a pipe, unless an event loop has it.
     pub(super) fn from_pipe(free: Option<(OwnedHandle, PipeKind)>) -> io::Result<Inner> {
         match free {
-            Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(Pipe::new(pipe, kind)?))),
+            Some((pipe, kind)) => Ok(Inner::Pipe(Arc::new(BlockingPipe::new(pipe, kind)?))),
             None => Err(io::Error::other("the pipe is an event loop's")),
         }
     }

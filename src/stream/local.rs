@@ -21,20 +21,20 @@ use super::endpoint::{Endpoint, is_connected};
 
 /// Whether descriptors may come with the bytes of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Descriptors {
+pub(crate) enum PassedDescriptors {
     /// The kernel has refused them since the socket was connected, or its family has none.
     Refused,
     MayCome,
     HaveCome,
 }
 
-impl Descriptors {
+impl PassedDescriptors {
     /// Returns what follows from the result of [`sys::refuse_descriptors`] or
     /// [`sys::refuses_descriptors`].
-    pub(crate) fn refused(refused: bool) -> Descriptors {
+    pub(crate) fn refused(refused: bool) -> PassedDescriptors {
         match refused {
-            true => Descriptors::Refused,
-            false => Descriptors::MayCome,
+            true => PassedDescriptors::Refused,
+            false => PassedDescriptors::MayCome,
         }
     }
 }
@@ -52,7 +52,7 @@ pub(crate) struct Local {
     /// The process that made the other end of a Unix socket, as far as the system tells. macOS
     /// doesn't once that has closed.
     peer: Option<PeerProcess>,
-    descriptors: Descriptors,
+    descriptors: PassedDescriptors,
     /// Whether its EOF was read.
     has_ended: bool,
     is_half_closed: bool,
@@ -77,7 +77,7 @@ impl Local {
         }
     }
 
-    /// Connects to a hyperkit VM. The connection is kept by `keeper`, if there is one, from before it
+    /// Connects to a hyperkit VM. A keeper, if there is one, keeps the connection from before it
     /// is made: when this process is killed, nothing is closed that the device has just accepted.
     pub(super) fn connect_kept(
         address: &HyperkitAddress,
@@ -94,7 +94,7 @@ impl Local {
             stream: mio::net::UnixStream::from_std(stream),
             is_vsock: true,
             peer: None,
-            descriptors: Descriptors::Refused,
+            descriptors: PassedDescriptors::Refused,
             has_ended: false,
             is_half_closed: false,
             #[cfg(target_os = "linux")]
@@ -103,7 +103,7 @@ impl Local {
     }
 
     /// Makes a stream of a Unix socket that has just been connected or accepted.
-    pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: Descriptors) -> Local {
+    pub(crate) fn from_unix(stream: mio::net::UnixStream, descriptors: PassedDescriptors) -> Local {
         let peer = sys::connector(stream.as_fd()).ok();
         Local {
             kept: None,
@@ -178,8 +178,8 @@ impl Local {
             matches!(peeked, Ok(1..))
         };
         match self.descriptors {
-            Descriptors::HaveCome => closer::close(self),
-            Descriptors::MayCome if unread() => closer::close(self),
+            PassedDescriptors::HaveCome => closer::close(self),
+            PassedDescriptors::MayCome if unread() => closer::close(self),
             _ => {}
         }
     }
@@ -222,7 +222,7 @@ impl Local {
     /// that came with it.
     #[cfg(target_os = "linux")]
     pub(super) fn can_splice_in(&self) -> bool {
-        self.has_splice() && self.descriptors == Descriptors::Refused
+        self.has_splice() && self.descriptors == PassedDescriptors::Refused
     }
 
     /// Returns whether bytes can go through a pipe; AF_VSOCK's kernel code has no splice.
@@ -244,7 +244,7 @@ impl Local {
 
 impl Read for Local {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.descriptors == Descriptors::Refused {
+        if self.descriptors == PassedDescriptors::Refused {
             let read = self.stream.read(buffer)?;
             self.has_ended |= read == 0 && !buffer.is_empty();
             return Ok(read);
@@ -252,7 +252,7 @@ impl Read for Local {
         let receive = || sys::receive(self.stream.as_fd(), buffer);
         let received = self.stream.try_io(receive)?;
         if received.stopped {
-            self.descriptors = Descriptors::HaveCome;
+            self.descriptors = PassedDescriptors::HaveCome;
         }
         closer::close_passed(received.descriptors)?;
         #[cfg(target_os = "linux")]
@@ -317,7 +317,7 @@ fn connect_to(address: &SockAddr, keeper: Option<&Link>) -> io::Result<Local> {
     } = unconnected;
     socket.connect(address)?;
     let stream = mio::net::UnixStream::from_std(socket.into());
-    let mut stream = Local::from_unix(stream, Descriptors::refused(refuses_descriptors));
+    let mut stream = Local::from_unix(stream, PassedDescriptors::refused(refuses_descriptors));
     stream.kept = kept;
     Ok(stream)
 }

@@ -41,8 +41,8 @@ impl Stream {
     /// To hyperkit the line that names the port is written before this returns: between connect and
     /// line the device stands still for everybody.
     ///
-    /// The caller waits for `patience` at most. Linux gives up an AF_VSOCK connect a second later, and
-    /// keeps its socket until then, whatever has become of it.
+    /// The caller waits for `patience` at most. Linux gives up an AF_VSOCK connect a second later,
+    /// and keeps its socket until then, whatever has become of it.
     ///
     /// # Errors
     /// Returns `WouldBlock` when a Unix listener's backlog is full: try again later. Otherwise what

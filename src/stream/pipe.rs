@@ -21,7 +21,7 @@ use super::endpoint::Endpoint;
 /// A connected pipe.
 #[derive(Debug)]
 pub(crate) struct Local {
-    pipe: Pipe,
+    pipe: PipeState,
     kind: PipeKind,
     /// Whether the peer may have something unread.
     has_written: bool,
@@ -29,7 +29,7 @@ pub(crate) struct Local {
 }
 
 #[derive(Debug)]
-enum Pipe {
+enum PipeState {
     /// No event loop has it yet.
     Free(OwnedHandle),
     Watched(NamedPipe),
@@ -53,7 +53,7 @@ impl Local {
     pub(crate) fn new(pipe: OwnedHandle) -> io::Result<Local> {
         Ok(Local {
             kind: PipeKind::of(&pipe)?,
-            pipe: Pipe::Free(pipe),
+            pipe: PipeState::Free(pipe),
             has_written: false,
             last: OnceLock::new(),
         })
@@ -63,7 +63,7 @@ impl Local {
     /// came.
     pub(crate) fn accepted(pipe: NamedPipe) -> Local {
         Local {
-            pipe: Pipe::Watched(pipe),
+            pipe: PipeState::Watched(pipe),
             kind: PipeKind {
                 is_server: true,
                 has_half_close: true,
@@ -79,7 +79,7 @@ impl Local {
 
     /// Returns whether a poller watches it already: no other can any more.
     pub(super) fn is_settled(&self) -> bool {
-        matches!(self.pipe, Pipe::Watched(_))
+        matches!(self.pipe, PipeState::Watched(_))
     }
 
     pub(super) fn has_half_close(&self) -> bool {
@@ -104,9 +104,9 @@ impl Local {
 
     fn send_last(&self, last: Last) -> io::Result<()> {
         let pipe = match &self.pipe {
-            Pipe::Free(pipe) => pipe.try_clone()?,
-            Pipe::Watched(pipe) => sys::clone_handle(pipe)?,
-            Pipe::Gone => return Ok(()),
+            PipeState::Free(pipe) => pipe.try_clone()?,
+            PipeState::Watched(pipe) => sys::clone_handle(pipe)?,
+            PipeState::Gone => return Ok(()),
         };
         if self.has_written {
             // It is set once: each caller has checked that it is not.
@@ -119,8 +119,8 @@ impl Local {
 
     /// Returns the pipe, if no loop has it.
     pub(super) fn into_free(mut self) -> Option<(OwnedHandle, PipeKind)> {
-        match std::mem::replace(&mut self.pipe, Pipe::Gone) {
-            Pipe::Free(pipe) => Some((pipe, self.kind)),
+        match std::mem::replace(&mut self.pipe, PipeState::Gone) {
+            PipeState::Free(pipe) => Some((pipe, self.kind)),
             _ => None,
         }
     }
@@ -137,7 +137,7 @@ fn would_block() -> io::Error {
 impl Read for Local {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.pipe {
-            Pipe::Watched(pipe) => pipe.read(buffer),
+            PipeState::Watched(pipe) => pipe.read(buffer),
             _ => Err(would_block()),
         }
     }
@@ -147,8 +147,8 @@ impl Write for Local {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.pipe {
             // A message of no bytes would be a half-close.
-            Pipe::Watched(_) if bytes.is_empty() => Ok(0),
-            Pipe::Watched(pipe) => {
+            PipeState::Watched(_) if bytes.is_empty() => Ok(0),
+            PipeState::Watched(pipe) => {
                 let written = pipe.write(bytes)?;
                 self.has_written = true;
                 Ok(written)
@@ -164,31 +164,31 @@ impl Write for Local {
 
 impl Source for Local {
     fn register(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
-        self.pipe = match std::mem::replace(&mut self.pipe, Pipe::Gone) {
-            Pipe::Free(pipe) => Pipe::Watched(sys::into_named_pipe(pipe)),
-            Pipe::Watched(pipe) => {
+        self.pipe = match std::mem::replace(&mut self.pipe, PipeState::Gone) {
+            PipeState::Free(pipe) => PipeState::Watched(sys::into_named_pipe(pipe)),
+            PipeState::Watched(pipe) => {
                 // Until now its events were the listener's.
-                self.pipe = Pipe::Watched(pipe);
+                self.pipe = PipeState::Watched(pipe);
                 return self.reregister(registry, token, what);
             }
-            Pipe::Gone => Pipe::Gone,
+            PipeState::Gone => PipeState::Gone,
         };
         match &mut self.pipe {
-            Pipe::Watched(pipe) => pipe.register(registry, token, what),
+            PipeState::Watched(pipe) => pipe.register(registry, token, what),
             _ => Ok(()),
         }
     }
 
     fn reregister(&mut self, registry: &Registry, token: Token, what: Interest) -> io::Result<()> {
         match &mut self.pipe {
-            Pipe::Watched(pipe) => pipe.reregister(registry, token, what),
+            PipeState::Watched(pipe) => pipe.reregister(registry, token, what),
             _ => Ok(()),
         }
     }
 
     fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
         match &mut self.pipe {
-            Pipe::Watched(pipe) => pipe.deregister(registry),
+            PipeState::Watched(pipe) => pipe.deregister(registry),
             _ => Ok(()),
         }
     }

@@ -9,7 +9,7 @@ use super::problems::Line;
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
-use crate::proxy::{Rule, RuleIndex, describe_loop, leads_to};
+use crate::proxy::{Candidate, Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
 pub(super) type Door = (&'static str, Address);
@@ -44,8 +44,8 @@ pub(super) fn find_namesakes(
     }
 }
 
-/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at. Of
-/// forwards that could be read in part it is known where they listen.
+/// Says which rules can't be carried beside each other, and which come out where it is controlled
+/// from, or looked at. Of forwards that could be read in part it is known where they listen.
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
     parts: &[Read],
@@ -111,7 +111,7 @@ pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(L
     }
     let mut told: HashSet<Address> = HashSet::new();
     for (id, (forward, rule)) in (0..).zip(rules) {
-        let Some(trail) = index.find_loop(Some(id), rule) else {
+        let Some(trail) = index.find_loop(Candidate::InPlaceOf(id), rule) else {
             continue;
         };
         if trail.iter().all(|it| !told.contains(it)) {

@@ -294,13 +294,13 @@ impl Gate {
         state.is_looked_for = sys::is_no_such_cid(error.cause());
         let news = state.health.mark_down(now);
         drop(state);
-        self.log_change(news, Some(error));
+        self.log_failed_dial(news, error);
     }
 
     /// Marks the VM up, since its guest has answered a dial or has made one.
     pub(crate) fn mark_up(&self, now: Instant) {
         let news = self.state().health.mark_up(now);
-        self.log_change(news, None);
+        self.log_change(news);
     }
 
     /// Returns whether only its guest's answers to dials tell whether the VM runs: a connect that
@@ -354,7 +354,7 @@ impl Gate {
             None => state.health.note_absence(now),
         };
         drop(state);
-        self.log_change(news, None);
+        self.log_change(news);
     }
 
     /// Notes that a look at the VM has failed, so that another one may be made.
@@ -452,7 +452,16 @@ impl Gate {
     }
 
     /// Logs a change of the VM's health.
-    pub(super) fn log_change(&self, news: Option<News>, error: Option<&Error>) {
+    pub(super) fn log_change(&self, news: Option<News>) {
+        self.log_news(news, None);
+    }
+
+    /// Logs a change of the VM's health that a failed dial has shown.
+    fn log_failed_dial(&self, news: Option<News>, error: &Error) {
+        self.log_news(news, Some(error));
+    }
+
+    fn log_news(&self, news: Option<News>, error: Option<&Error>) {
         let Some(news) = news else {
             return;
         };

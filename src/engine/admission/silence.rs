@@ -2,8 +2,8 @@
 //! it has been asked.
 //!
 //! That a dial to hyperkit brings nothing back says little: its service may wait for the client. So
-//! after [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it all
-//! dials before. Only a guest that answers neither is called silent.
+//! after [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it
+//! all dials before. Only a guest that answers neither is called silent.
 //!
 //! Other VMMs say themselves that a dial was taken or refused. Where they say nothing, a probe is
 //! sent as well: it stays when the clients have given up, and its answer is the end of the silence.
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::gate::{Gate, GateState};
+use crate::engine::health::ProcessState;
 use crate::error::plural;
 
 /// How long a guest may answer nothing before it is asked.
@@ -41,10 +42,11 @@ impl Gate {
         Some(self.heard.at().map_or(dialled_at, |at| at.max(dialled_at)))
     }
 
-    /// Looks whether the guest is silent, and reports that once, and its end. `is_stopped` is
-    /// whether the VM's process is stopped, as a look at it has just found. It is called after
-    /// what has come from the guest was read.
-    pub(crate) fn check_silence(&self, is_stopped: bool, now: Instant) -> SilenceCheck {
+    /// Looks whether the guest is silent, and reports that once, and its end. `process` is the
+    /// state of the VM's process, as a look at it has just found. It is called after what has come
+    /// from the guest was read.
+    pub(crate) fn check_silence(&self, process: ProcessState, now: Instant) -> SilenceCheck {
+        let is_stopped = process == ProcessState::IsStopped;
         let mut state = self.state();
         state.silence.is_stopped = is_stopped;
         let nothing_since = self.nothing_since(&state);
@@ -71,7 +73,7 @@ impl Gate {
             None if !is_gone && is_asked && lasts >= SILENT_AFTER => {
                 state.silence.reported = nothing_since.map(|since| (since, epoch));
                 drop(state);
-                self.warn_of_silence(u64::from(is_probed), is_stopped);
+                self.warn_of_silence(u64::from(is_probed), process);
                 return SilenceCheck::Done;
             }
             _ => {}
@@ -83,12 +85,12 @@ impl Gate {
         }
     }
 
-    fn warn_of_silence(&self, probes: u64, is_stopped: bool) {
+    fn warn_of_silence(&self, probes: u64, process: ProcessState) {
         let dials = self.open_dials().saturating_sub(probes).max(1);
         let vm = &self.vm;
-        let why = match is_stopped {
-            true => "its process is stopped",
-            false => "it is paused or hangs",
+        let why = match process {
+            ProcessState::IsStopped => "its process is stopped",
+            ProcessState::Runs => "it is paused or hangs",
         };
         warn!(
             "the guest of the VM at {vm} has answered none of {dials} dial{} for {} s: {why}; `hvsock doctor --vm {vm}` tells more",
@@ -157,7 +159,7 @@ mod tests {
         let (gate, start) = (gate(), Instant::now());
         let first = dial(&gate, start);
         let _second = dial(&gate, start + 20 * SECOND);
-        let check = |seconds| gate.check_silence(false, start + seconds * SECOND);
+        let check = |seconds| gate.check_silence(ProcessState::Runs, start + seconds * SECOND);
         assert_eq!(check(24), SilenceCheck::Done);
         assert_eq!(check(25), SilenceCheck::ProbeWanted);
         let probe = probe(&gate, start + 25 * SECOND);
@@ -188,13 +190,19 @@ mod tests {
         let (gate, start) = (gate(), Instant::now());
         let _silent = dial(&gate, start);
         let at = start + 25 * SECOND;
-        assert_eq!(gate.check_silence(false, at), SilenceCheck::ProbeWanted);
+        assert_eq!(
+            gate.check_silence(ProcessState::Runs, at),
+            SilenceCheck::ProbeWanted
+        );
         let probe = probe(&gate, at);
         probe.note_answer(at + SECOND);
         drop(probe);
         for seconds in [2, 10, 100, 1000] {
             let at = at + seconds * SECOND;
-            assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+            assert_eq!(
+                gate.check_silence(ProcessState::Runs, at),
+                SilenceCheck::Done
+            );
             assert!(!is_silent(&gate, at));
         }
     }
@@ -207,7 +215,10 @@ mod tests {
         for seconds in 0..100 {
             let at = start + seconds * SECOND;
             talking.note_answer(at);
-            assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+            assert_eq!(
+                gate.check_silence(ProcessState::Runs, at),
+                SilenceCheck::Done
+            );
             assert!(!is_silent(&gate, at));
         }
     }
@@ -222,10 +233,13 @@ mod tests {
         let at = |seconds| start + seconds * SECOND;
         let taken = dial(&gate, start);
         taken.note_answer(start);
-        assert_eq!(gate.check_silence(false, at(1_000)), SilenceCheck::Done);
+        assert_eq!(
+            gate.check_silence(ProcessState::Runs, at(1_000)),
+            SilenceCheck::Done
+        );
         let given_up = dial(&gate, at(1_000));
         drop(given_up);
-        let check = |seconds| gate.check_silence(false, at(seconds));
+        let check = |seconds| gate.check_silence(ProcessState::Runs, at(seconds));
         assert_eq!(check(1_024), SilenceCheck::Done);
         assert_eq!(check(1_025), SilenceCheck::ProbeWanted);
         let probe = probe(&gate, at(1_025));
@@ -249,7 +263,10 @@ mod tests {
         let start = Instant::now();
         drop(dial(&gate, start));
         let at = start + 1_000 * SECOND;
-        assert_eq!(gate.check_silence(false, at), SilenceCheck::Done);
+        assert_eq!(
+            gate.check_silence(ProcessState::Runs, at),
+            SilenceCheck::Done
+        );
         assert!(!is_silent(&gate, at));
     }
 
@@ -258,16 +275,22 @@ mod tests {
         let (gate, start) = (gate(), Instant::now());
         let _silent = dial(&gate, start);
         let at = |seconds| start + seconds * SECOND;
-        assert_eq!(gate.check_silence(true, at(29)), SilenceCheck::Done);
+        assert_eq!(
+            gate.check_silence(ProcessState::IsStopped, at(29)),
+            SilenceCheck::Done
+        );
         assert!(gate.status(at(29)).paused);
-        gate.check_silence(true, at(30));
+        gate.check_silence(ProcessState::IsStopped, at(30));
         assert!(is_silent(&gate, at(30)));
 
         let gate = self::gate();
         let _silent = dial(&gate, start);
-        assert_eq!(gate.check_silence(false, at(25)), SilenceCheck::ProbeWanted);
+        assert_eq!(
+            gate.check_silence(ProcessState::Runs, at(25)),
+            SilenceCheck::ProbeWanted
+        );
         gate.note_missing_probe();
-        gate.check_silence(false, at(30));
+        gate.check_silence(ProcessState::Runs, at(30));
         assert!(is_silent(&gate, at(30)));
         // Another VM knows nothing of it.
         assert!(gate.begin_look(at(31), SECOND));
@@ -278,7 +301,7 @@ mod tests {
             },
             at(31),
         );
-        gate.check_silence(false, at(31));
+        gate.check_silence(ProcessState::Runs, at(31));
         assert!(!is_silent(&gate, at(31)));
     }
 }

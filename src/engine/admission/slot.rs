@@ -70,6 +70,11 @@ impl Slot {
         }
     }
 
+    /// Notes that the dial was made, and that the VM that got it has no identity.
+    pub(crate) fn note_unidentified_dial(&mut self, now: Instant) {
+        self.note_dial(None, now);
+    }
+
     /// Notes that the dial was made. `vm` is the identity of the VM that got it.
     pub(crate) fn note_dial(&mut self, vm: Option<VmIdentity>, now: Instant) {
         let gate = &self.gate;
@@ -93,7 +98,7 @@ impl Slot {
         state.silence.note_dial(number, answered, now);
         self.stage = Stage::Dialled(number);
         drop(state);
-        gate.log_change(seen.or(news), None);
+        gate.log_change(seen.or(news));
     }
 
     /// Notes that the guest has sent a byte or an EOF on this connection, or has made the
@@ -133,7 +138,7 @@ impl Slot {
             let news = state.health.mark_down(now);
             self.gate.forget_vm(&mut state);
             drop(state);
-            self.gate.log_change(news, None);
+            self.gate.log_change(news);
         }
     }
 

@@ -31,7 +31,7 @@ fn look(identity: Option<VmIdentity>) -> VmLook {
 fn go(gate: &Arc<Gate>, now: Instant) -> Slot {
     match gate.admit(ONE, now) {
         Admission::Go(mut slot) => {
-            slot.note_dial(None, now);
+            slot.note_unidentified_dial(now);
             slot
         }
         other => panic!("{other:?}"),
@@ -47,7 +47,7 @@ fn dials_keep_their_distance_on_average() {
     while times.len() < 1000 {
         match gate.admit(ONE, now) {
             Admission::Go(mut slot) => {
-                slot.note_dial(None, now);
+                slot.note_unidentified_dial(now);
                 times.push(now);
             }
             Admission::At(then) => {
@@ -76,9 +76,9 @@ fn probes_keep_the_distance_of_dials() {
     // Each is answered at once.
     for dial in 0..BURST {
         match gate.admit(ONE, now) {
-            Admission::Go(mut slot) if dial % 2 == 0 => slot.note_dial(None, now),
+            Admission::Go(mut slot) if dial % 2 == 0 => slot.note_unidentified_dial(now),
             Admission::Probe(mut slot) if dial % 2 == 1 => {
-                slot.note_dial(None, now);
+                slot.note_unidentified_dial(now);
                 slot.note_answer(now);
             }
             other => panic!("{dial}: {other:?}"),
@@ -113,7 +113,7 @@ fn a_guest_that_answers_nothing_is_not_dialled_without_end() {
     let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.note_dial(None, now);
+    probe.note_unidentified_dial(now);
     assert!(matches!(
         gate.admit(ONE, now),
         Admission::Full(Full::Unanswered(64))
@@ -152,7 +152,7 @@ fn an_answered_probe_lets_the_others_through() {
     let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
         panic!()
     };
-    probe.note_dial(None, now);
+    probe.note_unidentified_dial(now);
     assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
     probe.note_answer(now);
     drop(probe);
@@ -169,7 +169,7 @@ fn a_probe_lost_in_a_reboot_does_not_block_dials_for_ever() {
         let Admission::Probe(mut probe) = gate.admit(ONE, now) else {
             panic!()
         };
-        probe.note_dial(None, now);
+        probe.note_unidentified_dial(now);
         lost.push(probe);
         now += Duration::from_secs(patience - 1);
         assert!(matches!(gate.admit(ONE, now), Admission::Full(_)));
@@ -187,7 +187,7 @@ fn lost_probes_are_not_enough_to_kill_the_device() {
     for _ in 0..1000 {
         match gate.admit(ONE, now) {
             Admission::Go(mut slot) | Admission::Probe(mut slot) => {
-                slot.note_dial(None, now);
+                slot.note_unidentified_dial(now);
                 dials += 1;
             }
             _ => {}
@@ -358,7 +358,7 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
         panic!()
     };
-    probe.note_dial(None, now);
+    probe.note_unidentified_dial(now);
     assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     assert!(!dial.is_answered());
     probe.note_answer(now);
@@ -367,7 +367,7 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     let Admission::Probe(mut lost) = gate.admit_probe(now, 1, &wake) else {
         panic!()
     };
-    lost.note_dial(None, now);
+    lost.note_unidentified_dial(now);
     drop(lost);
     assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     let later = now + PROBE_PATIENCE;
@@ -585,7 +585,7 @@ fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
     let Admission::Probe(mut probe) = gate.admit_probe(now, 0, &wake) else {
         panic!()
     };
-    probe.note_dial(None, now);
+    probe.note_unidentified_dial(now);
     assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
     let later = now + Duration::from_secs(1);

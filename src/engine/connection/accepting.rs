@@ -53,7 +53,7 @@ impl<S: ConnectionSocket> Connection<S> {
             .unwrap_or(forward.rule.timeouts.dial);
         let state = State::waiting(client, Dial::new(after(now, patience)));
         let retries = forward.rule.hold_time().map(|_| Retries::new());
-        let mut connection = Connection::new(Some(name), forward, peer, state, now);
+        let mut connection = Connection::new(name, forward, peer, state, now);
         if let Some(guest) = &slots[Side::Client] {
             // A guest that dials runs.
             guest.note_answer(now);

@@ -18,11 +18,12 @@ use crate::engine::end_reason::{EndReason, RefusalReason};
 use crate::engine::forward::Forward;
 use crate::engine::relay::{CloseMode, End, Ending, Half, Readiness, Side};
 use crate::stream::closing::ResetWait;
-use crate::stream::draining::{Drain, DrainStep, DrainTurn, Reading};
+use crate::stream::draining::{Drain, DrainReading, DrainStep, DrainTurn};
 use crate::time::after;
 
 use super::action::{Action, Context};
 use super::closing_end::{Closing, How};
+use super::closing_times::ClosingTimes;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
@@ -32,10 +33,6 @@ pub(crate) const LINGER: Duration = Duration::from_secs(5);
 
 /// How long guests may take to end their connections when the proxy has to end at once.
 pub(crate) const LAST_DRAIN: Duration = Duration::from_secs(2);
-
-/// How long the slot of a drain that was given up stays taken. The guest is sending, so the device
-/// shuts its connection down at once, and frees the slot at its next packet.
-pub(crate) const SETTLING: Duration = Duration::from_secs(1);
 
 /// How often an end is read empty before it is closed by force. This is many times what a socket
 /// can hold.
@@ -84,23 +81,19 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
         let time = time_to_close(&self.forward, &ends, cx.phase);
         self.wake_at = None;
-        let until = Some(after(cx.now, time));
-        self.enter(State::Closing {
-            ends,
-            until,
-            settled: None,
-        });
+        let times = ClosingTimes::until(Some(after(cx.now, time)));
+        self.enter(State::Closing { ends, times });
         self.go_on_closing(cx);
     }
 
+    /// Goes on to close the ends that are left, and ends the connection after the last.
     pub(super) fn go_on_closing(&mut self, cx: &mut Context<'_, S>) {
         let now = cx.now;
-        let State::Closing { ends, .. } = &mut self.state else {
+        let State::Closing { ends, times } = &mut self.state else {
             return;
         };
-        let mut ends = std::mem::take(ends);
+        let (mut ends, mut times) = (std::mem::take(ends), *times);
         let mut check_at: Option<Instant> = None;
-        let mut settled = None;
         for side in Side::BOTH {
             let Some(closing) = ends[side].take() else {
                 continue;
@@ -114,48 +107,29 @@ impl<S: ConnectionSocket> Connection<S> {
                     check_at = check_at.into_iter().chain(at).min();
                 }
                 CloseProgress::Closed => {}
-                CloseProgress::GivenUp => settled = Some(after(now, SETTLING)),
+                CloseProgress::GivenUp => times.note_given_up(now),
             }
         }
-        let State::Closing {
-            ends: left,
-            until,
-            settled: before,
-        } = &mut self.state
-        else {
-            return;
-        };
-        *left = ends;
-        *before = settled.or(*before).filter(|at| now < *at);
+        times.settle(now);
+        let is_closed = ends.iter().all(Option::is_none);
+        if cx.resumed_at == Some(now) && !is_closed {
+            // Invariant 9: the peer may have been frozen as well, and had no time to answer.
+            let drain = self.forward.rule.timeouts.drain;
+            times.prolong(after(now, LAST_DRAIN.min(drain)));
+        }
         // A side that never had a socket, or whose socket was reset, needs no slot any more, even
         // while the other side is drained.
         for side in Side::BOTH {
-            if left[side].is_none() && before.is_none() {
+            if ends[side].is_none() && times.settled().is_none() {
                 self.slots[side] = None;
             }
         }
-        if left.iter().all(Option::is_none) {
-            match *before {
-                Some(at) if cx.phase == Phase::Running => {
-                    self.wake_at = Some(at);
-                    return;
-                }
-                _ => return self.close(cx),
-            }
-        }
-        if cx.resumed_at == Some(now)
-            && let Some(until) = until
-        {
-            // Invariant 9: the peer may have been frozen as well, and had no time to answer.
-            let drain = self.forward.rule.timeouts.drain;
-            *until = (*until).max(after(now, LAST_DRAIN.min(drain)));
-        }
-        let (until, settled) = (*until, *before);
-        if until.is_some_and(|until| now >= until) {
-            return self.abandon(cx);
-        }
-        if let Some(at) = [until, check_at, settled].into_iter().flatten().min() {
-            self.wake_at = Some(at);
+        self.state = State::Closing { ends, times };
+        match times.settled() {
+            Some(at) if is_closed && cx.phase == Phase::Running => self.wake_at = Some(at),
+            _ if is_closed => self.close(cx),
+            _ if times.are_over(now) => self.abandon(cx),
+            _ => self.wake_at = times.next(check_at).or(self.wake_at),
         }
     }
 
@@ -252,15 +226,15 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         let before = (end.received(), end.input_ended());
         let was_read = match drain.reading(now) {
-            Reading::Full => {
+            DrainReading::Full => {
                 end.discard(cx.pool);
                 true
             }
-            Reading::Once => {
+            DrainReading::Once => {
                 end.discard_once(cx.pool);
                 true
             }
-            Reading::Later => false,
+            DrainReading::Later => false,
         };
         self.note_answer(side, &end, before, cx);
         if end.input_ended() {
@@ -392,11 +366,10 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             is_settling |= self.give_up(side, end, guest, cx);
         }
-        let at = after(cx.now, SETTLING);
         match &mut self.state {
-            State::Closing { settled, .. } if is_settling && cx.phase == Phase::Running => {
-                *settled = Some(at);
-                self.wake_at = Some(at);
+            State::Closing { times, .. } if is_settling && cx.phase == Phase::Running => {
+                times.note_given_up(cx.now);
+                self.wake_at = times.settled();
             }
             _ => self.close(cx),
         }
@@ -405,7 +378,7 @@ impl<S: ConnectionSocket> Connection<S> {
     /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
     /// runs.
     pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
-        let State::Closing { ends, until, .. } = &mut self.state else {
+        let State::Closing { ends, times } = &mut self.state else {
             return;
         };
         if cx.phase > Phase::Running {
@@ -416,14 +389,14 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         }
         let is_closed = ends.iter().all(Option::is_none);
-        let at = match *until {
+        let at = match times.end() {
             // Its slots are not waited for.
             _ if is_closed && cx.phase > Phase::Running => cx.now,
             None if cx.phase == Phase::Running => return,
             None => cx.now + LAST_DRAIN,
             Some(until) => until.min(after(cx.now, time_to_close(&self.forward, ends, cx.phase))),
         };
-        *until = Some(at);
+        times.set_end(at);
         self.wake_by(at);
     }
 

@@ -244,7 +244,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             Ok((socket, Ok(()))) => {
                 if let Some(slot) = &mut self.slots[Side::Server] {
-                    slot.note_dial(None, cx.now);
+                    slot.note_unidentified_dial(cx.now);
                 }
                 self.note_program();
                 if let State::Waiting { client, dial, .. } = self.take_state() {

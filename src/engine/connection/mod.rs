@@ -18,6 +18,7 @@ mod accepting;
 mod action;
 mod closing;
 mod closing_end;
+mod closing_times;
 mod dialling;
 mod idle;
 mod on_threads;

@@ -18,14 +18,15 @@ use crate::time::after;
 use super::action::{Action, Context};
 use super::closing::LAST_DRAIN;
 use super::closing_end::Closing;
+use super::closing_times::ClosingTimes;
 use super::dialling::Dialled;
 use super::relaying::Acceptance;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a probe of a socket that was dialled at `endpoint`, a port on which nobody listens. The
-    /// guest's refusal says that it runs and has taken all earlier dials.
+    /// Makes a probe of a socket that was dialled at `endpoint`, a port on which nobody listens.
+    /// The guest's refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn for_probe(
         forward: Arc<Forward>,
@@ -53,14 +54,13 @@ impl<S: ConnectionSocket> Connection<S> {
         let ends = [None, Some(end)];
         let state = State::Closing {
             ends,
-            until,
-            settled: None,
+            times: ClosingTimes::until(until),
         };
         let no_client = Peer {
             name: SocketName::Unnamed,
             process: None,
         };
-        let mut connection = Connection::new(None, forward, no_client, state, now);
+        let mut connection = Connection::unnamed(forward, no_client, state, now);
         connection.is_inherited = is_inherited;
         connection.slots[Side::Server] = Some(slot);
         connection

@@ -17,6 +17,7 @@ use crate::stream::socket::Socket;
 
 use super::action::{Action, Context};
 use super::closing_end::Closing;
+use super::closing_times::ClosingTimes;
 use super::idle::Idle;
 use super::retries::Retries;
 use super::socket::ConnectionSocket;
@@ -97,12 +98,10 @@ pub(crate) enum State<S: Socket> {
     /// Relayed by threads, which also drain and close the ends, because one of them can't be
     /// polled.
     OnThreads,
-    /// Each end is drained or reset, until the given time (or until the proxy stops). `settled` is
-    /// when the slots of ends that were given up are free again, if there are such.
+    /// Each end is drained or reset.
     Closing {
         ends: [Option<Closing<S>>; 2],
-        until: Option<Instant>,
-        settled: Option<Instant>,
+        times: ClosingTimes,
     },
     /// The connection has no socket any more.
     Closed,
@@ -157,8 +156,21 @@ pub(super) struct Proxied {
 }
 
 impl<S: Socket> Connection<S> {
+    /// Makes a connection that a client has made.
     pub(super) fn new(
-        name: Option<ConnectionId>,
+        name: ConnectionId,
+        forward: Arc<Forward>,
+        peer: Peer,
+        state: State<S>,
+        now: Instant,
+    ) -> Connection<S> {
+        let mut connection = Connection::unnamed(forward, peer, state, now);
+        connection.name = Some(name);
+        connection
+    }
+
+    /// Makes a connection that no client has made, and nobody is told of.
+    pub(super) fn unnamed(
         forward: Arc<Forward>,
         peer: Peer,
         state: State<S>,
@@ -167,7 +179,7 @@ impl<S: Socket> Connection<S> {
         #[cfg(all(test, target_os = "linux"))]
         transitions::note("new", state.name());
         Connection {
-            name,
+            name: None,
             forward,
             #[cfg(all(test, target_os = "linux"))]
             state_name: state.name(),

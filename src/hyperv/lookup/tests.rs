@@ -157,11 +157,11 @@ fn several_of_one_name_are_told_apart_by_their_ids() {
 
 #[test]
 fn a_name_that_is_known_is_not_asked_for_again() {
-    let known = Known(Mutex::new(None));
+    let known = KnownMachines(Mutex::new(None));
     let nobody = || panic!("it is known");
     let one = || Ok(vec![machine(1, "one")]);
     let both = || Ok(vec![machine(1, "one"), machine(2, "two")]);
-    let no = || Err(Failed::new(ErrorKind::Other, "no", ""));
+    let no = || Err(LookupFailed::new(ErrorKind::Other, "no", ""));
     known.find("one", no).unwrap_err();
     assert_eq!(known.find("one", one).unwrap(), id(1));
     assert_eq!(known.find("ONE", nobody).unwrap(), id(1));

@@ -1,5 +1,5 @@
-//! The queues of a worker: dials that wait for a slot of their VM, and dials of which it is not known
-//! yet whether the guest has taken them.
+//! The queues of a worker: dials that wait for a slot of their VM, and dials of which it is not
+//! known yet whether the guest has taken them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -57,8 +57,11 @@ impl Pulse {
 fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
     let is_guests = conn.name.is_some() && conn.forward.needs_graceful_close(Side::Client);
     match &conn.state {
-        State::Closing { until, .. } => {
-            assert!(until.is_some(), "one that has gone may hold up the end");
+        State::Closing { times, .. } => {
+            assert!(
+                times.end().is_some(),
+                "one that has gone may hold up the end"
+            );
         }
         State::Relaying { .. } => assert!(!is_late || !is_guests, "a guest is served at the end"),
         _ => {
@@ -194,22 +197,18 @@ impl Audit {
                 State::Proving { .. } => {
                     proving.insert(key, *self.proofs.get(&key).unwrap_or(&now));
                 }
-                State::Closing {
-                    ends,
-                    until,
-                    settled,
-                } => {
+                State::Closing { ends, times } => {
                     // Though the other side lingers.
                     let has_left =
                         ends[Side::Server].is_some() || conn.slots[Side::Server].is_none();
                     let has_left = has_left
                         && (ends[Side::Client].is_some() || conn.slots[Side::Client].is_none());
                     assert!(
-                        has_left || settled.is_some(),
+                        has_left || times.settled().is_some(),
                         "a socket is closed, and keeps its slot in its VM"
                     );
                     began.insert(key, *self.began_to_close.get(&key).unwrap_or(&now));
-                    let until = until.map(|at| world.time_of(at));
+                    let until = times.end().map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(
                         has_slept || is_no_later(until, before, phase),
@@ -331,7 +330,7 @@ impl Audit {
     pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, world: &SimWorld) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
-        let forgotten = worker.listeners.all().iter().any(|it| it.is_forgotten());
+        let forgotten = worker.listeners.has_forgotten();
         assert!(
             !forgotten,
             "a listener wants a turn, and is not queued for one"
@@ -434,15 +433,11 @@ impl Audit {
                         "nothing has moved on a connection, which was to be cut off at {end:?}"
                     );
                 }
-                State::Closing {
-                    ends,
-                    until,
-                    settled,
-                } => {
+                State::Closing { ends, times } => {
                     // A slot stays a while after its socket was closed.
                     let until = match ends {
-                        [None, None] => settled,
-                        _ => until,
+                        [None, None] => times.settled(),
+                        _ => times.end(),
                     };
                     let until = until.map(|at| world.time_of(at));
                     assert!(

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::address::AnyVm;
-use crate::engine::health::{VmIdentity, VmLook};
+use crate::engine::health::{ProcessState, VmIdentity, VmLook};
 use crate::proxy::driver::DriverEvent;
 use crate::sys::Identity;
 
@@ -259,7 +259,7 @@ impl<S, L> World<S, L> {
             identity,
             is_alive: matches!(identity, Some(VmIdentity::Socket(_))),
             process,
-            is_stopped: false,
+            process_state: ProcessState::Runs,
         }
     }
 

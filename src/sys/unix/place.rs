@@ -13,7 +13,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::Identity;
-use found::Found;
+use found::FoundFile;
 
 /// Where a file is, or was.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl Place {
     /// # Errors
     /// `NotFound`; what the system says.
     pub(crate) fn identity(&self) -> io::Result<Identity> {
-        Ok(Found::at(self)?.identity)
+        Ok(FoundFile::at(self)?.identity)
     }
 
     /// Removes the file, if it is still that one.
@@ -80,19 +80,20 @@ impl Place {
     /// # Errors
     /// `NotFound`; what the system says.
     pub(crate) fn set_mode(&self, file: Identity, mode: u32) -> io::Result<()> {
-        let found = Found::at(self)?;
+        let found = FoundFile::at(self)?;
         match found.identity == file {
             true => found.set_mode(self, mode),
             false => Ok(()),
         }
     }
 
-    /// Returns whether the file has that owner and that group already, as far as they are asked for.
+    /// Returns whether the file has that owner and that group already, as far as they are asked
+    /// for.
     ///
     /// # Errors
     /// `NotFound`; what the system says.
     pub(crate) fn is_owned(&self, owner: Option<u32>, group: Option<u32>) -> io::Result<bool> {
-        let found = Found::at(self)?;
+        let found = FoundFile::at(self)?;
         let has = |asked: Option<u32>, is: u32| asked.is_none_or(|asked| asked == is);
         Ok(has(owner, found.owner) && has(group, found.group))
     }
@@ -107,7 +108,7 @@ impl Place {
         owner: Option<u32>,
         group: Option<u32>,
     ) -> io::Result<()> {
-        let found = Found::at(self)?;
+        let found = FoundFile::at(self)?;
         match found.identity == file {
             true => found.set_owner(self, owner, group),
             false => Ok(()),
@@ -120,7 +121,7 @@ impl Place {
     /// # Errors
     /// `PermissionDenied` if there is something else by now; what the system says.
     pub(crate) fn finish_bind(&self, mode: u32) -> io::Result<Identity> {
-        let found = Found::at(self)?;
+        let found = FoundFile::at(self)?;
         let is_right = found.mode == mode;
         // (On some network file systems the owner is not the user who made it.)
         let is_ours = is_right || found.owner == nix::unistd::geteuid().as_raw();
@@ -148,7 +149,7 @@ mod found {
 
     pub(super) const DIRECTORY: OFlag = OFlag::O_PATH;
 
-    pub(super) struct Found {
+    pub(super) struct FoundFile {
         file: File,
         pub(super) identity: Identity,
         pub(super) is_socket: bool,
@@ -157,13 +158,13 @@ mod found {
         pub(super) mode: u32,
     }
 
-    impl Found {
-        pub(super) fn at(place: &Place) -> io::Result<Found> {
+    impl FoundFile {
+        pub(super) fn at(place: &Place) -> io::Result<FoundFile> {
             let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let name = place.name.as_os_str();
             let file = File::from(openat(&place.directory, name, flags, Mode::empty())?);
             let metadata = file.metadata()?;
-            Ok(Found {
+            Ok(FoundFile {
                 identity: Identity::from(&metadata),
                 is_socket: metadata.file_type().is_socket(),
                 owner: metadata.uid(),
@@ -203,7 +204,7 @@ mod found {
 
     pub(super) const DIRECTORY: OFlag = OFlag::O_RDONLY;
 
-    pub(super) struct Found {
+    pub(super) struct FoundFile {
         pub(super) identity: Identity,
         pub(super) is_socket: bool,
         pub(super) owner: u32,
@@ -211,11 +212,11 @@ mod found {
         pub(super) mode: u32,
     }
 
-    impl Found {
-        pub(super) fn at(place: &Place) -> io::Result<Found> {
+    impl FoundFile {
+        pub(super) fn at(place: &Place) -> io::Result<FoundFile> {
             let name = place.name.as_os_str();
             let stat = fstatat(&place.directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-            Ok(Found {
+            Ok(FoundFile {
                 identity: Identity::from(&stat),
                 is_socket: stat.st_mode & libc::S_IFMT == libc::S_IFSOCK,
                 owner: stat.st_uid,

@@ -26,7 +26,7 @@ pub(crate) struct Acceptor {
     /// Dropped first: it must be gone when `pending` is waited for.
     watcher: Option<Watcher>,
     pending: Mutex<Option<Pending>>,
-    ended: Arc<Event>,
+    ended: Arc<WsaEvent>,
     listener: Socket,
     /// Makes the socket that the next client becomes.
     make: Box<dyn Fn() -> io::Result<Socket> + Send + Sync>,
@@ -42,7 +42,7 @@ impl Acceptor {
         Ok(Acceptor {
             watcher: None,
             pending: Mutex::new(None),
-            ended: Arc::new(Event::new()?),
+            ended: Arc::new(WsaEvent::new()?),
             listener,
             make: Box::new(make),
         })
@@ -131,7 +131,7 @@ struct Room {
 unsafe impl Send for Pending {}
 
 impl Pending {
-    fn begin(listener: &Socket, socket: Socket, ended: &Event) -> io::Result<Pending> {
+    fn begin(listener: &Socket, socket: Socket, ended: &WsaEvent) -> io::Result<Pending> {
         ended.reset()?;
         let room = Box::new(Room {
             overlapped: OVERLAPPED {
@@ -206,7 +206,7 @@ impl Pending {
     }
 
     /// Ends it, and whom it may have accepted.
-    fn cancel(self, listener: &Socket, ended: &Event) {
+    fn cancel(self, listener: &Socket, ended: &WsaEvent) {
         // Else a signal from before would end the wait.
         let _ = ended.reset();
         // SAFETY: the socket is open, and the structure that of the accept.
@@ -248,12 +248,12 @@ fn raw(socket: &Socket) -> io::Result<WinSock::SOCKET> {
 /// A thread that sleeps until a client comes.
 struct Watcher {
     stop: Arc<AtomicBool>,
-    event: Arc<Event>,
+    event: Arc<WsaEvent>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watcher {
-    fn start(event: Arc<Event>, notify: impl Fn() + Send + 'static) -> io::Result<Watcher> {
+    fn start(event: Arc<WsaEvent>, notify: impl Fn() + Send + 'static) -> io::Result<Watcher> {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, signalled) = (Arc::clone(&stop), Arc::clone(&event));
         let watch = move || {
@@ -287,17 +287,19 @@ impl Drop for Watcher {
 }
 
 /// An event that stays signalled until it is reset.
-struct Event(OwnedHandle);
+struct WsaEvent(OwnedHandle);
 
-impl Event {
-    fn new() -> io::Result<Event> {
+impl WsaEvent {
+    fn new() -> io::Result<WsaEvent> {
         // SAFETY: it takes nothing.
         let event = unsafe { WinSock::WSACreateEvent() };
         if event == WinSock::WSA_INVALID_EVENT {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: it was just made, has no other owner, and is closed as any handle is.
-        Ok(Event(unsafe { OwnedHandle::from_raw_handle(event as _) }))
+        Ok(WsaEvent(unsafe {
+            OwnedHandle::from_raw_handle(event as _)
+        }))
     }
 
     fn set(&self) -> io::Result<()> {

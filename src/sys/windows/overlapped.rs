@@ -23,18 +23,20 @@ use crate::lock::lock;
 
 /// Something to wait for; once set it stays so.
 #[derive(Debug)]
-pub(crate) struct Event(OwnedHandle);
+pub(crate) struct ManualResetEvent(OwnedHandle);
 
-impl Event {
+impl ManualResetEvent {
     #[allow(unsafe_code)]
-    pub(crate) fn new() -> io::Result<Event> {
+    pub(crate) fn new() -> io::Result<ManualResetEvent> {
         // SAFETY: no attributes and no name are what null pointers mean here.
         let event = unsafe { CreateEventW(ptr::null(), 1, 0, ptr::null()) };
         if event.is_null() {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: it was just made, and has no other owner.
-        Ok(Event(unsafe { OwnedHandle::from_raw_handle(event) }))
+        Ok(ManualResetEvent(unsafe {
+            OwnedHandle::from_raw_handle(event)
+        }))
     }
 
     #[allow(unsafe_code)]
@@ -44,14 +46,14 @@ impl Event {
     }
 }
 
-impl Event {
+impl ManualResetEvent {
     /// Returns the event with its lowest bit set: no event loop hears of the operation then.
     pub(super) fn unheard(&self) -> HANDLE {
         self.0.as_raw_handle().map_addr(|address| address | 1)
     }
 }
 
-impl AsHandle for Event {
+impl AsHandle for ManualResetEvent {
     fn as_handle(&self) -> BorrowedHandle<'_> {
         self.0.as_handle()
     }
@@ -110,9 +112,9 @@ struct Memory {
 }
 
 /// At most one operation on a handle that was opened for overlapped ones.
-pub(crate) struct Operation {
+pub(crate) struct OverlappedOperation {
     handle: Arc<OwnedHandle>,
-    event: Event,
+    event: ManualResetEvent,
     /// From a box; while `pending`, the system writes to it.
     memory: *mut Memory,
     pending: bool,
@@ -120,16 +122,16 @@ pub(crate) struct Operation {
 
 // SAFETY: the memory belongs to this value alone, and the system doesn't care which thread asks.
 #[allow(unsafe_code)]
-unsafe impl Send for Operation {}
+unsafe impl Send for OverlappedOperation {}
 
-impl Operation {
-    pub(crate) fn new(handle: Arc<OwnedHandle>) -> io::Result<Operation> {
-        let event = Event::new()?;
+impl OverlappedOperation {
+    pub(crate) fn new(handle: Arc<OwnedHandle>) -> io::Result<OverlappedOperation> {
+        let event = ManualResetEvent::new()?;
         let memory = Box::new(Memory {
             overlapped: OVERLAPPED::default(),
             buffer: Vec::new(),
         });
-        Ok(Operation {
+        Ok(OverlappedOperation {
             handle,
             event,
             memory: Box::into_raw(memory),
@@ -165,7 +167,7 @@ impl Operation {
         })
     }
 
-    /// Begins to write, as [`read`](Operation::read) does to read.
+    /// Begins to write, as [`read`](OverlappedOperation::read) does to read.
     #[allow(unsafe_code)]
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -201,7 +203,8 @@ impl Operation {
         }
     }
 
-    /// Writes as [`write`](Operation::write) does, but the thread may end before it is done.
+    /// Writes as [`write`](OverlappedOperation::write) does, but the thread may end before it is
+    /// done.
     #[allow(unsafe_code)]
     pub(crate) fn write_lastingly(&mut self, bytes: &[u8]) -> io::Result<()> {
         let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
@@ -291,7 +294,7 @@ impl Operation {
     }
 }
 
-impl Drop for Operation {
+impl Drop for OverlappedOperation {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
         if self.pending {
@@ -306,9 +309,9 @@ impl Drop for Operation {
     }
 }
 
-impl std::fmt::Debug for Operation {
+impl std::fmt::Debug for OverlappedOperation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Operation")
+        f.debug_struct("OverlappedOperation")
             .field("handle", &self.handle)
             .field("pending", &self.pending)
             .finish_non_exhaustive()

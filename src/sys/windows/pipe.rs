@@ -38,7 +38,7 @@ use windows_sys::Win32::System::Pipes::{
 };
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 
-use super::overlapped::{Event, has_code};
+use super::overlapped::{ManualResetEvent, has_code};
 
 use crate::lock::{lock, recover};
 
@@ -285,7 +285,7 @@ fn cut(pipe: &OwnedHandle) {
 /// Writes the message of no bytes that is a half-close.
 #[allow(unsafe_code)]
 fn write_nothing(pipe: &OwnedHandle) -> io::Result<()> {
-    let event = Event::new()?;
+    let event = ManualResetEvent::new()?;
     let mut overlapped = OVERLAPPED {
         // The event loop would take the outcome for one of its own.
         hEvent: event.unheard(),
