@@ -91,7 +91,7 @@ fn of_qemu(words: &[&str]) -> Vec<Found> {
             return is_vsock.then(|| device["guest-cid"].as_u64())?;
         }
         let is_vsock = device.starts_with("vhost-vsock");
-        is_vsock.then(|| key(device, "guest-cid"))??.parse().ok()
+        number(is_vsock.then(|| key(device, "guest-cid"))??)
     };
     let cids = values(words, "device").into_iter().filter_map(cid);
     cids.map(|cid| ("QEMU", name.clone(), format!("vsock://{cid}")))
@@ -121,6 +121,14 @@ fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<Found> {
     paths
         .map(|path| ("Cloud Hypervisor", None, mux(process, path)))
         .collect()
+}
+
+/// Returns the number that QEMU reads in a word: decimal, or hexadecimal after `0x`.
+fn number(word: &str) -> Option<u64> {
+    match word.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => word.parse().ok(),
+    }
 }
 
 /// vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or `--uds-path=/path`.
@@ -176,7 +184,7 @@ mod tests {
             "-device",
             "virtio-net-pci,netdev=n",
             "-device",
-            "vhost-vsock-pci,id=vsock0,guest-cid=3",
+            "vhost-vsock-pci,id=vsock0,guest-cid=0x3",
         ];
         let right = [("build".to_owned(), "QEMU", "vsock://3".to_owned())];
         assert_eq!(found(&qemu), right);

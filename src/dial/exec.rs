@@ -94,14 +94,15 @@ impl Drop for Connected {
 /// What is told of the end of a program.
 #[derive(Debug)]
 pub(crate) enum ProgramEnd {
-    /// Its connection was cut before it had ended its output: it is ended for that, and how is of no meaning.
+    /// Its connection was cut before it had ended its output: it is ended for that, and how is of
+    /// no meaning.
     Cut,
     /// It had ended its output, and has ended itself; the error is that nobody knows how.
     Ended(io::Result<ExitStatus>),
 }
 
-/// Starts a program. Returns the connection with its standard input and output. Its end is told once, on a thread of its
-/// own, and possibly before this returns.
+/// Starts a program. Returns the connection with its standard input and output. Its end is told
+/// once, on a thread of its own, and possibly before this returns.
 ///
 /// # Errors
 /// Returns why it can't be started; nothing is told then.

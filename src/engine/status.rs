@@ -174,8 +174,8 @@ pub struct VmStatus {
     /// them. They come back when the VM is restarted, and are taken from the limit until then.
     #[cfg_attr(feature = "cli", serde(default))]
     pub lost: usize,
-    /// The slots that are left to the process from which this one has taken over, until it has ended.
-    /// They are none of `connections`, and are taken from the limit.
+    /// The slots that are left to the process from which this one has taken over, until it has
+    /// ended. They are none of `connections`, and are taken from the limit.
     #[cfg_attr(feature = "cli", serde(default))]
     pub predecessor: usize,
     /// Connections that the guest has made, and that are served.
@@ -206,8 +206,8 @@ pub struct VmStatus {
     /// Whether the VM's process is stopped, by SIGSTOP or a debugger. Only Linux tells.
     #[cfg_attr(feature = "cli", serde(default))]
     pub paused: bool,
-    /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell. `None`
-    /// while nothing is known.
+    /// Whether the VM runs, as far as its sockets, its process and its answers to dials tell.
+    /// `None` while nothing is known.
     pub up: Option<bool>,
     /// The time since which the VM is known to be gone. `None` if it was never there.
     #[cfg_attr(feature = "cli", serde(with = "crate::time::unix_option"))]

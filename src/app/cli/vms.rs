@@ -53,11 +53,11 @@ fn hyperkit() -> Outcome {
     let looked = format!("looked in {}", survey.looked.join(", "));
     let others = others();
     if survey.found.is_empty() {
+        if !others.is_empty() {
+            print_text(table::of(HEADINGS, others))?;
+        }
         print(format_args!("no hyperkit VM found; {looked}"))?;
-        return match others.is_empty() {
-            true => Ok(()),
-            false => print_text(table::of(HEADINGS, others)),
-        };
+        return Ok(());
     }
     let keepers = keepers(&survey.found);
     let rows = survey.found.into_iter().map(|vm| {

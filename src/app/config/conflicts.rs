@@ -44,8 +44,8 @@ pub(super) fn find_namesakes(
     }
 }
 
-/// Says which rules can't be carried beside each other, and which come out where it is controlled from, or looked at. Of
-/// forwards that could be read in part it is known where they listen.
+/// Says which rules can't be carried beside each other, and which come out where it is controlled
+/// from, or looked at. Of forwards that could be read in part it is known where they listen.
 pub(super) fn find(
     rules: &[(&Forward, Rule)],
     parts: &[Read],

@@ -174,6 +174,11 @@ impl Carrier {
         let is_crowded = most.is_some_and(|most| status.guests >= most);
         match status.lost {
             _ if status.up == Some(false) => Check::warning(name, seen, "start the VM"),
+            _ if status.paused => Check::warning(name, seen, "send its process a SIGCONT"),
+            _ if status.silent_since.is_some() => {
+                let remedy = "no dial is answered: see on the VM's console whether it hangs";
+                Check::warning(name, seen, remedy)
+            }
             0 if self.vm.is_full() => {
                 let remedy = format!(
                     "end some (`hvsock connections --pid {process}` shows them), or allow more, 1000 at most: --vm-connections, or `connections` of the VM in the file"

@@ -2,8 +2,8 @@
 //! it has been asked.
 //!
 //! That a dial to hyperkit brings nothing back says little: its service may wait for the client. So
-//! after [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it all
-//! dials before. Only a guest that answers neither is called silent.
+//! after [`ASKED_AFTER`] one probe is sent, which a guest that runs answers at once, and with it
+//! all dials before. Only a guest that answers neither is called silent.
 //!
 //! Other VMMs say themselves that a dial was taken or refused. Where they say nothing, a probe is
 //! sent as well: it stays when the clients have given up, and its answer is the end of the silence.

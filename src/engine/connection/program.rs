@@ -1,5 +1,6 @@
-//! The program that a connection leads to (`exec:`). How it has ended is heard some time after the end of its output,
-//! and so, as a rule, after both sides were closed: the report of the connection's end waits for it, the sides do not.
+//! The program that a connection leads to (`exec:`). How it has ended is heard some time after the
+//! end of its output, and so, as a rule, after both sides were closed: the report of the
+//! connection's end waits for it, the sides do not.
 
 use std::time::Duration;
 
@@ -12,13 +13,13 @@ use super::closing_times::ClosingTimes;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, Program, State};
 
-/// How long a connection without sockets waits for the end of its program. One that has ended its output ends itself
-/// within a millisecond, as a rule; one that goes on is not waited for.
+/// How long a connection without sockets waits for the end of its program. One that has ended its
+/// output ends itself within a millisecond, as a rule; one that goes on is not waited for.
 const WAIT: Duration = Duration::from_secs(1);
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Notes that the target was connected: a program was started, if the rule leads to one. Its end may have been
-    /// heard before.
+    /// Notes that the target was connected: a program was started, if the rule leads to one. Its
+    /// end may have been heard before.
     pub(super) fn note_program(&mut self) {
         if self.forward.rule.connect.transport().runs_program && self.program == Program::None {
             self.program = Program::Running;
@@ -40,7 +41,8 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Returns whether the connection, which has no socket any more, goes on to wait for the end of its program.
+    /// Returns whether the connection, which has no socket any more, goes on to wait for the end of
+    /// its program.
     pub(super) fn awaits_program(&mut self, cx: &mut Context<'_, S>) -> bool {
         let until = match self.program {
             Program::None | Program::Ended => return false,

@@ -25,8 +25,8 @@ use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
 impl<S: ConnectionSocket> Connection<S> {
-    /// Makes a probe of a socket that was dialled at `endpoint`, a port on which nobody listens. The
-    /// guest's refusal says that it runs and has taken all earlier dials.
+    /// Makes a probe of a socket that was dialled at `endpoint`, a port on which nobody listens.
+    /// The guest's refusal says that it runs and has taken all earlier dials.
     /// [`begin_probe`](Connection::begin_probe) must follow.
     pub(crate) fn for_probe(
         forward: Arc<Forward>,

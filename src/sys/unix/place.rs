@@ -87,7 +87,8 @@ impl Place {
         }
     }
 
-    /// Returns whether the file has that owner and that group already, as far as they are asked for.
+    /// Returns whether the file has that owner and that group already, as far as they are asked
+    /// for.
     ///
     /// # Errors
     /// `NotFound`; what the system says.
