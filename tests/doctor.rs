@@ -331,6 +331,40 @@ fn a_vmm_with_no_slot_left_is_not_well() {
     drop(served.join().unwrap());
 }
 
+#[cfg(target_os = "linux")] // Elsewhere nothing tells which process has its socket.
+#[test]
+fn a_vmm_that_is_stopped_is_not_well() {
+    let dir = private_dir();
+    let (runtime, socket) = (dir.path(), dir.path().join("vmm"));
+    let vmm = Running::start(&[
+        "simulate",
+        "--vsock-mux",
+        text(&socket),
+        "--guest",
+        "7=echo",
+    ]);
+    let place = format!("vsock-mux://{}", text(&socket));
+    let expose = ["expose", "--vm", &place, "-L", "0:7"];
+    let expose = Running::spawn(in_runtime(runtime, &expose));
+    let mut client = tcp(expose.tcp_port());
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let health = || Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
+    health().says("health", "ok", "up");
+    vmm.signal("STOP");
+    eventually("it is told as stopped", || {
+        health().check("health")["verdict"] == "warning"
+    });
+    let report = health();
+    report.says("health", "warning", "paused");
+    assert_eq!(
+        report.check("health")["remedy"],
+        "send its process a SIGCONT"
+    );
+    vmm.signal("CONT");
+    eventually("it is well", || health().check("health")["verdict"] == "ok");
+}
+
 #[test]
 fn ports_are_told_apart() {
     let dir = private_dir();

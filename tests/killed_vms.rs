@@ -7,7 +7,9 @@
 mod command;
 mod common;
 
-use std::io::{Read, Write};
+use std::io::Read;
+#[cfg(target_os = "linux")]
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
