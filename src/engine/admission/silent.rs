@@ -27,7 +27,7 @@ impl Silence {
         }
     }
 
-    /// Notes whether the process of the VM of this epoch is stopped. Returns what is to be reported.
+    /// Notes the state of the process of the VM of this epoch. Returns what is to be reported.
     pub(super) fn note_process(
         &mut self,
         process: ProcessState,
