@@ -67,8 +67,8 @@ impl PeerProcess {
 impl fmt::Display for PeerProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.id {
-            Some(id) => write!(f, "process {id} of user {}", self.user),
-            None => write!(f, "a process of user {}", self.user),
+            Some(id) => write!(f, "pid {id}, uid {}", self.user),
+            None => write!(f, "uid {}", self.user),
         }
     }
 }

@@ -212,6 +212,62 @@ fn no_client_takes_the_end_of_a_killed_vm_for_that_of_its_server() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn the_log_tells_once_that_a_process_is_stopped_and_that_it_goes_on() {
+    let dir = private_dir();
+    let socket = dir.path().join("vmm");
+    let mux = format!("vsock-mux://{}", text(&socket));
+    let state = text(dir.path());
+    for (place, vm) in [
+        (&[state][..], state),
+        (&["--vsock-mux", text(&socket)], &mux),
+    ] {
+        let simulate = [&["simulate"], place, &["--guest", "7=echo"]].concat();
+        let vmm = Running::start(&simulate);
+        let expose = [
+            "expose",
+            "--no-keeper",
+            "--vm",
+            vm,
+            "-L",
+            "0:7",
+            "-L",
+            "0:7",
+        ];
+        let proxy = Running::start(&expose);
+        // By this it learns the process behind a socket.
+        let mut client = tcp(proxy.tcp_port());
+        let mut answers = || {
+            client.write_all(b"x").unwrap();
+            client.read_exact(&mut [0]).unwrap();
+        };
+        answers();
+        let mut said = Vec::new();
+        let mut expect = |paused, resumed| {
+            eventually("the log tells it", || {
+                said.extend(proxy.err.try_iter());
+                let count = |what: &str| said.iter().filter(|line| line.contains(what)).count();
+                let counts = (
+                    count("paused: its process is stopped"),
+                    count("goes on after"),
+                );
+                assert!(counts <= (paused, resumed), "{said:#?}");
+                counts == (paused, resumed)
+            });
+        };
+        vmm.signal("STOP");
+        expect(1, 0);
+        vmm.signal("CONT");
+        expect(1, 1);
+        vmm.signal("STOP");
+        expect(2, 1);
+        vmm.signal("CONT");
+        expect(2, 2);
+        answers();
+    }
+}
+
 /// It knows the process by a connection: no file names it.
 #[cfg(target_os = "linux")]
 #[test]

@@ -295,5 +295,5 @@ fn a_process_that_has_ended_runs_no_vm_though_nobody_has_waited_for_it() {
     }
     // It ends, and this process doesn't wait for it.
     drop(hyperkit.0.stdin.take());
-    eventually("it runs no more", || state_of_vm() == "stopped");
+    eventually("it runs no more", || state_of_vm() == "gone");
 }

@@ -1,5 +1,5 @@
-//! The VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock that run here, as far as
-//! the command lines of their processes tell of a vsock device.
+//! The VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock that run here, and the
+//! stand-ins for them, as far as the command lines of their processes tell of a vsock device.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,8 @@ fn of_process(process: &Process) -> Vec<RunningVm> {
         of_cloud_hypervisor(process.id, words)
     } else if program == "vhost-device-vsock" {
         of_vhost_device(process.id, words)
+    } else if program == "hvsock" && words.contains(&"simulate") {
+        of_stand_in(process.id, words)
     } else {
         return Vec::new();
     };
@@ -142,6 +144,14 @@ fn of_vhost_device(process: u32, words: &[&str]) -> Vec<Found> {
         .collect()
 }
 
+/// The stand-in: `hvsock simulate --vsock-mux /path`.
+fn of_stand_in(process: u32, words: &[&str]) -> Vec<Found> {
+    let paths = values(words, "vsock-mux").into_iter();
+    paths
+        .map(|path| ("hvsock simulate", None, mux(process, path)))
+        .collect()
+}
+
 /// Returns the URI of a VM behind a VMM's socket.
 fn mux(process: u32, path: &str) -> String {
     let path = in_directory_of(process, path);
@@ -219,6 +229,26 @@ mod tests {
     }
 
     #[test]
+    fn a_stand_in_is_known_by_its_command_line() {
+        let right = [(
+            "process 7".to_owned(),
+            "hvsock simulate",
+            "vsock-mux:///tmp/vm.sock".to_owned(),
+        )];
+        for path in [
+            &["--vsock-mux", "/tmp/vm.sock"][..],
+            &["--vsock-mux=/tmp/vm.sock"],
+        ] {
+            let command = [
+                &["/usr/bin/hvsock", "simulate"],
+                path,
+                &["--guest", "80=http"],
+            ];
+            assert_eq!(found(&command.concat()), right);
+        }
+    }
+
+    #[test]
     fn firecracker_s_socket_is_read_from_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("vm.json");
@@ -255,6 +285,7 @@ mod tests {
             &["firecracker", "--api-sock", "/run/fc.api"],
             &["firecracker", "--config-file", "/nowhere/vm.json"],
             &["vi", "--vsock", "cid=3,socket=/x"],
+            &["hvsock", "simulate", "/tmp/vm", "--guest", "80=http"],
             &[""],
             &[],
         ] {

@@ -23,6 +23,10 @@ pub(crate) enum News {
     Up(Duration),
     /// The target was restarted, and its absence was not noticed.
     Restarted,
+    /// The VM's process was stopped.
+    Paused,
+    /// The VM's process goes on, after so long a time.
+    Resumed(Duration),
 }
 
 /// The number of forwards that lead to a target, by what they do while it is down.
@@ -330,6 +334,13 @@ pub(crate) fn log_change(
             info!("{subject} is back after {seconds:.1} s");
         }
         News::Restarted => info!("{subject} was started anew"),
+        News::Paused => warn!(
+            "{subject} is paused: its process is stopped, and answers no client until a SIGCONT"
+        ),
+        News::Resumed(after) => {
+            let seconds = after.as_secs_f64();
+            info!("{subject} goes on after {seconds:.1} s");
+        }
     }
 }
 

@@ -75,7 +75,7 @@ pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
     }
     let found = in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
     let names = found.into_iter().map(|vm| {
-        let state = if vm.running { "running" } else { "stopped" };
+        let state = if vm.running { "running" } else { "gone" };
         (vm.name, format!("{}, {state}", vm.source))
     });
     matching(begun, names.chain(others()))

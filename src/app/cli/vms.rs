@@ -17,8 +17,8 @@ use crate::vsock;
 #[derive(Args, Debug)]
 #[command(
     after_help = "hyperkit's VMs are found by their state directories, where minikube, Docker and linuxkit \
-    keep them, and in the current directory; VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock by the \
-    command lines of their processes, and --vm takes what the list has under NAME or WHERE. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
+    keep them, and in the current directory; VMs of QEMU, Firecracker, Cloud Hypervisor, vhost-device-vsock and \
+    `hvsock simulate --vsock-mux` by the command lines of their processes, and --vm takes what the list has under NAME or WHERE. On Windows, Hyper-V is asked, which takes an Administrator's or a Hyper-V \
     Administrator's rights.
 
 Examples:
@@ -64,7 +64,7 @@ fn hyperkit() -> Outcome {
         // The process may have ended since it was found.
         let state = match hyperkit::running_pid(&vm.vm.state_dir) {
             Some(process) => state_of(process),
-            None => "stopped",
+            None => "gone",
         };
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]

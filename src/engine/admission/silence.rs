@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::gate::{Gate, GateState};
-use crate::engine::health::ProcessState;
+use crate::engine::health::{News, ProcessState};
 use crate::error::plural;
 
 /// How long a guest may answer nothing before it is asked.
@@ -46,9 +46,9 @@ impl Gate {
     /// state of the VM's process, as a look at it has just found. It is called after what has come
     /// from the guest was read.
     pub(crate) fn check_silence(&self, process: ProcessState, now: Instant) -> SilenceCheck {
+        self.log_change(self.note_process_state(process, now));
         let is_stopped = process == ProcessState::IsStopped;
         let mut state = self.state();
-        state.silence.is_stopped = is_stopped;
         let nothing_since = self.nothing_since(&state);
         let lasts = nothing_since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let is_gone = state.health.is_up() == Some(false);
@@ -83,6 +83,19 @@ impl Gate {
             true => SilenceCheck::ProbeWanted,
             false => SilenceCheck::Done,
         }
+    }
+
+    /// Notes the state of the VM's process. Returns what is to be reported.
+    fn note_process_state(&self, process: ProcessState, now: Instant) -> Option<News> {
+        let mut state = self.state();
+        let epoch = state.epoch;
+        let news = state.silence.note_process(process, epoch, now);
+        if state.health.is_up() == Some(false) {
+            // That it is gone was reported, and is the end of a stop.
+            state.silence.reported_stop = None;
+            return None;
+        }
+        news
     }
 
     fn warn_of_silence(&self, probes: u64, process: ProcessState) {
@@ -268,6 +281,39 @@ mod tests {
             SilenceCheck::Done
         );
         assert!(!is_silent(&gate, at));
+    }
+
+    #[test]
+    fn a_stop_of_its_process_is_reported_once_and_so_is_its_end() {
+        let (gate, start) = (gate(), Instant::now());
+        let at = |seconds| start + seconds * SECOND;
+        let see = |number| {
+            assert!(gate.begin_look(at(number), SECOND));
+            let identity = identity(u64::from(number));
+            let look = VmLook {
+                identity,
+                ..VmLook::default()
+            };
+            gate.take_look(&look, at(number));
+        };
+        let note = |process, seconds| gate.note_process_state(process, at(seconds));
+        let (runs, stopped) = (ProcessState::Runs, ProcessState::IsStopped);
+        see(1);
+        assert_eq!(note(runs, 1), None);
+        assert_eq!(note(stopped, 2), Some(News::Paused));
+        assert_eq!(note(stopped, 3), None);
+        assert_eq!(note(runs, 9), Some(News::Resumed(7 * SECOND)));
+        assert_eq!(note(runs, 10), None);
+        // Another VM doesn't go on.
+        assert_eq!(note(stopped, 11), Some(News::Paused));
+        see(12);
+        assert_eq!(note(runs, 12), None);
+        // Nor does one that is gone.
+        assert_eq!(note(stopped, 13), Some(News::Paused));
+        assert!(gate.begin_look(at(14), SECOND));
+        gate.take_look(&VmLook::default(), at(14));
+        assert_eq!(note(runs, 14), None);
+        assert_eq!(note(stopped, 15), None);
     }
 
     #[test]

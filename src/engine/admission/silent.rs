@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::engine::health::{News, ProcessState};
+
 /// What is known of a guest's silence.
 #[derive(Debug, Default)]
 pub(super) struct Silence {
@@ -13,6 +15,8 @@ pub(super) struct Silence {
     pub(super) reported: Option<(Instant, u64)>,
     /// Whether the VM's process is stopped.
     pub(super) is_stopped: bool,
+    /// The time since which it is stopped, and the epoch of the VM, once that was reported.
+    pub(super) reported_stop: Option<(Instant, u64)>,
 }
 
 impl Silence {
@@ -20,6 +24,29 @@ impl Silence {
     pub(super) fn note_dial(&mut self, number: u64, answered: u64, now: Instant) {
         if self.oldest.is_none_or(|(oldest, _)| oldest <= answered) {
             self.oldest = Some((number, now));
+        }
+    }
+
+    /// Notes the state of the process of the VM of this epoch. Returns what is to be reported.
+    pub(super) fn note_process(
+        &mut self,
+        process: ProcessState,
+        epoch: u64,
+        now: Instant,
+    ) -> Option<News> {
+        self.is_stopped = process == ProcessState::IsStopped;
+        match (self.reported_stop, process) {
+            (Some((_, of)), ProcessState::IsStopped) if of == epoch => None,
+            (_, ProcessState::IsStopped) => {
+                self.reported_stop = Some((now, epoch));
+                Some(News::Paused)
+            }
+            (reported, ProcessState::Runs) => {
+                self.reported_stop = None;
+                // Of another VM, its start was reported.
+                let (since, _) = reported.filter(|(_, of)| *of == epoch)?;
+                Some(News::Resumed(now.saturating_duration_since(since)))
+            }
         }
     }
 
