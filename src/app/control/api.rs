@@ -349,6 +349,12 @@ impl Api {
         self.inherited.and(own)
     }
 
+    /// Returns whether a connection is among the last that have ended in this process.
+    fn has_ended(&self, number: u64) -> bool {
+        let ended = self.handle.ended();
+        ended.iter().map(Ended::from).any(|it| it.id == number)
+    }
+
     fn forwards(&self) -> Vec<Forward> {
         // First: one that is carried at last just now has its row. It, and one that can't be
         // changed, have one only.
@@ -617,6 +623,10 @@ impl Api {
             .handle
             .close(ConnectionId(number))
             .map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound if self.has_ended(number) => {
+                    Problem::new(404, format!("connection {number} has ended"))
+                        .with_remedy("`hvsock connections --ended` says why")
+                }
                 io::ErrorKind::NotFound => {
                     Problem::new(404, format!("there is no connection {number}"))
                         .with_remedy(remedy)
