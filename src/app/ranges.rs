@@ -130,6 +130,7 @@ pub(super) fn name_of(range: &str, listen: &Address) -> String {
 
 /// Returns whether forwards that listen and connect there may have been made as a range: two or
 /// more on successive ports, whose targets are successive as well, and differ in nothing else.
+#[cfg(unix)]
 pub(super) fn are_a_range(forwards: &[(&Address, &Address)]) -> bool {
     let split = |address: &Address| {
         let text = address.to_string();
@@ -222,6 +223,7 @@ mod tests {
         }
     }
 
+    #[cfg(unix)]
     #[test]
     fn what_has_a_gap_or_another_target_is_no_range() {
         let are = |forwards: &[(&str, &str)]| {
