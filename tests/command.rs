@@ -577,9 +577,20 @@ fn rules_that_can_not_work_are_refused_at_start() {
     );
     fails(
         &["forward", socket, "tcp://127.0.0.1:1", socket, "/x"],
-        1,
+        2,
         &["it is given twice"],
     );
+    fails(
+        &["expose", "--vm", vm, "-L", "8:7", "-L", "8:9"],
+        2,
+        &["it is given twice"],
+    );
+    fails(
+        &["expose", "--vm", vm, "-R", "8:7", "-R", "8:9"],
+        2,
+        &["it is given twice"],
+    );
+    fails(&["expose", "--vm", "", "-L", "0:7"], 2, &["--help"]);
     fails(
         &["expose", "--vm", "tcp://x:1", "-L", "0:7"],
         1,

@@ -273,7 +273,15 @@ fn one_is_closed_and_the_others_go_on() {
     assert!(status.contains(&ended), "{status}");
     // A word is no id, and a closed one is gone.
     assert_eq!(scene.asked(&["close", "web"]).0, Some(2));
-    assert_eq!(scene.asked(&["close", "1"]).0, Some(1));
+    let (code, _, err) = scene.asked(&["close", "1"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        err.contains("connection 1 has ended") && err.contains("hvsock connections --ended"),
+        "{err}"
+    );
+    let (code, _, err) = scene.asked(&["close", "99"]);
+    assert_eq!(code, Some(1));
+    assert!(err.contains("there is no connection 99"), "{err}");
 }
 
 /// Those that ended, a refused one and one of a removed forward included.

@@ -1263,6 +1263,53 @@ fn a_range_is_added_as_a_whole_and_removed_at_once() {
     }
 }
 
+/// A name with a port is not a part of a range for that: it may have been given so.
+#[test]
+fn what_was_added_singly_is_not_removed_as_a_range() {
+    let scene = Scene::new();
+    let place = |port: &str, name: &str| {
+        let path = scene.dir.path().join(name);
+        format!("vsock-mux://:{port}{}", text(&path))
+    };
+    let add = |name: &str, listen: &str, connect: &str| {
+        let body = json!({
+            "name": name, "listen": place(listen, "vm"), "connect": place(connect, "guest"),
+        });
+        scene.call("POST", "/v1/forwards", &body.to_string()).0
+    };
+    assert_eq!(add("app-40", "40", "10"), 201);
+    for (listen, connect) in [("43", "13"), ("44", "14"), ("46", "16")] {
+        assert_eq!(add(&format!("db-{listen}"), listen, connect), 201);
+    }
+    for (name, parts) in [
+        ("app", &["\"app-40\""][..]),
+        ("db", &["\"db-43\"", "\"db-46\""]),
+    ] {
+        let (status, why) = scene.call("DELETE", &format!("/v1/forwards/{name}"), "");
+        assert_eq!(status, 404, "{why}");
+        assert_eq!(why["error"], format!("there is no forward {name:?}"));
+        let remedy = why["remedy"].as_str().unwrap();
+        assert!(parts.iter().all(|part| remedy.contains(part)), "{remedy}");
+    }
+    // Beside those a range of that name goes alone.
+    assert_eq!(add("db", "50-51", "20-21"), 201);
+    let (status, removed) = scene.call("DELETE", "/v1/forwards/db", "");
+    assert_eq!(status, 200, "{removed}");
+    let names = removed.as_array().unwrap().iter().map(|it| &it["name"]);
+    assert_eq!(names.collect::<Vec<_>>(), ["db-50", "db-51"]);
+    let (_, left) = scene.call("GET", "/v1/forwards", "");
+    let left = left.as_array().unwrap().iter();
+    let left: Vec<_> = left.filter_map(|it| it["name"].as_str()).collect();
+    for name in ["app-40", "db-43", "db-44", "db-46"] {
+        assert!(left.contains(&name), "{left:?}");
+    }
+    // One that is there and asked for as a part of a range is one from then on.
+    assert_eq!(add("app", "40-41", "10-11"), 201);
+    assert_eq!(add("app-40", "40", "10"), 200);
+    let (_, removed) = scene.call("DELETE", "/v1/forwards/app", "");
+    assert_eq!(removed.as_array().unwrap().len(), 2, "{removed}");
+}
+
 #[test]
 fn commands_take_a_range_where_they_take_an_address() {
     let scene = Scene::new();

@@ -105,6 +105,14 @@ fn each_is_found_with_what_it_forwards() {
         assert_eq!(code, Some(0), "{err}");
         assert!(out.contains(&format!("process {pid}")), "{out}");
     }
+    let pid = off.child.0.id().to_string();
+    let (code, _, err) = said(runtime, &["status", "--pid", &pid]);
+    assert_eq!(code, Some(1));
+    let part = format!("the control socket of process {pid} is elsewhere, or off");
+    assert!(
+        err.contains(&part) && err.contains("--control PATH"),
+        "{err}"
+    );
     // More than Linux' largest, and no Mac has so many.
     let (code, _, err) = said(runtime, &["status", "--pid", "4194305"]);
     assert_eq!(code, Some(1));
@@ -115,6 +123,21 @@ fn each_is_found_with_what_it_forwards() {
     plain.signal("TERM");
     assert_eq!(plain.exit_code(), Some(0));
     assert!(!own.exists());
+}
+
+/// Nobody has asked for it, so that it goes on; but who looks for it later is to know.
+#[test]
+fn one_that_can_have_no_control_socket_says_so_and_goes_on() {
+    let dir = private_dir();
+    fs::write(home(dir.path()), "").unwrap();
+    let without = ["forward", "tcp://127.0.0.1:0", "unix:///nowhere"];
+    let hvsock = Running::spawn(in_runtime(dir.path(), &without));
+    let line = hvsock.complains("without a control socket");
+    assert!(
+        line.contains("is no directory") && line.contains("--control=off"),
+        "{line}"
+    );
+    assert!(resets_clients(hvsock.tcp_port()));
 }
 
 #[test]

@@ -822,8 +822,8 @@ fn what_is_in_its_own_way_is_not_called_another_program() {
     drop(listener);
     let [one, other] = ["127.0.0.1", "localhost"].map(|host| format!("tcp://{host}:{port}"));
     let why = format!("cannot listen on {other}: {one} is given, too");
-    fails(&["forward", &one, "/a", &other, "/b"], 1, &[&why]);
-    fails(&["forward", &one, "/a", &one, "/b"], 1, &["given twice"]);
+    fails(&["forward", &one, "/a", &other, "/b"], 2, &[&why]);
+    fails(&["forward", &one, "/a", &one, "/b"], 2, &["given twice"]);
 }
 
 #[test]

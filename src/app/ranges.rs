@@ -128,6 +128,37 @@ pub(super) fn name_of(range: &str, listen: &Address) -> String {
     format!("{range}-{port}")
 }
 
+/// Returns whether forwards that listen and connect there may have been made as a range: two or
+/// more on successive ports, whose targets are successive as well, and differ in nothing else.
+#[cfg(unix)]
+pub(super) fn are_a_range(forwards: &[(&Address, &Address)]) -> bool {
+    let split = |address: &Address| {
+        let text = address.to_string();
+        let place = find_port(&text)?;
+        let port: u32 = text[place.clone()].parse().ok()?;
+        Some((
+            port,
+            [text[..place.start].to_owned(), text[place.end..].to_owned()],
+        ))
+    };
+    let split_both =
+        |(listen, connect): &(&Address, &Address)| Some((split(listen)?, split(connect)?));
+    let Some(mut all) = forwards.iter().map(split_both).collect::<Option<Vec<_>>>() else {
+        return false;
+    };
+    all.sort_unstable();
+    let follows = |one: &(u32, [String; 2]), next: &(u32, [String; 2])| {
+        one.0.checked_add(1) == Some(next.0) && one.1 == next.1
+    };
+    let is_next = |pair: &[_]| match pair {
+        [(listen, connect), (next_listen, next_connect)] => {
+            follows(listen, next_listen) && follows(connect, next_connect)
+        }
+        _ => false,
+    };
+    all.len() > 1 && all.windows(2).all(is_next)
+}
+
 /// Returns whether a text is a decimal number.
 pub(super) fn is_number(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_digit())
@@ -190,6 +221,40 @@ mod tests {
         ] {
             assert_eq!(expand(text), Ok(vec![text.to_owned()]), "{text}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_has_a_gap_or_another_target_is_no_range() {
+        let are = |forwards: &[(&str, &str)]| {
+            let parse = |text: &str| text.parse::<Address>().unwrap();
+            let all = forwards
+                .iter()
+                .map(|(listen, to)| (parse(listen), parse(to)));
+            let all: Vec<_> = all.collect();
+            are_a_range(
+                &all.iter()
+                    .map(|(listen, to)| (listen, to))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        let (first, second) = (
+            ("tcp://[::1]:80", "vsock://3:8"),
+            ("tcp://[::1]:81", "vsock://3:9"),
+        );
+        assert!(are(&[first, second]));
+        assert!(are(&[second, ("tcp://[::1]:82", "vsock://3:10"), first]));
+        for other in [
+            first,
+            ("tcp://[::1]:82", "vsock://3:10"),
+            ("tcp://[::1]:81", "vsock://3:8"),
+            ("tcp://[::1]:81", "vsock://4:9"),
+            ("tcp://127.0.0.1:81", "vsock://3:9"),
+            ("tcp://[::1]:81", "unix:///run/a"),
+        ] {
+            assert!(!are(&[first, other]), "{other:?}");
+        }
+        assert!(!are(&[first]) && !are(&[]));
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Peer {
 
 /// Returns the failure to find a VM. That words can mean none is told from that there is none.
 pub(super) fn no_vm(name: &str, error: &Error) -> Failure {
-    let are_wrong = cfg!(windows) || VmPlace::parse(name).is_some();
+    let are_wrong = cfg!(windows) || name.is_empty() || VmPlace::parse(name).is_some();
     match error.kind() {
         io::ErrorKind::InvalidInput if are_wrong => Failure::Usage(error.to_string()),
         _ => Failure::Failed(error.to_string()),

@@ -169,16 +169,23 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     }
 }
 
-/// Refuses rules of which one would be in another's way, as the same port in another spelling is.
-/// That an address is given twice is found by the proxy.
+/// Refuses rules of which one would be in another's way: an address that is given twice, or the
+/// same port in another spelling.
 pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     let mut taken: HashMap<ListenKey<'_>, &Address> = HashMap::new();
     for Rule { listen, .. } in rules {
         let near = listen.colliding_keys().into_iter();
         let mut others = near.filter_map(|key| taken.get(&key));
-        let other = others.find(|other| **other != listen && other.collides(listen));
-        if let Some(other) = other {
-            return Err(Failure::Failed(format!(
+        let is_in_the_way = |other: &&&Address| match **other == listen {
+            true => !listen.leaves_port_to_kernel(),
+            false => other.collides(listen),
+        };
+        if let Some(other) = others.find(is_in_the_way) {
+            if *other == listen {
+                let why = format!("cannot listen on {listen}: it is given twice");
+                return Err(Failure::Usage(why));
+            }
+            return Err(Failure::Usage(format!(
                 "cannot listen on {listen}: {other} is given, too, and is in its way; choose another address or port for one of them"
             )));
         }

@@ -1,6 +1,6 @@
 //! The calls: what a request asks for, and what it is answered.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use crate::address::Address;
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
-use crate::app::ranges::{expand, name_of};
+use crate::app::ranges::{are_a_range, expand, name_of};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::error::counted;
@@ -113,11 +113,20 @@ pub(super) struct Api {
     endpoints: Vec<Arc<Endpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
+    /// How the forwards came that were added here and are there still.
+    added: Mutex<HashMap<ForwardId, Added>>,
     handover: Mutex<HandoverState>,
     inherited: Inherited,
     /// What is told to the process that has taken over, until the end of this one.
     finishing: Mutex<Option<Finishing>>,
     started: Instant,
+}
+
+/// How a forward was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Added {
+    Alone,
+    InRange,
 }
 
 /// How far it is with another process that takes over.
@@ -195,6 +204,7 @@ impl Api {
                 stops: lane(1),
                 upgrades: lane(1),
             },
+            added: Mutex::default(),
             handover: Mutex::default(),
             inherited: Inherited::default(),
             finishing: Mutex::default(),
@@ -339,6 +349,12 @@ impl Api {
         self.inherited.and(own)
     }
 
+    /// Returns whether a connection is among the last that have ended in this process.
+    fn has_ended(&self, number: u64) -> bool {
+        let ended = self.handle.ended();
+        ended.iter().map(Ended::from).any(|it| it.id == number)
+    }
+
     fn forwards(&self) -> Vec<Forward> {
         // First: one that is carried at last just now has its row. It, and one that can't be
         // changed, have one only.
@@ -453,6 +469,7 @@ impl Api {
             }
         }
         let forwards = self.handle.forwards();
+        self.note_added(&ids, &new, &forwards);
         let added = ids.iter().filter_map(|id| {
             let added = forwards.iter().find(|it| it.id == *id)?;
             if new.contains(id) {
@@ -466,6 +483,70 @@ impl Api {
             [] => Err(Problem::new(409, "it was removed at once by somebody else")),
             [one] if asked == 1 => json(status, one),
             all => json(status, &all),
+        }
+    }
+
+    /// Notes how forwards were asked for, of which these are new. One of a range stays one.
+    fn note_added(&self, ids: &[ForwardId], new: &[ForwardId], forwards: &[ForwardStatus]) {
+        let there: HashSet<ForwardId> = forwards.iter().map(|it| it.id).collect();
+        let mut added = lock(&self.added);
+        added.retain(|id, _| there.contains(id));
+        match ids {
+            [_] => added.extend(new.iter().map(|id| (*id, Added::Alone))),
+            all => added.extend(all.iter().map(|id| (*id, Added::InRange))),
+        }
+    }
+
+    /// Returns the forwards of a range that is written as an address, or named as it was when it
+    /// was made. Of those that weren't added here nobody knows how they were made: they are a range
+    /// if they look like one.
+    ///
+    /// # Errors
+    /// Why the range is none; that none of it is there: `none`.
+    fn find_range<'a>(
+        &self,
+        forwards: &'a [ForwardStatus],
+        name: &str,
+        none: Problem,
+    ) -> Result<Vec<&'a ForwardStatus>, Problem> {
+        let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
+        if addresses.len() > 1 {
+            let found = addresses
+                .iter()
+                .filter_map(|it| Api::find_in(forwards, it).ok());
+            let found: Vec<_> = found.collect();
+            return if found.is_empty() {
+                Err(none)
+            } else {
+                Ok(found)
+            };
+        }
+        let is_named =
+            |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
+        let alike: Vec<_> = forwards.iter().filter(is_named).collect();
+        let added = lock(&self.added);
+        let is = |it: &ForwardStatus, how| added.get(&it.id).copied() == how;
+        let unknown = alike.iter().filter(|it| is(it, None));
+        let unknown: Vec<_> = unknown.map(|it| (&it.listen, &it.rule.connect)).collect();
+        let unknown_are_meant = are_a_range(&unknown);
+        let is_meant =
+            |it: &&ForwardStatus| is(it, Some(Added::InRange)) || unknown_are_meant && is(it, None);
+        let (meant, others): (Vec<_>, Vec<_>) = alike.into_iter().partition(is_meant);
+        match (&meant[..], &others[..]) {
+            ([], []) => Err(none),
+            ([], [one]) => {
+                let remedy = format!(
+                    "{} is no part of a range: remove it by this name",
+                    label(one)
+                );
+                Err(none.with_remedy(remedy))
+            }
+            ([], [first, .., last]) => Err(none.with_remedy(format!(
+                "{} to {} are no range: remove each by its own name",
+                label(first),
+                label(last)
+            ))),
+            _ => Ok(meant),
         }
     }
 
@@ -523,10 +604,7 @@ impl Api {
                 None => "it was asked for at the start, and is tried again",
             }));
         }
-        let range = find_range(&forwards, name)?;
-        if range.is_empty() {
-            return Err(none);
-        }
+        let range = self.find_range(&forwards, name, none)?;
         for found in &range {
             self.handle.remove(found.id, grace)?;
             info!("removed {}", describe(found));
@@ -545,6 +623,10 @@ impl Api {
             .handle
             .close(ConnectionId(number))
             .map_err(|e| match e.kind() {
+                io::ErrorKind::NotFound if self.has_ended(number) => {
+                    Problem::new(404, format!("connection {number} has ended"))
+                        .with_remedy("`hvsock connections --ended` says why")
+                }
                 io::ErrorKind::NotFound => {
                     Problem::new(404, format!("there is no connection {number}"))
                         .with_remedy(remedy)
@@ -807,23 +889,6 @@ fn look_at_targets_of(rules: &[Rule]) -> Result<(), Problem> {
 
 fn refuse(finding: Finding) -> Problem {
     Problem::new(400, finding.what).with_remedy(finding.remedy)
-}
-
-/// Returns the forwards of a range that is written as an address, or named as it was when it was
-/// added.
-fn find_range<'a>(
-    forwards: &'a [ForwardStatus],
-    name: &str,
-) -> Result<Vec<&'a ForwardStatus>, Problem> {
-    let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
-    if addresses.len() > 1 {
-        let addresses = addresses.iter();
-        return Ok(addresses
-            .filter_map(|it| Api::find_in(forwards, it).ok())
-            .collect());
-    }
-    let is_named = |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
-    Ok(forwards.iter().filter(is_named).collect())
 }
 
 /// Returns a forward on a line: its name, if it has one, and both its ends.

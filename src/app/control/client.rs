@@ -25,7 +25,7 @@ use super::http::Io;
 use super::model::Status;
 use super::place;
 use super::problem::Problem;
-use crate::app::escape;
+use crate::app::{escape, processes};
 use crate::dial;
 use crate::error::{Error, Operation, counted};
 use crate::stream::Stream;
@@ -62,6 +62,12 @@ fn candidate(process: u32) -> String {
     }
 }
 
+/// Returns whether a process is an hvsock of this user's that may have a control socket.
+fn is_hvsock(process: u32) -> bool {
+    let all = processes::list().unwrap_or_default();
+    all.iter().any(|it| it.id == process && !it.is_keeper())
+}
+
 impl std::fmt::Display for Unanswered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -72,6 +78,12 @@ impl std::fmt::Display for Unanswered {
                     ErrorKind::NotFound | ErrorKind::ConnectionRefused
                 );
                 if is_missing && let Some(process) = place::process_of(place) {
+                    if is_hvsock(process) {
+                        return write!(
+                            f,
+                            "the control socket of process {process} is elsewhere, or off: say where it is with --control PATH"
+                        );
+                    }
                     match i32::try_from(process).is_ok_and(sys::process_is_alive) {
                         true => write!(f, "process {process} is no hvsock with a control socket")?,
                         false => write!(f, "no hvsock is process {process}")?,

@@ -66,7 +66,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::debug;
+use tracing::warn;
 
 use crate::address::Address;
 use crate::app::guest_control::GuestControl;
@@ -101,7 +101,7 @@ pub(crate) enum Place {
     Nowhere,
     At(PathBuf),
     /// In the user's directory, under the process' number. Nobody has asked for it: it is for a few
-    /// clients, nothing is said of it, and where it can't be there is none.
+    /// clients, nothing is said of it unless it can't be had, and then there is none.
     Own,
 }
 
@@ -173,7 +173,13 @@ fn open(
         let address = place::address(&place::own_path(std::process::id()));
         match Door::open(Service::Control, &address, Demand::OwnAccord) {
             Ok(door) => doors.push(door),
-            Err(e) => debug!("without a control socket: {e}"),
+            Err(e) => {
+                let e = match e.remedy() {
+                    Some(_) => e,
+                    None => e.with_remedy("choose another place with --control PATH"),
+                };
+                warn!("going on without a control socket: {e} (--control=off asks for none)");
+            }
         }
     }
     if let Place::At(path) = &options.control {
