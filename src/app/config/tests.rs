@@ -57,7 +57,7 @@ fn each_key_has_its_place() {
         at = "hyperkit://9/vm/one"
         connections = 20
         [forward.to]
-        listen = 8080
+        listen = "/run/to.sock"
         vm = "one"
         port = "0x50"
         reserved = 19
@@ -76,7 +76,7 @@ fn each_key_has_its_place() {
         panic!("{wanted:?}");
     };
     assert_eq!(to.name.as_deref(), Some("to"));
-    assert_eq!(to.listen.to_string(), "tcp://127.0.0.1:8080");
+    assert_eq!(to.listen.to_string(), "unix:///run/to.sock");
     assert_eq!(to.connect.to_string(), "hyperkit://9:80/vm/one");
     assert_eq!((to.mode, to.reserved), (0o640, 19));
     assert_eq!(to.timeouts.dial, Duration::from_secs(90));
@@ -439,7 +439,7 @@ fn variables_stand_for_texts_and_numbers() {
         r#"
         workers = "${HVSOCK_UNSET:-4}"
         [forward.a]
-        listen = "${HVSOCK_UNSET:-127.0.0.1:80}"
+        listen = "${HVSOCK_UNSET:-/run/a.sock}"
         connect = "/run/${HVSOCK_UNSET:-s}$$"
         drain-timeout = "${HVSOCK_UNSET:-2s}"
         "#,
@@ -448,7 +448,7 @@ fn variables_stand_for_texts_and_numbers() {
     let [rule] = &wanted.rules[..] else {
         panic!("{wanted:?}");
     };
-    assert_eq!(rule.listen.to_string(), "tcp://127.0.0.1:80");
+    assert_eq!(rule.listen.to_string(), "unix:///run/a.sock");
     assert_eq!(rule.connect.to_string(), "unix:///run/s$");
     assert_eq!(rule.timeouts.drain, Duration::from_secs(2));
     let told = wrong("[forward.a]\nlisten = 1\nconnect = \"${HVSOCK_UNSET}\"\n");
