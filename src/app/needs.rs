@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use crate::address::{Address, UnixAddress};
 use crate::app::rule::RuleOptions;
 use crate::app::slow::give_up_if_slow;
+#[cfg(unix)]
+use crate::hyperkit::{HyperkitVm, MAX_STATE_DIR};
 use crate::proxy::Rule;
 use crate::{file, sys};
 
@@ -255,6 +257,17 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
         }
         _ => None,
     }
+}
+
+/// Says that a VM's state directory is too deep for hyperkit's own sockets, which it truncates.
+#[cfg(unix)]
+pub(crate) fn look_at_state_dir(vm: &HyperkitVm) -> Option<Finding> {
+    let length = vm.state_dir.as_os_str().len();
+    let limit = MAX_STATE_DIR.saturating_sub(vm.prefix.len());
+    let shown = vm.state_dir.display();
+    let what = format!("{shown}: {length} bytes, where hyperkit takes {limit}");
+    let remedy = "let hyperkit be started by a shorter path to it";
+    (length > limit).then(|| Finding::note(what, remedy))
 }
 
 /// Returns whether a target is looked at by [`look_at_target`].

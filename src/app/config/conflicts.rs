@@ -28,16 +28,26 @@ pub(super) fn find_namesakes(
     forwards: &[Forward],
     complain: &mut dyn FnMut(Line, String),
 ) {
-    let vms = vms.iter().map(|vm| ("vm", &vm.name, &vm.line));
+    let vms = vms.iter().map(|vm| ("vm", &vm.name, &vm.line, None));
     let forwards = forwards.iter();
-    let forwards = forwards.map(|it| ("forward", &it.name, &it.listen_line));
-    let mut seen: HashMap<(&str, &String), &Line> = HashMap::new();
-    for (kind, name, line) in vms.chain(forwards) {
+    let forwards = forwards.map(|it| ("forward", &it.name, &it.listen_line, it.range.as_ref()));
+    let mut seen: HashMap<(&str, &String), (&Line, Option<&String>)> = HashMap::new();
+    for (kind, name, line, range) in vms.chain(forwards) {
         match seen.entry((kind, name)) {
-            Entry::Vacant(free) => drop(free.insert(line)),
+            Entry::Vacant(free) => drop(free.insert((line, range))),
             Entry::Occupied(other) => {
-                let other = other.get();
-                let text = format!("[{kind}.{name}] is in line {other}, too; choose another name");
+                let (other, other_range) = other.get();
+                let made = match range {
+                    Some(range) => format!(" of the range [{kind}.{range}]"),
+                    None => String::new(),
+                };
+                let is_there = match other_range {
+                    Some(range) => {
+                        format!("is made by the range [{kind}.{range}] in line {other}, too")
+                    }
+                    None => format!("is in line {other}, too"),
+                };
+                let text = format!("[{kind}.{name}]{made} {is_there}; choose another name");
                 complain(line.clone(), text);
             }
         }

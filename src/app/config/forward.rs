@@ -31,6 +31,8 @@ impl End {
 #[derive(Clone, Debug)]
 pub(super) struct Forward {
     pub(super) name: String,
+    /// The name of its section, if that is one of a range.
+    pub(super) range: Option<String>,
     /// Where it says where to listen, and where to connect to.
     pub(super) listen_line: Line,
     pub(super) connect_line: Line,
@@ -105,6 +107,7 @@ impl Forward {
                 true => listen.name_of(&read.name),
                 false => read.name.clone(),
             },
+            range: is_range.then(|| read.name.clone()),
             listen_line: read.listen_line.clone(),
             connect_line: connect_line.clone(),
             listen,
@@ -114,6 +117,11 @@ impl Forward {
         });
         read.forwards = forwards.collect();
         read
+    }
+
+    /// Returns the name of its section.
+    pub(super) fn section(&self) -> &str {
+        self.range.as_deref().unwrap_or(&self.name)
     }
 
     /// Its VM as the file calls it, and the line in which it does.

@@ -321,12 +321,15 @@ impl Config {
             }
         }
         let mut known: HashSet<String> = vms.iter().map(|vm| vm.name.clone()).collect();
-        let named = forwards.iter().filter_map(Forward::vm);
-        let named_in_parts = parts.iter().filter_map(|it| it.vm.as_ref());
-        let named = named.chain(named_in_parts.map(|(vm, line)| (vm.as_str(), line)));
-        for (vm, line) in named {
+        let named = forwards.iter();
+        let named = named.filter_map(|it| Some((it.section(), it.vm()?)));
+        let named_in_parts = parts.iter().filter_map(|it| {
+            let (vm, line) = it.vm.as_ref()?;
+            Some((it.name.as_str(), (vm.as_str(), line)))
+        });
+        for (section, (vm, line)) in named.chain(named_in_parts) {
             if known.insert(vm.to_owned()) {
-                vms.push(Vm::undeclared(vm, line.clone()));
+                vms.push(Vm::undeclared(vm, section, line.clone()));
             }
         }
         Config {

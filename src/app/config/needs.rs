@@ -6,6 +6,10 @@ use std::collections::HashMap;
 use super::forward::Forward;
 use super::problems::{Problem, Weight};
 use super::{Config, Wanted};
+#[cfg(unix)]
+use crate::address::Address;
+#[cfg(unix)]
+use crate::app::needs::look_at_state_dir;
 use crate::app::needs::{
     HostAddresses, look_at_directory_of, look_at_listen, look_at_target, nearest,
 };
@@ -48,11 +52,29 @@ impl Config {
             });
         }
         let mut known = HostAddresses::default();
+        #[cfg(unix)]
+        let mut looked_at = std::collections::HashSet::new();
         for rule in &wanted.rules {
             let name = rule.name.as_deref().unwrap_or_default();
             let Some(forward) = forwards.get(name) else {
                 continue;
             };
+            #[cfg(unix)]
+            for vm in [&rule.listen, &rule.connect].map(Address::hyperkit_vm) {
+                let Some(vm) = vm.filter(|it| looked_at.insert(it.state_dir.clone())) else {
+                    continue;
+                };
+                let line = forward.vm().map(|(name, line)| {
+                    let section = self.vms.iter().find(|vm| vm.name == name);
+                    section.map_or(line, |vm| &vm.line)
+                });
+                let line = line.unwrap_or(&forward.connect_line);
+                problems.extend(look_at_state_dir(vm).map(|it| Problem {
+                    line: Some(line.clone()),
+                    text: it.to_string(),
+                    weight: it.weight,
+                }));
+            }
             let listen = look_at_listen(&rule.listen, &mut known);
             problems.extend(listen.map(|it| Problem::of_forward(name, &forward.listen_line, &it)));
             let target = look_at_target(&rule.connect);

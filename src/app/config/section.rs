@@ -18,6 +18,20 @@ use crate::app::values;
 use crate::nearest::nearest;
 use crate::proxy::check_name;
 
+/// The keys of the file itself, which stand in no section.
+pub(super) const TOP_KEYS: [&str; 10] = [
+    "include",
+    "grace",
+    "exit-idle",
+    "workers",
+    "splice",
+    "access-log",
+    "control",
+    "guest-control",
+    "metrics",
+    "allow-exec",
+];
+
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
 pub(super) struct Source {
@@ -286,7 +300,11 @@ impl<'a, 'i> Section<'a, 'i> {
                 "" => String::new(),
                 title => format!(" in {title}"),
             };
+            let is_inner = !self.title.is_empty();
             let remedy = match self.nearest(name) {
+                _ if is_inner && TOP_KEYS.contains(&name) => {
+                    "it belongs at the top of the file, before the first section".to_owned()
+                }
                 Some(near) => format!("did you mean {near}?"),
                 None => format!("known there: {}", self.known.join(", ")),
             };

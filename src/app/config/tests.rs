@@ -60,7 +60,6 @@ fn each_key_has_its_place() {
         listen = "/run/to.sock"
         vm = "one"
         port = "0x50"
-        mode = "600"
         reserved = 19
         [forward.from]
         vm = "/vm/two"
@@ -79,7 +78,7 @@ fn each_key_has_its_place() {
     assert_eq!(to.name.as_deref(), Some("to"));
     assert_eq!(to.listen.to_string(), "unix:///run/to.sock");
     assert_eq!(to.connect.to_string(), "hyperkit://9:80/vm/one");
-    assert_eq!((to.mode, to.reserved), (0o600, 19));
+    assert_eq!((to.mode, to.reserved), (0o640, 19));
     assert_eq!(to.timeouts.dial, Duration::from_secs(90));
     assert_eq!(to.timeouts.idle, Some(Duration::from_secs(3600)));
     assert_eq!(to.timeouts.half_closed, Some(Duration::from_millis(500)));
@@ -425,7 +424,7 @@ fn a_range_is_a_forward_for_each_port() {
         ),
         (
             "[forward.a-80]\nlisten = 79\nconnect = 9\n[forward.a]\nlisten = \"80-81\"\nconnect = \"1-2\"\n",
-            "[forward.a-80] is in line 2, too",
+            "[forward.a-80] of the range [forward.a] is in line 2, too",
         ),
     ] {
         let told = wrong(text);
@@ -442,7 +441,6 @@ fn variables_stand_for_texts_and_numbers() {
         [forward.a]
         listen = "${HVSOCK_UNSET:-/run/a.sock}"
         connect = "/run/${HVSOCK_UNSET:-s}$$"
-        mode = "${HVSOCK_UNSET:-640}"
         drain-timeout = "${HVSOCK_UNSET:-2s}"
         "#,
     );
@@ -452,7 +450,6 @@ fn variables_stand_for_texts_and_numbers() {
     };
     assert_eq!(rule.listen.to_string(), "unix:///run/a.sock");
     assert_eq!(rule.connect.to_string(), "unix:///run/s$");
-    assert_eq!(rule.mode, 0o640);
     assert_eq!(rule.timeouts.drain, Duration::from_secs(2));
     let told = wrong("[forward.a]\nlisten = 1\nconnect = \"${HVSOCK_UNSET}\"\n");
     assert_eq!(told[0].0, 3);
@@ -549,4 +546,63 @@ fn a_loop_is_told_once() {
     };
     assert!(one.contains("would connect to itself"), "{one}");
     assert!(other.contains("[forward.b]: it would lead back"), "{other}");
+}
+
+#[test]
+fn a_key_of_the_file_in_a_section_is_told_where_it_belongs() {
+    for key in super::section::TOP_KEYS {
+        let told = wrong(&format!("[defaults]\n{key} = 1\n"));
+        let text = format!(
+            "unknown key {key} in [defaults]; it belongs at the top of the file, before the first section"
+        );
+        assert_eq!(told, [(2, text)]);
+        // It is known there.
+        let told = Config::parse(&format!("{key} = 1\n"), Path::new(""), &places());
+        let told = told.map_or_else(|list| format!("{list:?}"), |_| String::new());
+        assert!(!told.contains("unknown key"), "{told}");
+    }
+}
+
+#[test]
+fn a_forward_that_a_range_makes_is_told_as_such() {
+    let told = wrong(
+        "[forward.w]\nlisten = \"21003-21004\"\nconnect = \"tcp://127.0.0.1:80-81\"\n[forward.w-21004]\nlisten = 1\nconnect = 2\n",
+    );
+    let text =
+        "[forward.w-21004] is made by the range [forward.w] in line 2, too; choose another name";
+    assert_eq!(told, [(5, text.to_owned())]);
+}
+
+#[test]
+fn a_vm_that_is_not_found_is_told_with_its_key() {
+    let told = wrong("[forward.c]\nlisten = 1\nvm = \"nosuchvm\"\nport = 7\n");
+    let [(3, text)] = &told[..] else {
+        panic!("{told:?}");
+    };
+    let begin = "[forward.c] vm: cannot find VM \"nosuchvm\"";
+    assert!(text.starts_with(begin), "{text}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_state_directory_that_is_too_deep_for_hyperkit_is_noted() {
+    let root = tempfile::tempdir().unwrap();
+    let deep = root.path().join("d".repeat(90));
+    std::fs::create_dir(&deep).unwrap();
+    let file = |vm: &Path| {
+        format!(
+            "[vm.a]\nat = {:?}\n[forward.a]\nlisten = 8080\nvm = \"a\"\nport = 7\n[forward.b]\nlisten = 8081\nvm = \"a\"\nport = 8\n",
+            vm.to_str().unwrap()
+        )
+    };
+    let (_, wanted) = right(&file(&deep));
+    let of_path = |it: &&Problem| {
+        it.text
+            .contains("where hyperkit takes 85; let hyperkit be started")
+    };
+    let notes: Vec<&Problem> = wanted.notes.iter().filter(of_path).collect();
+    let [note] = &notes[..] else {
+        panic!("{:?}", wanted.notes);
+    };
+    assert_eq!(note.line.as_ref().unwrap().number, 2);
 }

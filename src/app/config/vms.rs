@@ -19,6 +19,8 @@ use crate::proxy::{Limits, VmLimits};
 pub(super) struct Vm {
     pub(super) name: String,
     pub(super) line: Line,
+    /// The section that says so, and the key if it has one: `[forward.web] vm`.
+    place: String,
     /// A state directory, a name or a URI; `None` if what the file says is none.
     at: Option<String>,
     /// It has a section.
@@ -60,9 +62,11 @@ impl Vm {
         let connections = section.take("connections", values::count(1..=1000));
         let unanswered = section.take("unanswered", values::count(1..=400));
         let (line, section_line) = (section.line_of("at"), section.line.clone());
+        let key = if section.has("at") { " at" } else { "" };
         let unanswered_line = section.line_of("unanswered");
         section.finish();
         Vm {
+            place: format!("[vm.{name}]{key}"),
             name,
             line,
             at,
@@ -74,9 +78,10 @@ impl Vm {
         }
     }
 
-    /// Makes one that has no section: its name is what `--vm` takes.
-    pub(super) fn undeclared(name: &str, line: Line) -> Vm {
+    /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
+    pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> Vm {
         Vm {
+            place: format!("[forward.{forward}] vm"),
             name: name.to_owned(),
             line: line.clone(),
             at: Some(name.to_owned()),
@@ -131,7 +136,7 @@ pub(super) fn find<'a>(
                     Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
                     _ => String::new(),
                 };
-                complain(vm.line.clone(), format!("{why}{hint}"));
+                complain(vm.line.clone(), format!("{}: {why}{hint}", vm.place));
                 continue;
             }
         };
