@@ -60,6 +60,7 @@ fn each_key_has_its_place() {
         listen = "/run/to.sock"
         vm = "one"
         port = "0x50"
+        mode = "600"
         reserved = 19
         [forward.from]
         vm = "/vm/two"
@@ -78,7 +79,7 @@ fn each_key_has_its_place() {
     assert_eq!(to.name.as_deref(), Some("to"));
     assert_eq!(to.listen.to_string(), "unix:///run/to.sock");
     assert_eq!(to.connect.to_string(), "hyperkit://9:80/vm/one");
-    assert_eq!((to.mode, to.reserved), (0o640, 19));
+    assert_eq!((to.mode, to.reserved), (0o600, 19));
     assert_eq!(to.timeouts.dial, Duration::from_secs(90));
     assert_eq!(to.timeouts.idle, Some(Duration::from_secs(3600)));
     assert_eq!(to.timeouts.half_closed, Some(Duration::from_millis(500)));
@@ -441,6 +442,7 @@ fn variables_stand_for_texts_and_numbers() {
         [forward.a]
         listen = "${HVSOCK_UNSET:-/run/a.sock}"
         connect = "/run/${HVSOCK_UNSET:-s}$$"
+        mode = "${HVSOCK_UNSET:-640}"
         drain-timeout = "${HVSOCK_UNSET:-2s}"
         "#,
     );
@@ -450,6 +452,7 @@ fn variables_stand_for_texts_and_numbers() {
     };
     assert_eq!(rule.listen.to_string(), "unix:///run/a.sock");
     assert_eq!(rule.connect.to_string(), "unix:///run/s$");
+    assert_eq!(rule.mode, 0o640);
     assert_eq!(rule.timeouts.drain, Duration::from_secs(2));
     let told = wrong("[forward.a]\nlisten = 1\nconnect = \"${HVSOCK_UNSET}\"\n");
     assert_eq!(told[0].0, 3);
