@@ -699,7 +699,7 @@ fn vms_lists_what_is_found_or_says_where_it_looked() {
         .collect();
     assert_eq!(rows[0], ["NAME", "KEPT", "BY", "STATE", "WHERE"]);
     let escaped = text(&other).replace('\n', "\\n");
-    assert_eq!(rows[1], ["oth\\ner", "minikube", "stopped", &escaped]);
+    assert_eq!(rows[1], ["oth\\ner", "minikube", "gone", &escaped]);
     // The kernel names the working directory, however it was spelled.
     let one = one.canonicalize().unwrap();
     assert_eq!(rows[2], ["one", "linuxkit", "running", text(&one)]);
