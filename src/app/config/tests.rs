@@ -576,6 +576,7 @@ fn a_forward_that_a_range_makes_is_told_as_such() {
     assert_eq!(told, [(5, text.to_owned())]);
 }
 
+#[cfg(unix)] // On Windows PowerShell is asked, and what it says is told.
 #[test]
 fn a_vm_that_is_not_found_is_told_with_its_key() {
     let told = wrong("[forward.c]\nlisten = 1\nvm = \"nosuchvm\"\nport = 7\n");
