@@ -346,9 +346,13 @@ fn a_vmm_that_is_stopped_is_not_well() {
     let place = format!("vsock-mux://{}", text(&socket));
     let expose = ["expose", "--vm", &place, "-L", "0:7"];
     let expose = Running::spawn(in_runtime(runtime, &expose));
-    let mut client = tcp(expose.tcp_port());
-    client.write_all(b"x").unwrap();
-    client.read_exact(&mut [0]).unwrap();
+    let port = expose.tcp_port();
+    let mut client = None;
+    // The stand-in may not listen yet.
+    eventually("a client is served", || {
+        let client = client.insert(tcp(port));
+        client.write_all(b"x").is_ok() && client.read_exact(&mut [0]).is_ok()
+    });
     let health = || Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
     health().says("health", "ok", "up");
     vmm.signal("STOP");
