@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -1310,15 +1310,7 @@ fn what_came_from_standard_input_is_replaced_from_there_alone() {
         scene.write(&scene.forward("a", scene.at("a")));
         let mut command = in_runtime(scene.dir.path(), &[&["run", "-"], more].concat());
         command.stdin(fs::File::open(scene.file()).unwrap());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let out = lines(child.stdout.take().unwrap());
-        let err = lines(child.stderr.take().unwrap());
-        Running {
-            child: Mortal(child),
-            out,
-            err,
-        }
+        Running::spawn_fed(command)
     };
     let mut old = begin(&[]);
     old.says("controlled at");

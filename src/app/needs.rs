@@ -181,15 +181,13 @@ pub(crate) fn look_at_listen(listen: &Address, known: &mut HostAddresses) -> Opt
     }
 }
 
+/// What follows where this user may not use a target.
+const UNLESS_ITS_USER_MAY: &str = "its clients are refused unless the user who runs this may";
+
 /// Says what is wrong with the file, the program or the socket's path that a target names.
 pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     let whose = target.to_string();
-    let path = match target {
-        Address::Unix(UnixAddress::Path(path)) => path,
-        Address::File(file) => &file.path,
-        Address::Exec(exec) => &exec.program,
-        _ => return None,
-    };
+    let path = path_of(target)?;
     let missing = look_at_directory_of(&whose, path);
     if missing.is_some() {
         return missing;
@@ -226,10 +224,7 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
         }
         Address::Exec(_) if !sys::may_start(path) => {
             let what = format!("{whose}: this user may not start it");
-            Some(Finding::note(
-                what,
-                "its clients are refused unless the user who runs this may",
-            ))
+            Some(Finding::note(what, UNLESS_ITS_USER_MAY))
         }
         Address::File(_) if found.is_dir() => {
             let what = format!("{whose}: it is a directory");
@@ -241,10 +236,7 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
         }
         Address::File(_) if !sys::may_read(path) => {
             let what = format!("{whose}: this user may not read it");
-            Some(Finding::note(
-                what,
-                "its clients are refused unless the user who runs this may",
-            ))
+            Some(Finding::note(what, UNLESS_ITS_USER_MAY))
         }
         Address::Unix(_) if found.is_dir() => {
             let what = format!("{whose}: it is a directory");
@@ -270,12 +262,14 @@ pub(crate) fn look_at_state_dir(vm: &HyperkitVm) -> Option<Finding> {
     (length > limit).then(|| Finding::note(what, remedy))
 }
 
-/// Returns whether a target is looked at by [`look_at_target`].
-fn has_path(target: &Address) -> bool {
-    matches!(
-        target,
-        Address::Unix(UnixAddress::Path(_)) | Address::File(_) | Address::Exec(_)
-    )
+/// Returns the path that a target names, if it names one.
+fn path_of(target: &Address) -> Option<&Path> {
+    match target {
+        Address::Unix(UnixAddress::Path(path)) => Some(path),
+        Address::File(file) => Some(&file.path),
+        Address::Exec(exec) => Some(&exec.program),
+        _ => None,
+    }
 }
 
 /// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with
@@ -284,7 +278,8 @@ fn has_path(target: &Address) -> bool {
 /// # Errors
 /// Returns why they were not looked at.
 pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
-    let targets = rules.iter().map(|it| &it.connect).filter(|it| has_path(it));
+    let targets = rules.iter().map(|it| &it.connect);
+    let targets = targets.filter(|it| path_of(it).is_some());
     let targets: Vec<Address> = targets.cloned().collect();
     if targets.is_empty() {
         return Ok(Vec::new());

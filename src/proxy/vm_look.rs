@@ -1,5 +1,5 @@
 //! What can be learned of a VM from outside, without a connection that it would have to serve:
-//! which one it is, and whether it runs. The calls may block on the file system.
+//! which one it is, and whether it runs. All but [`is_cid_gone`] may block on the file system.
 
 use std::path::Path;
 #[cfg(unix)]
@@ -101,7 +101,7 @@ fn identity_of_cid(vm: &AnyVm) -> Option<VmIdentity> {
     }
 }
 
-/// Returns whether no VM has this CID.
+/// Returns whether no VM has this CID. It begins a connect, and doesn't wait.
 #[cfg(unix)]
 pub(super) fn is_cid_gone(cid: u32) -> bool {
     let port = VsockAddress::new(cid, UNUSED_PORT);

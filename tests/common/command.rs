@@ -28,6 +28,11 @@ impl Running {
 
     pub(crate) fn spawn(mut command: Command) -> Running {
         command.stdin(Stdio::null());
+        Running::spawn_fed(command)
+    }
+
+    /// Starts it with the standard input that it was given.
+    pub(crate) fn spawn_fed(mut command: Command) -> Running {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let out = lines(child.stdout.take().unwrap());
