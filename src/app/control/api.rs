@@ -16,7 +16,6 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::address::Address;
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
 use crate::app::ranges::{are_a_range, expand, name_of};
@@ -32,6 +31,7 @@ use super::handover::give::{Finishing, Successor};
 use super::handover::{self, FailedForwards};
 use super::http::{JSON, Request, Response, lines, response};
 use super::inherited::Inherited;
+use super::lookup::ForwardLookup;
 use super::metrics;
 use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rules};
 use super::problem::Problem;
@@ -385,45 +385,8 @@ impl Api {
     /// The forward of that name, or else that listens there, or else that has this id, or else the
     /// only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
-        Api::find_in(&self.handle.forwards(), name).cloned()
-    }
-
-    fn find_in<'a>(
-        forwards: &'a [ForwardStatus],
-        name: &str,
-    ) -> Result<&'a ForwardStatus, Problem> {
-        let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
-        let address = name.parse::<Address>().ok();
-        let there = |it: &ForwardStatus| {
-            let here = [&it.listen, &it.rule.listen];
-            address
-                .as_ref()
-                .is_some_and(|address| here.contains(&address))
-        };
-        let id = name.parse::<u64>().ok();
-        let numbered = |it: &ForwardStatus| id == Some(it.id.into());
-        // A port is what `-L 8080:80` has of an address.
-        let ported = |it: &ForwardStatus| {
-            let port = it.listen.as_tcp().map(|it| u64::from(it.port));
-            id.is_some() && port == id
-        };
-        let only = |is_meant: &dyn Fn(&ForwardStatus) -> bool| {
-            let mut meant = (0..forwards.len()).filter(|index| is_meant(&forwards[*index]));
-            meant.next().filter(|_| meant.next().is_none())
-        };
-        let index = forwards
-            .iter()
-            .position(named)
-            .or_else(|| forwards.iter().position(there))
-            .or_else(|| forwards.iter().position(numbered))
-            .or_else(|| only(&ported));
-        match index {
-            Some(index) => Ok(&forwards[index]),
-            None => {
-                let problem = Problem::new(404, format!("there is no forward {name:?}"));
-                Err(problem.with_remedy("`hvsock status` lists those that there are"))
-            }
-        }
+        let forwards = self.handle.forwards();
+        ForwardLookup::new(&forwards).find(name).cloned()
     }
 
     /// Adds a forward, or those of a range: all of them, or none.
@@ -435,7 +398,8 @@ impl Api {
         }
         let forwards = self.handle.forwards();
         let asked = rules.len();
-        let there = rules.iter().map(|rule| self.find_same(rule, &forwards));
+        let lookup = ForwardLookup::new(&forwards);
+        let there = rules.iter().map(|rule| self.find_same(rule, &lookup));
         let there: Vec<Option<ForwardId>> = there.collect::<Result<_, _>>()?;
         let lacking = rules
             .iter()
@@ -470,9 +434,11 @@ impl Api {
         }
         let forwards = self.handle.forwards();
         self.note_added(&ids, &new, &forwards);
+        let lookup = ForwardLookup::new(&forwards);
+        let are_new: HashSet<ForwardId> = new.iter().copied().collect();
         let added = ids.iter().filter_map(|id| {
-            let added = forwards.iter().find(|it| it.id == *id)?;
-            if new.contains(id) {
+            let added = lookup.of_id(*id)?;
+            if are_new.contains(id) {
                 info!("added {}", describe(added));
             }
             Some(Forward::from(added))
@@ -511,9 +477,8 @@ impl Api {
     ) -> Result<Vec<&'a ForwardStatus>, Problem> {
         let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
         if addresses.len() > 1 {
-            let found = addresses
-                .iter()
-                .filter_map(|it| Api::find_in(forwards, it).ok());
+            let lookup = ForwardLookup::new(forwards);
+            let found = addresses.iter().filter_map(|it| lookup.find(it).ok());
             let found: Vec<_> = found.collect();
             return if found.is_empty() {
                 Err(none)
@@ -557,13 +522,10 @@ impl Api {
     fn find_same(
         &self,
         rule: &Rule,
-        forwards: &[ForwardStatus],
+        forwards: &ForwardLookup<'_>,
     ) -> Result<Option<ForwardId>, Problem> {
-        let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
-        let there = |it: &&ForwardStatus| it.listen == rule.listen;
-        let same = forwards.iter().find(named);
-        let same = same.or_else(|| forwards.iter().find(there));
-        if let Some(there) = same {
+        let named = rule.name.as_deref().and_then(|name| forwards.named(name));
+        if let Some(there) = named.or_else(|| forwards.listening_on(&rule.listen)) {
             if there.rule == *rule {
                 return Ok(Some(there.id));
             }
@@ -588,7 +550,7 @@ impl Api {
     fn remove(&self, name: &str, grace: Duration) -> Answer {
         let pending = self.pending(name);
         let forwards = self.handle.forwards();
-        let none = match Api::find_in(&forwards, name) {
+        let none = match ForwardLookup::new(&forwards).find(name) {
             Ok(found) => {
                 self.handle.remove(found.id, grace)?;
                 info!("removed {}", describe(found));

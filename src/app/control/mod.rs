@@ -56,6 +56,7 @@ mod events;
 mod handover;
 mod http;
 mod inherited;
+mod lookup;
 mod metrics;
 mod model;
 mod place;
