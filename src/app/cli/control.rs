@@ -27,9 +27,9 @@ use crate::app::control::{
     self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
 };
 use crate::app::escape;
-use crate::app::ranges::{expand, join};
+use crate::app::ranges::{BarePort, expand, join};
 use crate::app::rule::RuleOptions;
-use crate::app::values::{parse_process, parse_time};
+use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, Rule};
 
@@ -420,7 +420,7 @@ fn tell_removed(removed: &control::Forward, path: &Path) -> Outcome {
 
 /// Returns the places of a range at which none of these forwards has listened.
 fn not_among(range: &str, forwards: &[control::Forward]) -> Vec<String> {
-    let places = expand(range).unwrap_or_default();
+    let places = expand(range, BarePort::Tcp).unwrap_or_default();
     if places.len() < 2 {
         // It was a name.
         return Vec::new();
@@ -437,7 +437,7 @@ fn not_among(range: &str, forwards: &[control::Forward]) -> Vec<String> {
     let is_missing = |place: &String| match place.parse() {
         Ok(number) => !numbers.contains(&number),
         Err(_) => {
-            let address = place.parse::<Address>().ok();
+            let address = local_address(place).ok();
             !address.is_some_and(|it| there.contains(&it))
         }
     };

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
-use crate::app::ranges::{are_a_range, expand, name_of};
+use crate::app::ranges::{BarePort, TAKEN_IN_RANGE, are_a_range, expand, name_of};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::error::counted;
@@ -423,8 +423,12 @@ impl Api {
                         // That it is gone already is as good.
                         let _ = self.handle.remove(id, Duration::ZERO);
                     }
+                    let is_taken = e.kind() == io::ErrorKind::AddrInUse;
                     let mut problem = Problem::from(e);
                     if asked > 1 {
+                        if is_taken {
+                            problem = problem.with_remedy(TAKEN_IN_RANGE);
+                        }
                         let all = counted(asked as u64, "forward");
                         problem.error += &format!(" (so that none of the {all} is added)");
                     }
@@ -475,7 +479,7 @@ impl Api {
         name: &str,
         none: Problem,
     ) -> Result<Vec<&'a ForwardStatus>, Problem> {
-        let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
+        let addresses = expand(name, BarePort::Tcp).map_err(|why| Problem::new(400, why))?;
         if addresses.len() > 1 {
             let lookup = ForwardLookup::new(forwards);
             let found = addresses.iter().filter_map(|it| lookup.find(it).ok());
