@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::forward::{Forward, Read};
-use super::problems::Line;
+use super::problems::{Line, bare_key};
 use super::vms::Vm;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
@@ -38,15 +38,17 @@ pub(super) fn find_namesakes(
             Entry::Occupied(other) => {
                 let (other, other_range) = other.get();
                 let made = match range {
-                    Some(range) => format!(" of the range [{kind}.{range}]"),
+                    Some(range) => format!(" of the range [{kind}.{}]", bare_key(range)),
                     None => String::new(),
                 };
                 let is_there = match other_range {
                     Some(range) => {
+                        let range = bare_key(range);
                         format!("is made by the range [{kind}.{range}] in line {other}, too")
                     }
                     None => format!("is in line {other}, too"),
                 };
+                let name = bare_key(name);
                 let text = format!("[{kind}.{name}]{made} {is_there}; choose another name");
                 complain(line.clone(), text);
             }
@@ -84,7 +86,10 @@ pub(super) fn find(
         if let Some(other) = colliding.min_by_key(|it| it.line) {
             let text = format!(
                 "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
-                claim.name, other.name, other.line, other.listen
+                bare_key(claim.name),
+                bare_key(other.name),
+                other.line,
+                other.listen
             );
             complain(claim.line.clone(), text);
         }
@@ -93,7 +98,7 @@ pub(super) fn find(
         }
     }
     for (forward, rule) in rules {
-        let name = &forward.name;
+        let name = bare_key(&forward.name);
         let listen = &rule.listen;
         for (key, door) in doors {
             if door.collides(listen) {
@@ -125,7 +130,7 @@ pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(L
             continue;
         };
         if trail.iter().all(|it| !told.contains(it)) {
-            let name = &forward.name;
+            let name = bare_key(&forward.name);
             let loops = describe_loop(&trail);
             let text = format!("[forward.{name}]: {loops}; choose another target");
             complain(forward.connect_line.clone(), text);

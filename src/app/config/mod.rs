@@ -54,7 +54,7 @@ pub(crate) use diff::{Existing, Step, plan};
 use forward::{Forward, Read};
 use parsing::parse_table;
 use problems::{Line, Weight};
-pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
+pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, bare_key, display_name};
 use section::{Section, Source};
 pub(crate) use vms::Missing;
 use vms::{Found, Vm};
@@ -252,13 +252,13 @@ impl Config {
         for vm in config.unused_vms() {
             let text = format!(
                 "[vm.{}] is used by no forward; is one's vm another name?",
-                vm.name
+                bare_key(&vm.name)
             );
             source.note(vm.section_line.clone(), text);
         }
         let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
         if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
-            let name = rule.name.as_deref().unwrap_or_default();
+            let name = bare_key(rule.name.as_deref().unwrap_or_default());
             let text = format!(
                 "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
             );
@@ -429,7 +429,7 @@ impl Config {
                 refused.insert(&forward.name);
                 complain(
                     forward.connect_line.clone(),
-                    format!("[forward.{}]: {e}", forward.name),
+                    format!("[forward.{}]: {e}", bare_key(&forward.name)),
                 );
             }
             seen.push((forward, rule));
@@ -463,7 +463,8 @@ impl Config {
                 let (name, left) = (&vm.name, cap - proof);
                 let reserved = counted(reserved as u64, "connection");
                 let text = format!(
-                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
+                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{}]",
+                    bare_key(name)
                 );
                 complain(vm.line.clone(), text);
             }

@@ -11,7 +11,7 @@ use serde_json::{Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::problems::{Line, Problem, Weight};
+use super::problems::{Line, Problem, Weight, bare_key};
 use super::template;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
@@ -205,7 +205,7 @@ impl<'a, 'i> Section<'a, 'i> {
         entries.sort_by_key(|(key, _)| key.span().start);
         let mut named = Vec::new();
         for (name, value) in entries {
-            let title = format!("[{kind}.{}]", bare(name.get_ref()));
+            let title = format!("[{kind}.{}]", bare_key(name.get_ref()));
             if let Err(why) = check_name(name.get_ref()) {
                 let line = self.source.line(name.span());
                 self.source.complain(line, format!("{title}: {why}"));
@@ -244,14 +244,14 @@ impl<'a, 'i> Section<'a, 'i> {
                 let name = inner.get_ref();
                 if matches!(value.get_ref(), DeValue::Table(_)) {
                     known.push(name.to_string().into());
-                    let title = format!("[{kind}.{}]", bare(name));
+                    let title = format!("[{kind}.{}]", bare_key(name));
                     let section = self.section(inner, value, title, right);
                     sections.extend(section.map(|it| (name.to_string(), it)));
                 }
             }
             let section = Section {
                 source: self.source,
-                title: format!("[[{kind}]] {}", bare(&name)),
+                title: format!("[[{kind}]] {}", bare_key(&name)),
                 table,
                 known,
                 line: self.source.line(first.map_or(entry.span(), |at| at..at)),
@@ -309,18 +309,11 @@ impl<'a, 'i> Section<'a, 'i> {
                 None => format!("known there: {}", self.known.join(", ")),
             };
             let line = self.source.line(key.span());
-            self.source
-                .complain(line, format!("unknown key {}{place}; {remedy}", bare(name)));
+            self.source.complain(
+                line,
+                format!("unknown key {}{place}; {remedy}", bare_key(name)),
+            );
         }
-    }
-}
-
-/// A key as the file has it: in quotes where it must be.
-fn bare(key: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    match !key.is_empty() && key.chars().all(plain) {
-        true => key.to_owned(),
-        false => format!("{key:?}"),
     }
 }
 
