@@ -337,7 +337,7 @@ fn a_reader_who_has_seen_enough_is_no_error() {
         &["vms"],
         &["--help"],
         &["completions", "bash"],
-        &["man"],
+        &["man", "--roff"],
         &["doctor", "--json"],
     ] {
         let mut command = in_runtime(dir.path(), arguments);
@@ -758,14 +758,26 @@ fn permissions_are_for_listeners_that_have_a_file() {
     let (control, socket) = (dir.path().join("c"), dir.path().join("s"));
     for listen in ["tcp://127.0.0.1:0", "vsock://:7"] {
         let wrong = format!("{listen}: mode and group are for the file of a Unix socket");
+        let mode = format!("{listen}: mode is for the file of a Unix socket");
         let end = "`from` says which clients may come";
         let file =
             format!("[forward.a]\nlisten = \"{listen}\"\nmode = \"660\"\ngroup = 0\nconnect = 1\n");
         let (code, told) = checked(dir.path(), &file);
         assert_eq!(code, Some(1), "{told}");
-        for part in ["hvsock.toml:2: ", &wrong, end] {
+        let of_mode = format!("hvsock.toml:3: [forward.a]: {mode}");
+        let of_group = format!("hvsock.toml:4: [forward.a]: {listen}: group is for the file");
+        for part in [&of_mode, &of_group, end] {
             assert!(told.contains(part), "{told} lacks {part}");
         }
+        // What is given counts, be it the default or not.
+        let file = format!("[forward.a]\nlisten = \"{listen}\"\nconnect = 1\nmode = \"0600\"\n");
+        let (code, told) = checked(dir.path(), &file);
+        assert_eq!(code, Some(1), "{told}");
+        let given = format!("hvsock.toml:4: [forward.a]: {mode}");
+        assert!(told.contains(&given), "{told}");
+        let pair = [listen, "tcp://127.0.0.1:1", "--mode", "600"];
+        fails(&[&["forward"], &pair[..]].concat(), 2, &[&mode, end]);
+        fails(&[&["add"], &pair[..]].concat(), 2, &[&mode, end]);
         // Of all forwards it may be said: it is meant for those that have one.
         let file = format!(
             "[defaults]\nmode = \"660\"\n[forward.a]\nlisten = \"{listen}\"\nconnect = 1\n"
@@ -798,16 +810,13 @@ fn permissions_are_for_listeners_that_have_a_file() {
     }
     // What it has by itself is no mistake, and neither is what is meant for another.
     assert!(run(&add(&pairs[..2], &control)).status.success());
-    assert!(
-        run(&add(&[&pairs[..2], &["--mode", "660"]].concat(), &control))
-            .status
-            .success()
-    );
-    fails(
-        &add(&[&pairs[..2], &["--mode", "666"]].concat(), &control),
-        1,
-        &["mode is for the file of a Unix socket", "leave it out"],
-    );
+    for mode in ["660", "666"] {
+        fails(
+            &add(&[&pairs[..2], &["--mode", mode]].concat(), &control),
+            2,
+            &["mode is for the file of a Unix socket", "leave it out"],
+        );
+    }
     let other = dir.path().join("t");
     let both = [
         "tcp://127.0.0.1:0",

@@ -17,7 +17,7 @@ use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
 use super::reconciler::danger;
-use super::rules::{rules_of, rules_of_vm};
+use super::rules::{refuse_useless_access, rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::{Report, tried_again};
 use super::{arguments, complete, table};
@@ -27,11 +27,12 @@ use crate::app::control::{
     self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
 };
 use crate::app::escape;
+use crate::app::needs::ACCESS_KEYS;
 use crate::app::ranges::{BarePort, expand, join};
 use crate::app::rule::RuleOptions;
 use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::{Counters, Rule};
+use crate::proxy::{Counters, Rule, check_rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -285,17 +286,21 @@ impl Add {
                 "--name is that of one forward or range, and there are more".into(),
             ));
         }
+        refuse_useless_access(rules.iter().flatten(), &self.options.access())?;
+        for rule in rules.iter().flatten() {
+            let rule = self.options.all.applied_to(rule.clone());
+            check_rule(&rule).map_err(|e| Failure::Usage(e.to_string()))?;
+        }
         let path = self.which.path();
         let has_file = |it: &Rule| it.listen.listen_path().is_some();
-        let some_have_files = rules.iter().flatten().any(has_file);
         for rules in rules {
             let ([rule, ..], Some(last)) = (&rules[..], rules.last()) else {
                 continue;
             };
-            let mut body = self.options.0.clone();
-            if some_have_files && !has_file(rule) {
+            let mut body = self.options.given.clone();
+            if !has_file(rule) {
                 // Those are meant for the others.
-                body.retain(|key, _| !["mode", "owner", "group"].contains(&key.as_str()));
+                body.retain(|key, _| !ACCESS_KEYS.contains(&key.as_str()));
             }
             if !rule.from.is_empty() && !body.contains_key("from") {
                 let options = serde_json::to_value(RuleOptions::from(rule)).unwrap_or_default();

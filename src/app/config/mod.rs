@@ -41,7 +41,7 @@ use tracing::Level;
 
 use crate::address::Address;
 use crate::app::guest_control::{self, GuestControl};
-use crate::app::needs::look_at_access;
+use crate::app::needs::look_at_given_access;
 use crate::app::rule::RuleOptions;
 use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
@@ -421,9 +421,11 @@ impl Config {
             let Some(rule) = forward.rule(place) else {
                 continue;
             };
-            if let Some(finding) = look_at_access(&rule, &self.defaults) {
-                let problem = Problem::of_forward(&forward.name, &forward.listen_line, &finding);
-                complain(forward.listen_line.clone(), problem.text);
+            for (key, line) in &forward.access {
+                if let Some(finding) = look_at_given_access(&rule.listen, &[key]) {
+                    let problem = Problem::of_forward(&forward.name, line, &finding);
+                    complain(line.clone(), problem.text);
+                }
             }
             if let Err(e) = check_rule(&rule) {
                 refused.insert(&forward.name);
