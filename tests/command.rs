@@ -539,6 +539,11 @@ fn errors_say_what_why_and_how_to_mend_it() {
         2,
         &["octal"],
     );
+    fails(
+        &["forward", "8080", "tcp:127.0.0.1:80"],
+        2,
+        &["a URI has two slashes: tcp://…:80"],
+    );
     fails(&["version"], 2, &["`hvsock --version` prints it"]);
     fails(
         &["forward", "21000-99999", "/tmp/s"],

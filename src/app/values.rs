@@ -388,11 +388,12 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
             "{host:?} stands where a host or an address would; write {port} or 127.0.0.1:{port}"
         ));
     }
+    let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
     if matches!(
-        host,
+        scheme,
         "tcp" | "tcp4" | "tcp6" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
     ) {
-        return Err(format!("a URI has two slashes: {host}://…:{port}"));
+        return Err(format!("a URI has two slashes: {scheme}://…:{port}"));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by
     // mistake.

@@ -171,29 +171,39 @@ impl<D: Driver> std::fmt::Debug for Inbox<D> {
 }
 
 /// The forwards of a proxy, in the order in which they were added.
-#[derive(Debug)]
-pub(super) struct Forwards(BTreeMap<ForwardId, Arc<Forward>>);
+#[derive(Debug, Default)]
+pub(super) struct Forwards {
+    all: BTreeMap<ForwardId, Arc<Forward>>,
+    /// How many sockets they listen on. It is counted as they come and go: each change asks for it.
+    listening_sockets: usize,
+}
 
 impl Forwards {
     fn new(forwards: Vec<Arc<Forward>>) -> Forwards {
-        Forwards(forwards.into_iter().map(|it| (it.id, it)).collect())
+        let mut all = Forwards::default();
+        forwards.into_iter().for_each(|it| all.insert(it));
+        all
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Forward>> {
-        self.0.values()
+        self.all.values()
     }
 
     pub(super) fn get(&self, id: ForwardId) -> Option<&Arc<Forward>> {
-        self.0.get(&id)
+        self.all.get(&id)
     }
 
     /// Inserts a forward, or replaces the one of the same id.
     pub(super) fn insert(&mut self, forward: Arc<Forward>) {
-        self.0.insert(forward.id, forward);
+        self.remove(forward.id);
+        self.listening_sockets += forward.rule.listen.listening_sockets();
+        self.all.insert(forward.id, forward);
     }
 
     pub(super) fn remove(&mut self, id: ForwardId) -> Option<Arc<Forward>> {
-        self.0.remove(&id)
+        let removed = self.all.remove(&id)?;
+        self.listening_sockets -= removed.rule.listen.listening_sockets();
+        Some(removed)
     }
 }
 
@@ -241,8 +251,8 @@ impl<D: Driver> Shared<D> {
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<D>>,
     ) -> Shared<D> {
-        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        let room = descriptors.room(sockets.sum());
+        let forwards_by_id = Forwards::new(forwards.clone());
+        let room = descriptors.room(forwards_by_id.listening_sockets);
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
             reserve_in(&mut quotas, forward);
@@ -251,7 +261,7 @@ impl<D: Driver> Shared<D> {
             cuts: Cuts::new(inboxes.len()),
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
-            forwards: Mutex::new(Forwards::new(forwards)),
+            forwards: Mutex::new(forwards_by_id),
             inboxes,
             quotas: Mutex::new(quotas),
             most: limits.connections,
@@ -274,9 +284,7 @@ impl<D: Driver> Shared<D> {
 
     /// Returns how many sockets the forwards listen on.
     pub(super) fn listening_sockets(&self) -> usize {
-        let forwards = self.forwards();
-        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        sockets.sum()
+        self.forwards().listening_sockets
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {

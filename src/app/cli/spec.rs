@@ -233,7 +233,7 @@ mod tests {
             ("0-2:80-82", "begins with port 0"),
             ("18200-:8000-8002", "has no end; write 18200-LAST"),
             ("/run/s:80-81", "1 port on one side, 2 ports on the other"),
-            ("65535-65536:1-2", "larger than 65535"),
+            ("65535-65536:1-2", "ends above 65535"),
         ] {
             let error = text.parse::<Locals>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

@@ -71,7 +71,7 @@ impl Forward {
         let listen = section.take("listen", values::listen_addresses);
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
-        let access = ACCESS_KEYS.into_iter().filter(|key| section.has(key));
+        let access = ACCESS_KEYS.into_iter().filter(|key| section.has_read(key));
         let access: Vec<_> = access.map(|key| (key, section.line_of(key))).collect();
         let ends = ends(&section);
         let (listens_at, its_vm) = (listen.clone(), vm.clone());
