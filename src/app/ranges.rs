@@ -110,6 +110,7 @@ pub(super) fn expand(text: &str, bare: BarePort) -> Result<Vec<String>, String> 
 ///
 /// # Errors
 /// Why it is none.
+#[cfg(any(unix, test))]
 pub(super) fn parse_addresses(text: &str) -> Result<Vec<Address>, String> {
     // Without a scheme it is a path.
     let texts = match text.contains("://") {
