@@ -14,7 +14,7 @@ use super::cuts::Cuts;
 use super::driver::Driver;
 use super::driver::StillWanted;
 use super::rules::Binder;
-use super::shared::{Command, Shared};
+use super::shared::{Shared, WorkerCommand};
 use crate::engine::ended::EndedConnection;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -84,7 +84,7 @@ impl<D: Driver> Controller<D> {
             fail(e)
         };
         let listen =
-            |wanted, answer| Command::Listen(listener, Arc::clone(&forward), wanted, answer);
+            |wanted, answer| WorkerCommand::Listen(listener, Arc::clone(&forward), wanted, answer);
         let begun = self.ask(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
         self.shared.forwards().insert(forward);
@@ -101,11 +101,11 @@ impl<D: Driver> Controller<D> {
             true => Ok(()),
             false => self
                 .ask(home, |wanted, answer| {
-                    Command::SetAccess(id, access, wanted, answer)
+                    WorkerCommand::SetAccess(id, access, wanted, answer)
                 })
                 .and_then(|done| done),
         };
-        let replace = |wanted, answer| Command::Replace(Arc::clone(&forward), wanted, answer);
+        let replace = |wanted, answer| WorkerCommand::Replace(Arc::clone(&forward), wanted, answer);
         if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
             forward.release_quota();
             self.binder.restore(old);
@@ -128,7 +128,7 @@ impl<D: Driver> Controller<D> {
         self.shared.release(&forward);
         let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
-            |answer| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
+            |answer| WorkerCommand::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
             ANSWER_TIMEOUT,
         );
         self.shared.make_room(self.shared.listening_sockets());
@@ -143,7 +143,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
-        let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
+        let answers = self.ask_all(WorkerCommand::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
     }
 
@@ -156,7 +156,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
-        let answers = self.ask_all(|answer| Command::Close(id, answer), ANSWER_TIMEOUT);
+        let answers = self.ask_all(|answer| WorkerCommand::Close(id, answer), ANSWER_TIMEOUT);
         let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
         if let Some(status) = answers.into_iter().flatten().next() {
             return Ok(status);
@@ -170,7 +170,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
-        let answers = self.ask_all(Command::Ping, patience).len();
+        let answers = self.ask_all(WorkerCommand::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
     }
@@ -202,7 +202,7 @@ impl<D: Driver> Controller<D> {
         self.shared.stop_asked.store(true, Ordering::Release);
         self.binder.close_passed();
         for inbox in &self.shared.inboxes {
-            inbox.send(Command::Stop(grace));
+            inbox.send(WorkerCommand::Stop(grace));
         }
     }
 
@@ -214,7 +214,7 @@ impl<D: Driver> Controller<D> {
     fn ask<T>(
         &self,
         worker: usize,
-        command: impl FnOnce(StillWanted, Sender<T>) -> Command<D>,
+        command: impl FnOnce(StillWanted, Sender<T>) -> WorkerCommand<D>,
     ) -> io::Result<T> {
         let (answer, answers) = channel();
         let wanted = StillWanted::default();
@@ -245,7 +245,7 @@ impl<D: Driver> Controller<D> {
     /// that have ended give none.
     pub(super) fn ask_all<T>(
         &self,
-        command: impl Fn(Sender<T>) -> Command<D>,
+        command: impl Fn(Sender<T>) -> WorkerCommand<D>,
         patience: Duration,
     ) -> Vec<T> {
         let (answer, answers) = channel();

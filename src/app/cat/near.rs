@@ -9,7 +9,7 @@ use crate::sys;
 use crate::thread::start_thread;
 
 #[cfg(unix)]
-use super::program::Program;
+use super::program::SessionProgram;
 
 pub(super) const BUFFER: usize = 128 * 1024;
 
@@ -23,10 +23,10 @@ pub(super) type Output = io::Result<Box<dyn Write + Send>>;
 #[derive(Clone, Copy)]
 pub(super) enum Near<'a> {
     /// Standard input and output.
-    Standard(&'a Input),
+    Standard(&'a StandardInput),
     /// A program's standard output and input.
     #[cfg(unix)]
-    Program(&'a Program),
+    Program(&'a SessionProgram),
 }
 
 impl Near<'_> {
@@ -87,9 +87,9 @@ impl Near<'_> {
 
 /// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
 #[derive(Debug, Default)]
-pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
+pub(super) struct StandardInput(OnceLock<Arc<Mutex<Chunks>>>);
 
-impl Input {
+impl StandardInput {
     fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
         let start = || Chunks::of(sys::standard_input(), wait);
         Arc::clone(self.0.get_or_init(start))

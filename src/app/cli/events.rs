@@ -19,12 +19,12 @@ use crate::app::{control, escape, output};
 Examples:
   hvsock events
   hvsock events | jq -c 'select(.event == \"connection_closed\")'")]
-pub(super) struct Events {
+pub(super) struct EventsArgs {
     #[command(flatten)]
     which: Which,
 }
 
-impl Events {
+impl EventsArgs {
     pub(super) fn run(self) -> Outcome {
         let mut failure = None;
         let print = |line: &str| {

@@ -29,14 +29,14 @@ pub(super) struct Reconciler {
     ours: Mutex<HashSet<ForwardId>>,
     /// What is wanted and could not be had, in the order in which it is wanted. Never locked for
     /// long.
-    pending: Mutex<Vec<Pending>>,
+    pending: Mutex<Vec<PendingForward>>,
 }
 
 /// A forward that is wanted and isn't carried.
 #[derive(Clone, Debug)]
 // Elsewhere there is no control socket to show it.
 #[cfg_attr(not(unix), allow(dead_code))]
-pub(super) struct Pending {
+pub(super) struct PendingForward {
     rule: Rule,
     /// What it waits for is expected to be missing at times. Otherwise it should be there.
     waits: bool,
@@ -70,7 +70,7 @@ impl Reconciler {
         &self.handle
     }
 
-    fn pending(&self) -> MutexGuard<'_, Vec<Pending>> {
+    fn pending(&self) -> MutexGuard<'_, Vec<PendingForward>> {
         lock(&self.pending)
     }
 
@@ -109,9 +109,9 @@ impl Reconciler {
 
     /// The forwards that are wanted and can't be had now.
     #[cfg(unix)]
-    pub(super) fn shown(&self) -> Vec<crate::app::control::Forward> {
-        let forward = |it: &Pending| {
-            crate::app::control::Forward::pending(&it.rule, it.waits, &it.why, it.since)
+    pub(super) fn shown(&self) -> Vec<crate::app::control::ForwardInfo> {
+        let forward = |it: &PendingForward| {
+            crate::app::control::ForwardInfo::pending(&it.rule, it.waits, &it.why, it.since)
         };
         self.pending().iter().map(forward).collect()
     }
@@ -159,7 +159,8 @@ impl Reconciler {
             summary: Summary::default(),
             pending: Vec::new(),
         };
-        let before: HashMap<_, &Pending> = before.iter().map(|it| (wish(&it.rule), it)).collect();
+        let before: HashMap<_, &PendingForward> =
+            before.iter().map(|it| (wish(&it.rule), it)).collect();
         let is_pending = |rule: &Rule| before.get(&wish(rule)).copied();
         for step in plan(&existing, wanted) {
             match (&step, occasion) {
@@ -203,8 +204,8 @@ fn wish(rule: &Rule) -> (&Option<String>, &Address) {
 }
 
 /// The names, and why those can't be had.
-fn failed(pending: &[Pending]) -> Vec<Failed> {
-    let failed = |it: &Pending| Failed {
+fn failed(pending: &[PendingForward]) -> Vec<Failed> {
+    let failed = |it: &PendingForward| Failed {
         name: name_of(&it.rule),
         why: it.why.clone(),
         retried: it.retried,
@@ -228,7 +229,7 @@ struct Change<'a> {
     #[cfg(unix)]
     occupants: Occupants,
     summary: Summary,
-    pending: Vec<Pending>,
+    pending: Vec<PendingForward>,
 }
 
 impl Change<'_> {
@@ -271,7 +272,7 @@ impl Change<'_> {
     }
 
     fn is_pending(&mut self, rule: Rule, why: String) {
-        self.pending.push(Pending {
+        self.pending.push(PendingForward {
             rule,
             waits: false,
             error: why.clone(),

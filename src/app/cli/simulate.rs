@@ -43,7 +43,7 @@ Examples:
   hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict
   hvsock simulate --vsock-mux /tmp/vm.sock --guest 80=http"
 )]
-pub(super) struct Simulate {
+pub(super) struct SimulateArgs {
     /// The state directory, made if it doesn't exist in the one above it; its path has at most 85
     /// bytes
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath, required_unless_present = "vsock_mux", conflicts_with = "vsock_mux")]
@@ -196,7 +196,7 @@ fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
         .ok_or_else(|| format!("{name} has no address"))
 }
 
-impl Simulate {
+impl SimulateArgs {
     pub(super) fn run(self) -> Outcome {
         let place = match (&self.directory, &self.vsock_mux) {
             (Some(place), _) | (None, Some(place)) => place,

@@ -35,7 +35,7 @@ Examples:
   hvsock stop --keeper            its keeper, too
   hvsock stop docker --keeper     keepers of that VM whose hvsock has ended"
 )]
-pub(super) struct Stop {
+pub(super) struct StopArgs {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end
     /// its keepers whose hvsock has ended, and no hvsock
     #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
@@ -58,7 +58,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
-impl Stop {
+impl StopArgs {
     pub(super) fn run(self) -> Outcome {
         if let Some(vm) = &self.vm {
             return end_orphans(vm);

@@ -26,7 +26,7 @@ use crate::app::values::parse_mode;
 Example, in a guest:
   hvsock syslog /dev/log vsock://host:514"
 )]
-pub(super) struct Syslog {
+pub(super) struct SyslogArgs {
     /// The datagram socket that programs write to
     #[arg(value_name = "PATH")]
     path: PathBuf,
@@ -40,7 +40,7 @@ pub(super) struct Syslog {
     log: LogOptions,
 }
 
-impl Syslog {
+impl SyslogArgs {
     pub(super) fn log(&self) -> LogOptions {
         self.log.clone()
     }

@@ -34,7 +34,7 @@ pub(super) const TOP_KEYS: [&str; 10] = [
 
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct ConfigText {
     /// `None`: the file that was named; else one that it includes.
     file: Option<Arc<Path>>,
     /// Where the lines end.
@@ -42,9 +42,9 @@ pub(super) struct Source {
     problems: RefCell<Vec<Problem>>,
 }
 
-impl Source {
-    pub(super) fn new(text: &str, file: Option<&Path>) -> Source {
-        Source {
+impl ConfigText {
+    pub(super) fn new(text: &str, file: Option<&Path>) -> ConfigText {
+        ConfigText {
             file: file.map(Arc::from),
             ends: text.match_indices('\n').map(|(at, _)| at).collect(),
             problems: RefCell::default(),
@@ -87,7 +87,7 @@ impl Source {
 /// A table of the file: keys are taken out by name, and what is left is unknown.
 #[derive(Debug)]
 pub(super) struct Section<'a, 'i> {
-    source: &'a Source,
+    source: &'a ConfigText,
     /// As people write it: `[vm.docker]`; empty for the whole file.
     title: String,
     table: &'a DeTable<'i>,
@@ -96,7 +96,7 @@ pub(super) struct Section<'a, 'i> {
 }
 
 impl<'a, 'i> Section<'a, 'i> {
-    pub(super) fn root(source: &'a Source, table: &'a DeTable<'i>) -> Section<'a, 'i> {
+    pub(super) fn root(source: &'a ConfigText, table: &'a DeTable<'i>) -> Section<'a, 'i> {
         Section {
             source,
             title: String::new(),

@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use super::http::Io;
 use super::model::Status;
 use super::place;
-use super::problem::Problem;
+use super::problem::ApiProblem;
 use crate::app::{escape, processes};
 use crate::dial;
 use crate::error::{Error, Operation, counted};
@@ -46,7 +46,7 @@ pub(crate) enum Unanswered {
     /// Whoever is there may be anybody, and was asked nothing.
     Untrusted(Error),
     /// It refused.
-    Refused(Problem),
+    Refused(ApiProblem),
 }
 
 /// Returns how an hvsock that may be meant is named, with where the first of its forwards listens,
@@ -132,7 +132,7 @@ pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<S
     let (status, answer) = exchange(path, method, call, body, PATIENCE)?;
     match status {
         200..=299 => Ok(answer),
-        status => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        status => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -172,7 +172,7 @@ pub(crate) fn follow(
     })?;
     match refused {
         None => Ok(()),
-        Some((status, answer)) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        Some((status, answer)) => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -180,7 +180,7 @@ pub(crate) fn follow(
 pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unanswered> {
     match exchange(path, "GET", "/v1/status", "", patience)? {
         (200..=299, answer) => Ok(answer),
-        (status, answer) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        (status, answer) => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -193,7 +193,7 @@ pub(crate) fn read<T: DeserializeOwned>(answer: &str) -> Result<T, Unanswered> {
     });
     read.map_err(|e| {
         let why = format!("the answer can't be understood: {e}");
-        let problem = Problem::new(500, why);
+        let problem = ApiProblem::new(500, why);
         Unanswered::Refused(problem.with_remedy("is it an hvsock of the same version?"))
     })
 }
@@ -232,7 +232,7 @@ fn exchange(
     })
 }
 
-type Answer = Response<Incoming>;
+type HttpAnswer = Response<Incoming>;
 
 /// Connects to the server, if it is this user's, sends a request, and has its answer read.
 fn talk<T>(
@@ -241,7 +241,7 @@ fn talk<T>(
     call: &str,
     body: &str,
     patience: Duration,
-    read: impl AsyncFnOnce(Pin<Box<dyn Future<Output = io::Result<Answer>>>>) -> io::Result<T>,
+    read: impl AsyncFnOnce(Pin<Box<dyn Future<Output = io::Result<HttpAnswer>>>>) -> io::Result<T>,
 ) -> Result<T, Unanswered> {
     let address = place::address(path);
     place::check(path).map_err(Unanswered::Untrusted)?;
@@ -278,7 +278,7 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
 }
 
 /// Sends a request, and returns its answer as soon as that begins.
-async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<Answer> {
+async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<HttpAnswer> {
     let stream = std::os::unix::net::UnixStream::from(socket);
     stream.set_nonblocking(true)?;
     let io = Io::new(UnixStream::from_std(stream)?);
@@ -293,7 +293,7 @@ fn broken(why: &str) -> io::Error {
 }
 
 /// Reads an answer to its end.
-async fn read_text(answer: Answer) -> io::Result<String> {
+async fn read_text(answer: HttpAnswer) -> io::Result<String> {
     let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
     let body = body.map_err(|e| match e.is::<LengthLimitError>() {
         true => broken("the answer has more than 16 MiB"),
@@ -318,12 +318,12 @@ fn no_answer(error: hyper::Error) -> io::Error {
     }
 }
 
-impl Problem {
+impl ApiProblem {
     /// What an error's answer says.
-    fn of_answer(status: u16, answer: &str) -> Problem {
+    fn of_answer(status: u16, answer: &str) -> ApiProblem {
         let json: Value = serde_json::from_str(answer).unwrap_or_default();
         let text = |key: &str| json.get(key).and_then(|it| it.as_str()).map(str::to_owned);
-        Problem {
+        ApiProblem {
             status,
             // All that is wrong with a file has many lines.
             error: text("error").map_or_else(

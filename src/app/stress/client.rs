@@ -11,9 +11,9 @@ use crate::stream::Stream;
 use crate::thread::start_scoped_thread;
 
 use super::data::Data;
-use super::exchange::{Done, Exchange};
-use super::report::{Latencies, Report};
-use super::{Load, Plan, Progress};
+use super::exchange::{Exchange, TransferResult};
+use super::report::{Latencies, StressReport};
+use super::{Load, StressPlan, StressProgress};
 
 /// Between two dials of a hyperkit VM (rule 5 of a good neighbour).
 const PACE: Duration = Duration::from_micros(150);
@@ -34,7 +34,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 /// What the clients have in common.
 struct Run<'a> {
-    plan: &'a Plan,
+    plan: &'a StressPlan,
     data: Data,
     stop: &'a Stop,
     next: AtomicU64,
@@ -43,12 +43,12 @@ struct Run<'a> {
     failed_dials: AtomicU64,
     /// When the VM may be dialled again.
     pace: Mutex<Instant>,
-    report: Mutex<Report>,
-    progress: &'a Progress,
+    report: Mutex<StressReport>,
+    progress: &'a StressProgress,
 }
 
 /// Makes all the connections.
-pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
+pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> StressReport {
     let begun = Instant::now();
     let run = Run {
         plan,
@@ -58,7 +58,7 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
         silent: AtomicU64::new(0),
         failed_dials: AtomicU64::new(0),
         pace: Mutex::new(begun),
-        report: Mutex::new(Report::new(plan)),
+        report: Mutex::new(StressReport::new(plan)),
         progress,
     };
     let lanes = (plan.parallel as u64).min(plan.connections);
@@ -102,7 +102,11 @@ impl Run<'_> {
         lock(&self.report).latencies.merge(&latencies);
     }
 
-    fn connection(&self, number: u64, latencies: &mut Latencies) -> (Done, Result<(), String>) {
+    fn connection(
+        &self,
+        number: u64,
+        latencies: &mut Latencies,
+    ) -> (TransferResult, Result<(), String>) {
         let plan = self.plan;
         // Whichever lane has the number: its sizes are the same with the same seed.
         let mut rng =
@@ -115,7 +119,7 @@ impl Run<'_> {
             Ok(stream) => stream,
             Err(e) => {
                 self.note_failed_dial();
-                return (Done::default(), Err(e.to_string()));
+                return (TransferResult::default(), Err(e.to_string()));
             }
         };
         self.failed_dials.store(0, Ordering::Relaxed);
@@ -129,7 +133,7 @@ impl Run<'_> {
             start,
             dialled,
             moved: dialled,
-            done: Done::default(),
+            done: TransferResult::default(),
         };
         let outcome = exchange.run(|trip| latencies.round_trip.record(trip));
         let done = exchange.done;
@@ -147,7 +151,7 @@ impl Run<'_> {
         }
         if plan.verbose {
             let took = dialled.elapsed().as_secs_f64() * 1e3;
-            let Done { sent, received, .. } = done;
+            let TransferResult { sent, received, .. } = done;
             let end = outcome.as_ref().err().map_or("ok", String::as_str);
             tracing::info!(
                 "connection {number}: {sent} bytes sent, {received} received in {took:.1} ms: {end}"

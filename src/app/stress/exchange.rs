@@ -8,14 +8,14 @@ use crate::app::serve::{LOOK, Stop, again};
 use crate::stream::Stream;
 use crate::sys::Wanted;
 
-use super::data::{Data, MARK, Request, Way};
-use super::{Load, Plan, Progress};
+use super::data::{Data, MARK, StressRequest, Way};
+use super::{Load, StressPlan, StressProgress};
 
 const ONLY_ECHOES: &str = "the server only echoes: this load wants a `hvsock stress --server`";
 
 /// What a connection moved, and when.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Done {
+pub(super) struct TransferResult {
     pub(super) sent: u64,
     pub(super) received: u64,
     /// From the dial to the first byte that came.
@@ -25,11 +25,11 @@ pub(super) struct Done {
 /// A connection and what is known of it.
 #[derive(Debug)]
 pub(super) struct Exchange<'a> {
-    pub(super) plan: &'a Plan,
+    pub(super) plan: &'a StressPlan,
     pub(super) stream: &'a Stream,
     pub(super) data: &'a Data,
     pub(super) stop: &'a Stop,
-    pub(super) progress: &'a Progress,
+    pub(super) progress: &'a StressProgress,
     pub(super) rng: fastrand::Rng,
     /// Where in the data it begins.
     pub(super) start: u64,
@@ -37,7 +37,7 @@ pub(super) struct Exchange<'a> {
     pub(super) dialled: Instant,
     /// When something moved last.
     pub(super) moved: Instant,
-    pub(super) done: Done,
+    pub(super) done: TransferResult,
 }
 
 impl Exchange<'_> {
@@ -176,7 +176,7 @@ impl Exchange<'_> {
     }
 
     fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
-        let request = Request {
+        let request = StressRequest {
             way,
             bytes,
             seed: self.data.seed,

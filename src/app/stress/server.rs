@@ -12,10 +12,15 @@ use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::Stream;
 
-use super::data::{Data, LONGEST_LINE, MARK, Request, Way};
+use super::data::{Data, LONGEST_LINE, MARK, StressRequest, Way};
 
 /// Serves clients until it is told to stop; with `verbose`, a line for each.
-pub(crate) fn serve(listener: &mut LastingListener, plan: serve::Plan, stop: &Stop, verbose: bool) {
+pub(crate) fn serve(
+    listener: &mut LastingListener,
+    plan: serve::ServePlan,
+    stop: &Stop,
+    verbose: bool,
+) {
     // Most clients come with the seed of the one before.
     let last: Mutex<Option<Data>> = Mutex::new(None);
     serve::serve(listener, plan, stop, |number, stream, peer| {
@@ -59,7 +64,7 @@ fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str,
 }
 
 /// Reads a request's line, and no byte more; or `None`, and what came instead of one.
-fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<Request>> {
+fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
     while came.len() < LONGEST_LINE {
         // Of a request that is under way, its line ends before anything else begins: bytes are read
         // one by one. Of anything else the first bytes tell.
@@ -80,7 +85,11 @@ fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<Request
     Ok(None)
 }
 
-fn take(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'static str, u64)> {
+fn take(
+    mut stream: &Stream,
+    request: &StressRequest,
+    data: &Data,
+) -> io::Result<(&'static str, u64)> {
     let mut buffer = vec![0; 256 * 1024];
     let mut taken = 0;
     let mut wrong = None;
@@ -108,7 +117,11 @@ fn take(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'st
     Ok(("taken", taken))
 }
 
-fn give(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'static str, u64)> {
+fn give(
+    mut stream: &Stream,
+    request: &StressRequest,
+    data: &Data,
+) -> io::Result<(&'static str, u64)> {
     let mut given = 0;
     while given < request.bytes {
         let len = (request.bytes - given).min(256 * 1024);

@@ -22,7 +22,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 use crate::app::control::{self, Unanswered};
 use crate::sys::{self, Wanted};
 use crate::thread::start_thread;
-use keys::{Wish, press};
+use keys::{KeyAction, press};
 use model::{Model, Sample};
 
 /// How often it is asked.
@@ -64,9 +64,9 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
                 && key.kind == KeyEventKind::Press
             {
                 match press(&mut model, key) {
-                    Wish::GoOn => {}
-                    Wish::End => return Ok(()),
-                    Wish::Close(id) => close(path, id, answer.clone()),
+                    KeyAction::GoOn => {}
+                    KeyAction::End => return Ok(()),
+                    KeyAction::Close(id) => close(path, id, answer.clone()),
                 }
             }
         }

@@ -8,15 +8,15 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::style::Modifier;
 
 use super::draw::{draw, sparkline};
-use super::keys::{Wish, press};
+use super::keys::{KeyAction, press};
 use super::model::{Model, Sample, Sort, called};
-use crate::app::control::{Connection, Forward, Process, Status, Vm};
+use crate::app::control::{ConnectionInfo, ForwardInfo, ProcessInfo, Status, VmInfo};
 use crate::proxy::{ConnectionState, Counters, Rule, VmStatus};
 
-fn forward(id: u64, sent: u64, received: u64) -> Forward {
+fn forward(id: u64, sent: u64, received: u64) -> ForwardInfo {
     let listen = format!("tcp://127.0.0.1:80{id}");
     let connect = "hyperkit://:80/var/vm";
-    Forward {
+    ForwardInfo {
         id: Some(id),
         name: Some(format!("web{id}")),
         listen: listen.clone(),
@@ -25,7 +25,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
         why: None,
         since: None,
         note: None,
-        vm: Some(Vm {
+        vm: Some(VmInfo {
             directory: "/var/vm".to_owned(),
             status: VmStatus {
                 connections: 450,
@@ -56,8 +56,8 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
     }
 }
 
-fn connection(id: u64, forward: u64, sent: u64) -> Connection {
-    Connection {
+fn connection(id: u64, forward: u64, sent: u64) -> ConnectionInfo {
+    ConnectionInfo {
         id,
         forward,
         peer: Some(format!("tcp://127.0.0.1:5000{id}")),
@@ -72,7 +72,7 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
     }
 }
 
-fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> Sample {
+fn sample(at: Instant, forwards: Vec<ForwardInfo>, connections: Vec<ConnectionInfo>) -> Sample {
     Sample {
         status: Status {
             file: None,
@@ -132,8 +132,8 @@ fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
 }
 
 /// Presses keys, one after the other; what comes of the last.
-fn keys(model: &mut Model, codes: &[KeyCode]) -> Wish {
-    let mut wish = Wish::GoOn;
+fn keys(model: &mut Model, codes: &[KeyCode]) -> KeyAction {
+    let mut wish = KeyAction::GoOn;
     for code in codes {
         wish = press(model, KeyEvent::new(*code, KeyModifiers::NONE));
     }
@@ -141,7 +141,7 @@ fn keys(model: &mut Model, codes: &[KeyCode]) -> Wish {
 }
 
 /// Presses the keys of a text.
-fn write(model: &mut Model, text: &str) -> Wish {
+fn write(model: &mut Model, text: &str) -> KeyAction {
     let codes: Vec<KeyCode> = text.chars().map(KeyCode::Char).collect();
     keys(model, &codes)
 }
@@ -275,7 +275,7 @@ fn idle_time_and_state_are_there_on_80_columns() {
     half.state = ConnectionState::HalfClosedByClient;
     half.idle_seconds = 3700.0;
     half.peer = None;
-    half.process = Some(Process {
+    half.process = Some(ProcessInfo {
         pid: Some(4711),
         program: Some("curl".to_owned()),
         user: 501,
@@ -313,7 +313,7 @@ fn connections_are_sorted_by_what_is_wanted() {
 #[test]
 fn the_chosen_connection_stays_chosen_and_in_sight() {
     let mut model = Model::default();
-    let many = |ids: std::ops::Range<u64>| -> Vec<Connection> {
+    let many = |ids: std::ops::Range<u64>| -> Vec<ConnectionInfo> {
         ids.map(|id| connection(id, 1, 0)).collect()
     };
     let forwards = vec![forward(1, 0, 0)];
@@ -346,33 +346,33 @@ fn a_filter_shows_those_with_a_text_and_is_taken_back() {
     line(&screen(&model, 80, 20), "find: REMO");
     assert_eq!(shown(&model), 1);
     // What is written is no command.
-    assert_eq!(write(&mut model, "q"), Wish::GoOn);
+    assert_eq!(write(&mut model, "q"), KeyAction::GoOn);
     assert_eq!(shown(&model), 0);
     keys(&mut model, &[KeyCode::Backspace, KeyCode::Enter]);
     line(&screen(&model, 80, 20), "BUSIEST: REMO");
     assert_eq!(shown(&model), 1);
-    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::GoOn);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), KeyAction::GoOn);
     assert_eq!(shown(&model), 3);
-    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::End);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), KeyAction::End);
 }
 
 #[test]
 fn one_is_closed_after_a_question_and_only_the_chosen_one() {
     let mut model = model();
-    assert_eq!(write(&mut model, "k"), Wish::GoOn);
+    assert_eq!(write(&mut model, "k"), KeyAction::GoOn);
     line(&screen(&model, 80, 20), "choose a connection first");
-    assert_eq!(write(&mut model, "y"), Wish::GoOn);
+    assert_eq!(write(&mut model, "y"), KeyAction::GoOn);
     // The busiest is the second.
     keys(&mut model, &[KeyCode::Down, KeyCode::Char('k')]);
     let question = screen(&model, 80, 20);
     line(&question, "close 2 of web1, from 127.0.0.1:50002? y/n");
     line(&screen(&model, 40, 12), "close 2, 127.0.0.1:50002? y/n");
     for no in ["n", "k", "q"] {
-        assert_eq!(write(&mut model, no), Wish::GoOn);
+        assert_eq!(write(&mut model, no), KeyAction::GoOn);
         assert!(!screen(&model, 80, 20).contains("y/n"));
         write(&mut model, "k");
     }
-    assert_eq!(write(&mut model, "y"), Wish::Close(2));
+    assert_eq!(write(&mut model, "y"), KeyAction::Close(2));
     model.note = Some("closed 2".to_owned());
     line(&screen(&model, 80, 20), "closed 2");
     write(&mut model, "s");
@@ -394,7 +394,7 @@ fn help_tells_of_all_keys_and_any_key_leaves_it() {
         ] {
             line(&help, part);
         }
-        assert_eq!(write(&mut model, "q"), Wish::GoOn);
+        assert_eq!(write(&mut model, "q"), KeyAction::GoOn);
         line(&screen(&model, width, height), "50002");
     }
 }

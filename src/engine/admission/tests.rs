@@ -386,7 +386,7 @@ const OTHER: ForwardId = ForwardId(2);
 fn a_guests_dials_leave_slots_for_the_host() {
     let gate = gate(900, 64);
     let now = Instant::now();
-    let mut guests: Vec<Guest> = (0..800)
+    let mut guests: Vec<GuestSlot> = (0..800)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(guests.iter().all(|guest| guest.served.is_ok()));
@@ -443,7 +443,7 @@ fn one_of_several_forwards_does_not_take_a_guests_whole_quota() {
             .count_guest_forward(&gate)
     };
     let (_one, other) = (kept(ONE), kept(OTHER));
-    let mut hanging: Vec<Guest> = (0..6)
+    let mut hanging: Vec<GuestSlot> = (0..6)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(hanging.iter().all(|guest| guest.served.is_ok()));
@@ -590,7 +590,7 @@ fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
     let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
     let later = now + Duration::from_secs(1);
     assert!(!is_in_the_way(later));
-    let guests: Vec<Guest> = (0..15)
+    let guests: Vec<GuestSlot> = (0..15)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(gate.queue(ONE, 1, &wake).is_err());
@@ -636,7 +636,7 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
         let now = Instant::now();
         // None of them is kept for probes.
         let _kept = gate.reserve(ONE, 0, Some(WhileDown::HoldsClients)).unwrap();
-        let guests: Vec<Guest> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
+        let guests: Vec<GuestSlot> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
         assert_eq!(guests[7].served, Ok(()));
         assert_eq!(guests[8].served, Err(NotServed::GuestQuota(8)));
         drop(guests);

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | predecessor | [`Head`] | how many sockets follow |
 //! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
-//! | successor | [`Taken`] | it is ready to accept at these, and has accepted nobody yet |
+//! | successor | [`TakenSockets`] | it is ready to accept at these, and has accepted nobody yet |
 //! | predecessor | [`Yours`] | they are the successor's, and their files are |
 //! | successor | [`Mine`] | it accepts at them |
 //! | predecessor | [`Done`] | it accepts nobody any more |
@@ -42,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
-use crate::app::control::model::Ended;
+use crate::app::control::model::EndedInfo;
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::keeper;
 use crate::proxy::Handle;
@@ -63,7 +63,7 @@ const LONGEST_LINE: usize = 64 * 1024;
 
 /// The body of `POST /v1/take-over`.
 #[derive(Debug, Deserialize, Serialize)]
-pub(super) struct Request {
+pub(super) struct TakeOverRequest {
     pub(super) protocol: u32,
     /// The successor's process.
     pub(super) pid: u32,
@@ -116,7 +116,7 @@ struct FileLine {
 /// Which sockets the successor takes, by their numbers from 0. The others are closed by the
 /// predecessor.
 #[derive(Debug, Deserialize, Serialize)]
-struct Taken {
+struct TakenSockets {
     taken: Vec<usize>,
 }
 
@@ -145,13 +145,13 @@ pub(crate) type FailedForwards = BTreeMap<String, String>;
 /// A connection that has ended, before the hand-over or while the predecessor finishes.
 #[derive(Debug, Deserialize, Serialize)]
 struct EndedLine {
-    ended: Ended,
+    ended: EndedInfo,
 }
 
 /// What the predecessor says while it finishes.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Last {
+enum FinalLine {
     Slots(Slots),
     Ended(Box<EndedLine>),
 }
