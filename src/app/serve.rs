@@ -34,7 +34,7 @@ pub(crate) struct Stop(Arc<AtomicUsize>);
 impl Stop {
     /// Asks for the end: the first call that nothing new is begun, the next one that all is broken
     /// off.
-    pub(crate) fn ask(&self) {
+    pub(crate) fn request_end(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -185,7 +185,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     loop {
         let mut blocked = false;
         while !blocked && !ahead.is_empty() {
-            match again((&*stream).write(ahead.as_slices().0))? {
+            match completed((&*stream).write(ahead.as_slices().0))? {
                 Some(n) => drop(ahead.drain(..n)),
                 None => blocked = true,
             }
@@ -199,7 +199,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
         }
         let mut wanted = Wanted::Writable;
         if !eof && ahead.len() < AHEAD {
-            match again((&*stream).read(&mut buffer))? {
+            match completed((&*stream).read(&mut buffer))? {
                 Some(0) => eof = true,
                 Some(n) => {
                     total += n as u64;
@@ -217,7 +217,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
 }
 
 /// Returns what a call on a non-blocking socket has done; `None` if it would have had to wait.
-pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+pub(crate) fn completed<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(done) => Ok(Some(done)),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),

@@ -321,7 +321,7 @@ impl Forward {
     fn log_news(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let mut forwards = ForwardsTo::default();
-            *forwards.of(self.rule.while_down()) = 1;
+            *forwards.count_of(self.rule.while_down()) = 1;
             health::log_change(news, &self.rule.connect, error, forwards);
         }
     }

@@ -54,7 +54,7 @@ impl<D: Driver> Controller<D> {
         let (listener, forward) = self.binder.bind::<D>(rule, home)?;
         let id = forward.id;
         self.listen(listener, forward)
-            .inspect_err(|_| self.binder.forget(id))?;
+            .inspect_err(|_| self.binder.forget_rule(id))?;
         Ok(id)
     }
 
@@ -64,12 +64,12 @@ impl<D: Driver> Controller<D> {
         let others = self.shared.listening_sockets();
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
-            return Err(fail(stopping()));
+            return Err(fail(stopping_error()));
         }
         // Existing connections stay; the next client waits until there is room for it.
         let listeners = others + listen.listening_sockets();
         let descriptors = &self.shared.descriptors;
-        if descriptors.room(listeners) == 0 {
+        if descriptors.connection_room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
         }
         if forward.needs_graceful_close(Side::Client) {
@@ -85,7 +85,7 @@ impl<D: Driver> Controller<D> {
         };
         let listen =
             |wanted, answer| WorkerCommand::Listen(listener, Arc::clone(&forward), wanted, answer);
-        let begun = self.ask(home, listen).and_then(|done| done);
+        let begun = self.ask_worker(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
         self.shared.forwards().insert(forward);
         Ok(())
@@ -100,15 +100,15 @@ impl<D: Driver> Controller<D> {
         let set_access = || match access == old.rule.access() {
             true => Ok(()),
             false => self
-                .ask(home, |wanted, answer| {
+                .ask_worker(home, |wanted, answer| {
                     WorkerCommand::SetAccess(id, access, wanted, answer)
                 })
                 .and_then(|done| done),
         };
         let replace = |wanted, answer| WorkerCommand::Replace(Arc::clone(&forward), wanted, answer);
-        if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
+        if let Err(e) = set_access().and_then(|()| self.ask_worker(home, replace)) {
             forward.release_quota();
-            self.binder.restore(old);
+            self.binder.reserve_slots_again(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }
         self.shared.reserve_slots(&forward);
@@ -124,7 +124,7 @@ impl<D: Driver> Controller<D> {
         let _change = self.binder.begin_change();
         let forward = self.shared.forwards().remove(id);
         let forward = forward.ok_or_else(no_forward)?;
-        self.binder.forget(id);
+        self.binder.forget_rule(id);
         self.shared.release(&forward);
         let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
@@ -211,7 +211,7 @@ impl<D: Driver> Controller<D> {
     /// # Errors
     /// Returns `NotConnected` if the worker has ended, `TimedOut` if it does not answer. The
     /// command has no effect later either.
-    fn ask<T>(
+    fn ask_worker<T>(
         &self,
         worker: usize,
         command: impl FnOnce(StillWanted, Sender<T>) -> WorkerCommand<D>,
@@ -224,13 +224,13 @@ impl<D: Driver> Controller<D> {
         loop {
             match D::receive(&answers, CHECK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
+                Err(RecvTimeoutError::Disconnected) => return Err(stopping_error()),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             let (over, late) = (self.shared.is_over(), elapsed() >= ANSWER_TIMEOUT);
             if (over || late) && wanted.give_up() {
                 return Err(match over {
-                    true => stopping(),
+                    true => stopping_error(),
                     false => no_answer("nothing was changed"),
                 });
             }
@@ -281,6 +281,6 @@ pub(super) fn no_answer(so: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
-pub(super) fn stopping() -> io::Error {
+pub(super) fn stopping_error() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
 }

@@ -11,7 +11,7 @@ use crate::address::Address;
 use crate::listener::Wish;
 use crate::sys::Identity;
 
-use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping};
+use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping_error};
 use super::driver::Driver;
 use super::rules::Binder;
 use super::shared::{Accepting, WorkerCommand};
@@ -83,7 +83,7 @@ impl<D: Driver> Controller<D> {
     ) -> io::Result<()> {
         let _change = self.binder.begin_change();
         if self.shared.is_stopping() {
-            return Err(stopping());
+            return Err(stopping_error());
         }
         let offered = self.offer()?;
         let given: Arc<[ForwardId]> = give(offered)?.into();

@@ -242,7 +242,7 @@ impl<D: Driver> Shared<D> {
         inboxes: Vec<Inbox<D>>,
     ) -> Shared<D> {
         let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        let room = descriptors.room(sockets.sum());
+        let room = descriptors.connection_room(sockets.sum());
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
             reserve_in(&mut quotas, forward);
@@ -367,7 +367,7 @@ impl<D: Driver> Shared<D> {
 
     /// Allows as many connections as there are descriptors for besides so many listeners.
     pub(super) fn make_room(&self, listeners: usize) {
-        let room = self.descriptors.room(listeners);
+        let room = self.descriptors.connection_room(listeners);
         self.quotas().set_cap(self.most.min(room));
     }
 

@@ -257,10 +257,12 @@ impl<D: Driver> Worker<D> {
                 let _ = done.send(());
             }
             #[cfg(all(unix, feature = "cli"))]
-            WorkerCommand::Lend(done) => drop(done.send(call!(self.listeners.lend(), now))),
+            WorkerCommand::Lend(done) => {
+                drop(done.send(call!(self.listeners.lend_listeners(), now)))
+            }
             #[cfg(all(unix, feature = "cli"))]
             WorkerCommand::Give(forwards, done) => {
-                call!(self.listeners.give(&forwards), now);
+                call!(self.listeners.give_listeners(&forwards), now);
                 let _ = done.send(());
             }
             WorkerCommand::Ping(done) => drop(done.send(())),

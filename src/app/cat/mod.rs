@@ -116,7 +116,7 @@ impl Cat {
             Ok(()) | Err(CatFailure::Failed(_)) => {}
             Err(_) => return outcome,
         }
-        match self.wait_for_end(exec, |time| ending.within(time)) {
+        match self.wait_for_end(exec, |time| ending.wait_for_code(time)) {
             Ok(()) => outcome,
             failed => failed,
         }
@@ -162,7 +162,7 @@ impl Cat {
         let near = Near::Program(&program);
         let outcome = self.session(near, stream, connected).run();
         if outcome.is_err() {
-            program.cut();
+            program.cut_connection();
         }
         outcome?;
         self.wait_for_end(exec, |time| program.ended_within(time))

@@ -35,7 +35,7 @@ impl Near<'_> {
         match self {
             Near::Standard(input) => input.chunks(wait),
             #[cfg(unix)]
-            Near::Program(program) => Chunks::of(program.output(), wait),
+            Near::Program(program) => Chunks::start_reading(program.output(), wait),
         }
     }
 
@@ -91,7 +91,7 @@ pub(super) struct StandardInput(OnceLock<Arc<Mutex<Chunks>>>);
 
 impl StandardInput {
     fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
-        let start = || Chunks::of(sys::standard_input(), wait);
+        let start = || Chunks::start_reading(sys::standard_input(), wait);
         Arc::clone(self.0.get_or_init(start))
     }
 }
@@ -108,7 +108,10 @@ pub(super) struct Chunks {
 
 impl Chunks {
     /// Starts to read.
-    fn of(input: io::Result<impl Read + Send + 'static>, wait: Duration) -> Arc<Mutex<Chunks>> {
+    fn start_reading(
+        input: io::Result<impl Read + Send + 'static>,
+        wait: Duration,
+    ) -> Arc<Mutex<Chunks>> {
         let (put, come) = sync_channel(1);
         let failing = put.clone();
         let read = move || read_input(input, &put);

@@ -35,7 +35,7 @@ pub(super) struct ProgramExit {
 impl ProgramExit {
     /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each
     /// signal.
-    pub(super) fn within(&self, time: Duration) -> Option<io::Result<u8>> {
+    pub(super) fn wait_for_code(&self, time: Duration) -> Option<io::Result<u8>> {
         if self.ended.get().is_none() {
             let ended = match self.told.recv_timeout(time) {
                 Ok(ProgramEnd::Ended(ended)) => ended,
@@ -103,7 +103,7 @@ impl SessionProgram {
     }
 
     /// Cuts its connection: it is ended, unless it has ended its output.
-    pub(super) fn cut(&self) {
+    pub(super) fn cut_connection(&self) {
         // Threads of the session have it, too.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -112,9 +112,9 @@ impl SessionProgram {
         self.ended_within(Duration::ZERO).is_some()
     }
 
-    /// Waits for its end: see [`ProgramExit::within`].
+    /// Waits for its end: see [`ProgramExit::wait_for_code`].
     pub(super) fn ended_within(&self, time: Duration) -> Option<io::Result<u8>> {
-        self.ending.within(time)
+        self.ending.wait_for_code(time)
     }
 }
 

@@ -69,7 +69,7 @@ impl Session<'_> {
             received: Arc::default(),
         };
         let mut peer_ended = false;
-        let begun = self.begin(&shared);
+        let begun = self.start_threads(&shared);
         let outcome = begun.and_then(|()| self.wait(&shared, &mut peer_ended));
         shared.over.store(true, Ordering::Release);
         let is_graceful = self.stream.address().transport().needs_graceful_close;
@@ -78,7 +78,7 @@ impl Session<'_> {
             self.close_gracefully();
         } else if !peer_ended || outcome.is_err() && !is_graceful {
             // The peer may have ended and still be waiting for the rest of ours.
-            self.leave();
+            self.break_off();
         } else {
             self.half_close(&shared);
         }
@@ -86,16 +86,16 @@ impl Session<'_> {
     }
 
     /// Starts the threads that carry both directions.
-    fn begin(&self, shared: &SharedSession) -> CatResult {
+    fn start_threads(&self, shared: &SharedSession) -> CatResult {
         let output = self.near.output();
         self.spawn(shared, "hvsock-receive", |shared, tell| {
-            receive(shared, output, tell)
+            carry_to_output(shared, output, tell)
         })?;
         // Where no other session follows, none needs to let go of the input.
         let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
         let connected = self.connected;
         self.spawn(shared, "hvsock-send", move |shared, tell| {
-            send(shared, &chunks, connected, tell)
+            carry_from_input(shared, &chunks, connected, tell)
         })
     }
 
@@ -219,7 +219,7 @@ impl Session<'_> {
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the
     /// family can tell.
-    fn leave(&self) {
+    fn break_off(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
             if self.stream.address().transport().runs_program {
@@ -250,7 +250,7 @@ impl Session<'_> {
 
 /// Carries what comes to standard output; when that can't be, discards it until the session is
 /// over.
-fn receive(shared: &SharedSession, output: Output, tell: &dyn Fn(SessionEvent)) {
+fn carry_to_output(shared: &SharedSession, output: Output, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     let mut output = match output {
         Ok(output) => Some(output),
@@ -283,7 +283,7 @@ fn receive(shared: &SharedSession, output: Output, tell: &dyn Fn(SessionEvent)) 
 }
 
 /// Carries standard input to the peer, and half-closes at its end.
-fn send(
+fn carry_from_input(
     shared: &SharedSession,
     chunks: &Mutex<Chunks>,
     connected: Instant,

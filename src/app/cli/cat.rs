@@ -126,7 +126,7 @@ impl CatArgs {
     fn echo(&self, plan: CatPlan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
         let stop = Stop::default();
         let stopper = stop.clone();
-        signals.call_at_each(move || stopper.ask())?;
+        signals.call_at_each(move || stopper.request_end())?;
         let plan = serve::ServePlan {
             in_all: (!self.keep_listening).then_some(1),
             grace: plan.drain,

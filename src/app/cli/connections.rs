@@ -14,7 +14,7 @@ use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
 use crate::app::control::{
-    self, ApiProblem, ConnectionInfo, EndedInfo, Unanswered, age, ask, get, read, segment,
+    self, ApiProblem, ConnectionInfo, EndedInfo, Unanswered, age, ask, encode_segment, get, read,
 };
 use crate::app::values::parse_connection;
 use crate::proxy::Waiting;
@@ -154,7 +154,7 @@ impl ConnectionsArgs {
 }
 
 fn forward_call(name: &str) -> String {
-    format!("/v1/forwards/{}", segment(name))
+    format!("/v1/forwards/{}", encode_segment(name))
 }
 
 /// Returns the bytes that wait, to the server and to the client.

@@ -16,7 +16,7 @@ use super::given::GivenOptions;
 use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
-use super::reconciler::danger;
+use super::reconciler::describe_danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::{SummaryReport, tried_again};
@@ -24,7 +24,7 @@ use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
 use crate::app::control::{
-    self, ApiProblem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
+    self, ApiProblem, Unanswered, ask, encode_segment, read, reason_in_words, refusals_by_reason,
 };
 use crate::app::escape;
 use crate::app::ranges::{expand, join};
@@ -381,7 +381,7 @@ impl RemoveArgs {
         let path = self.which.path();
         let mut is_whole = true;
         for name in &self.names {
-            let call = format!("/v1/forwards/{}{}", segment(name), query(self.grace));
+            let call = format!("/v1/forwards/{}{}", encode_segment(name), query(self.grace));
             let removed: AddedForwards = read(&ask(&path, "DELETE", &call, "")?)?;
             for it in removed.list() {
                 tell_removed(it, &path)?;
@@ -411,7 +411,7 @@ fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
     let connect = &removed.connect;
     print(format_args!("removed {name}: {listen} -> {connect}{live}"))?;
     let listen = listen.parse().ok();
-    let danger = listen.and_then(|listen| danger(&name, &listen));
+    let danger = listen.and_then(|listen| describe_danger(&name, &listen));
     if let Some(why) = danger.filter(|_| !has_keeper(path)) {
         complain(why);
     }
@@ -471,7 +471,7 @@ pub(super) struct ReloadArgs {
 
 impl ReloadArgs {
     pub(super) fn run(self) -> Outcome {
-        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list)?;
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list_reasons)?;
         let report: SummaryReport = read(&answer)?;
         match self.json {
             true => print_json(answer.trim_end())?,
@@ -489,7 +489,7 @@ impl ReloadArgs {
 }
 
 /// Lists why something was not done: what is wrong with a file has many lines.
-fn list(why: Unanswered) -> Failure {
+fn list_reasons(why: Unanswered) -> Failure {
     let why = why.to_string();
     Failure::Listed(why.lines().map(str::to_owned).collect())
 }
@@ -516,7 +516,7 @@ impl UpgradeArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let before: control::Status = control::get(&path, "/v1/status")?;
-        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list)?;
+        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list_reasons)?;
         let done: Value = read(&done)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
         let carried = after.forwards.iter().filter(|it| it.id.is_some());

@@ -92,7 +92,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
 
 /// Serves on sockets where a proxy lets no forward lead; where they are is told.
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
-    let states = bound.states();
+    let states = bound.endpoint_states();
     let control = bound.serve(proxy.handle(), actions)?;
     for (what, address, trouble) in states {
         match (address.as_tcp(), trouble) {

@@ -31,7 +31,7 @@ impl EventsArgs {
             let printed = output::print(format!("{}\n", escape::json(line)).as_bytes());
             printed.map_err(|e| failure = Some(e)).is_ok()
         };
-        control::follow(&self.which.path(), "/v1/events", print)?;
+        control::follow_events(&self.which.path(), "/v1/events", print)?;
         match failure {
             // A reader that has gone, as `head` does, has seen enough.
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(

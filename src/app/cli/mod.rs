@@ -172,7 +172,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
-            let e = usage::mend(e, &words);
+            let e = usage::reword_error(e, &words);
             // Help and version go to standard output with code 0, the rest to standard error with
             // code 2.
             if let Err(why) = e.print()

@@ -159,9 +159,11 @@ impl Reconciler {
             summary: Summary::default(),
             pending: Vec::new(),
         };
-        let before: HashMap<_, &PendingForward> =
-            before.iter().map(|it| (wish(&it.rule), it)).collect();
-        let is_pending = |rule: &Rule| before.get(&wish(rule)).copied();
+        let before: HashMap<_, &PendingForward> = before
+            .iter()
+            .map(|it| (identity_of_wish(&it.rule), it))
+            .collect();
+        let is_pending = |rule: &Rule| before.get(&identity_of_wish(rule)).copied();
         for step in plan(&existing, wanted) {
             match (&step, occasion) {
                 // Somebody has removed it by hand.
@@ -182,8 +184,10 @@ impl Reconciler {
         summary.join_moves();
         // The first of those that are the same.
         let places = wanted.iter().enumerate().rev();
-        let places: HashMap<_, usize> = places.map(|(at, rule)| (wish(rule), at)).collect();
-        pending.sort_by_key(|it| places.get(&wish(&it.rule)).copied());
+        let places: HashMap<_, usize> = places
+            .map(|(at, rule)| (identity_of_wish(rule), at))
+            .collect();
+        pending.sort_by_key(|it| places.get(&identity_of_wish(&it.rule)).copied());
         for it in &mut pending {
             if let Some(was) = is_pending(&it.rule) {
                 it.since = was.since;
@@ -199,7 +203,7 @@ impl Reconciler {
 }
 
 /// What is the same of rules that are the same wish.
-fn wish(rule: &Rule) -> (&Option<String>, &Address) {
+fn identity_of_wish(rule: &Rule) -> (&Option<String>, &Address) {
     (&rule.name, &rule.listen)
 }
 
@@ -380,7 +384,7 @@ impl Change<'_> {
     fn note_removed(&mut self, id: ForwardId) {
         let rule = self.rules[&id];
         let name = name_of(rule);
-        let danger = danger(&name, &rule.listen);
+        let danger = describe_danger(&name, &rule.listen);
         let danger = danger.filter(|_| !has_keeper(self.handle));
         self.summary.warnings.extend(danger);
         self.summary.removed.push(name);
@@ -401,7 +405,7 @@ fn has_keeper(handle: &Handle) -> bool {
 }
 
 /// What is dangerous about a forward's being removed, if there is no keeper.
-pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
+pub(super) fn describe_danger(name: &str, listen: &Address) -> Option<String> {
     let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();
     Some(format!(

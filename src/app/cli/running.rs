@@ -114,12 +114,12 @@ fn bind_control_sockets(
             (std::io::ErrorKind::AddrInUse, Some(path)) => e.with_remedy(in_place_of(path, file)),
             _ => e,
         })?;
-    Ok(forbid(bound, proxy))
+    Ok(forbid_own_sockets(bound, proxy))
 }
 
 /// Lets no forward of the proxy lead to the sockets.
 #[cfg(unix)]
-fn forbid(bound: ControlSockets, proxy: &mut ProxyConfig) -> ControlSockets {
+fn forbid_own_sockets(bound: ControlSockets, proxy: &mut ProxyConfig) -> ControlSockets {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
     proxy.observer = Some(bound.observer());
@@ -237,8 +237,8 @@ impl Running {
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
         let sockets = control::take(&control_options(&config), &mut predecessor)
             .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
-        let sockets = forbid(sockets, &mut proxy);
-        let added = predecessor.added();
+        let sockets = forbid_own_sockets(sockets, &mut proxy);
+        let added = predecessor.added_rules();
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
         proxy.listeners = predecessor.take_listeners(&rules);
         let proxy = Proxy::start(proxy)?;
@@ -254,16 +254,18 @@ impl Running {
                 failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
-        let left = predecessor.left();
+        let left = predecessor.untaken_addresses();
         for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
             running.handle().start_keeper(&vm.state_dir);
         }
-        let agreed = predecessor.agree(running.handle()).map_err(|e| {
-            let pid = old.pid;
-            Failure::Failed(format!(
-                "process {pid} has not handed over: {e}; it goes on"
-            ))
-        })?;
+        let agreed = predecessor
+            .agree_on_sockets(running.handle())
+            .map_err(|e| {
+                let pid = old.pid;
+                Failure::Failed(format!(
+                    "process {pid} has not handed over: {e}; it goes on"
+                ))
+            })?;
         running.handle().admit_clients();
         agreed.finish(running.handle(), old.pid, sockets.inherited(), failed);
         running.predecessor = Some(old.pid);
@@ -360,7 +362,7 @@ impl Running {
 
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
-        let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
+        let mut told: Vec<String> = self.state().missing.iter().map(describe_missing).collect();
         told.extend(failures(&self.reconciler.failed()));
         told
     }
@@ -510,14 +512,14 @@ impl Running {
         state.limits = wanted.limits;
         let known: HashSet<&Missing> = state.missing.iter().collect();
         let new = wanted.missing.iter().filter(|it| !known.contains(it));
-        summary.warnings.extend(new.map(absence));
+        summary.warnings.extend(new.map(describe_missing));
         state.missing = wanted.missing;
         summary
     }
 }
 
 /// What is said of a VM that is not there yet.
-pub(super) fn absence(missing: &Missing) -> String {
+pub(super) fn describe_missing(missing: &Missing) -> String {
     let Missing { name, why, .. } = missing;
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
 }

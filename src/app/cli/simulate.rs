@@ -107,7 +107,7 @@ impl FromStr for Guest {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Guest, String> {
-        let (port, service) = split(text, "80=http")?;
+        let (port, service) = split_port(text, "80=http")?;
         let service = match service {
             "echo" => Service::Echo,
             "discard" => Service::Discard,
@@ -136,7 +136,7 @@ impl FromStr for GuestDial {
     type Err = String;
 
     fn from_str(text: &str) -> Result<GuestDial, String> {
-        let (port, dial) = split(text, "5000=tcp://127.0.0.1:0")?;
+        let (port, dial) = split_port(text, "5000=tcp://127.0.0.1:0")?;
         let dial = match dial.strip_suffix("/s").map(str::parse) {
             Some(Ok(per_second)) => Dial::Paced(per_second),
             Some(Err(_)) => {
@@ -160,7 +160,7 @@ fn parse_cid(text: &str) -> Result<u32, String> {
     }
 }
 
-fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
+fn split_port<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
     let (port, rest) = text
         .split_once('=')
         .ok_or_else(|| format!("no = in it; a right one: {right}"))?;

@@ -78,7 +78,7 @@ impl StopArgs {
         let directories = before.vms().into_iter();
         for (directory, keeper) in keepers_in(directories.map(|vm| PathBuf::from(&vm.directory))) {
             if keeper.proxy == before.pid {
-                end(&directory, &keeper)?;
+                end_keeper(&directory, &keeper)?;
             }
         }
         Ok(())
@@ -155,7 +155,7 @@ fn end_orphans(vm: &str) -> Outcome {
     }
     let (orphans, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|it| it.proxy_ended);
     for keeper in &orphans {
-        end(&directory, keeper)?;
+        end_keeper(&directory, keeper)?;
     }
     for keeper in &others {
         complain(format_args!(
@@ -170,7 +170,7 @@ fn end_orphans(vm: &str) -> Outcome {
 }
 
 /// Ends a keeper, and says what that risks.
-fn end(directory: &Path, keeper: &KeeperStatus) -> Outcome {
+fn end_keeper(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     let pid = keeper.pid;
     keepers::end(directory, pid)
         .map_err(|e| Failure::Failed(format!("keeper {pid} can't be ended: {e}")))?;

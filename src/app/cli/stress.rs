@@ -126,7 +126,7 @@ impl StressArgs {
         let address = self.peer.address(Instant::now())?;
         if self.server {
             let mut listener = LastingListener::bind(&address, self.mode)?;
-            heed(signals, stop.clone(), GRACE)?;
+            stop_on_signals(signals, stop.clone(), GRACE)?;
             say(format_args!("serving on {}", listener.address()));
             let plan = serve::ServePlan {
                 in_all: None,
@@ -136,7 +136,7 @@ impl StressArgs {
             return Ok(());
         }
         let plan = self.plan(address)?;
-        heed(signals, stop.clone(), plan.timeout)?;
+        stop_on_signals(signals, stop.clone(), plan.timeout)?;
         let report = watch(&plan, &stop);
         let printed = print_text(&report);
         match report.verdict() {
@@ -199,7 +199,7 @@ impl StressArgs {
 ///
 /// # Errors
 /// Returns why no thread can be started that waits for them.
-fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
+fn stop_on_signals(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
     let wait = move || {
         for (count, ()) in signals.each().enumerate() {
             // The reader of the report may have stopped.
@@ -213,7 +213,7 @@ fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
                     "stopping: connections under way have {seconds} s; once more to cut them off"
                 ));
             }
-            stop.ask();
+            stop.request_end();
         }
     };
     start_thread("hvsock-signals", "to wait for signals", wait)?;

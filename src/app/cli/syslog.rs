@@ -50,7 +50,7 @@ impl SyslogArgs {
         let signals = EndSignals::take()?;
         let log = Log::bind(&self.path, self.mode)?;
         let stopper = stop.clone();
-        signals.call_at_each(move || stopper.ask())?;
+        signals.call_at_each(move || stopper.request_end())?;
         say(format_args!("{} -> {}", self.path.display(), self.target));
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),

@@ -68,7 +68,7 @@ impl ForwardSection {
         let listen = section.take("listen", values::listen_addresses);
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
-        let ends = ends(&section);
+        let ends = check_ends(&section);
         let (listens_at, its_vm) = (listen.clone(), vm.clone());
         let at = |all: Vec<Address>| {
             all.into_iter()
@@ -159,7 +159,7 @@ impl ForwardSection {
 }
 
 /// Whether the section has one end to listen on and one to connect to; if not, it is said.
-fn ends(section: &Section<'_, '_>) -> bool {
+fn check_ends(section: &Section<'_, '_>) -> bool {
     let has = |key| section.has(key);
     let meant = |key| has(key) || section.is_meant(key);
     let mut sound = true;

@@ -268,17 +268,21 @@ impl Api {
         let (method, query) = (request.method.as_str(), request.query.as_slice());
         let answer = match (method, path) {
             (_, "/metrics") => return self.answer_metrics(request),
-            ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
-            ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
-            ("GET", "/v1/connections") => none(query)
+            ("GET", "/v1/status") => refuse_query(query).and_then(|()| json(200, &self.status())),
+            ("GET", "/v1/forwards") => {
+                refuse_query(query).and_then(|()| json(200, &self.forwards()))
+            }
+            ("GET", "/v1/connections") => refuse_query(query)
                 .and_then(|()| json(200, &ConnectionInfo::all(&self.handle.connections()))),
-            ("GET", ENDED) => none(query).and_then(|()| json(200, &self.ended())),
-            ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
-            ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
-            ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
-            ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
+            ("GET", ENDED) => refuse_query(query).and_then(|()| json(200, &self.ended())),
+            ("POST", "/v1/forwards") => refuse_query(query).and_then(|()| self.add(&request.body)),
+            ("POST", "/v1/reload") => refuse_query(query).and_then(|()| self.reload()),
+            ("POST", "/v1/take-over") => {
+                refuse_query(query).and_then(|()| self.take_over(&request.body))
+            }
+            ("POST", "/v1/upgrade") => refuse_query(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
-            ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
+            ("GET", EVENTS) => refuse_query(query).and_then(|()| Err(no_such_call(path))),
             (_, "/v1/status" | "/v1/connections" | ENDED | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
@@ -287,12 +291,11 @@ impl Api {
             _ if path.starts_with(CONNECTIONS) && method != "DELETE" => {
                 return wrong_method("DELETE");
             }
-            _ if path.starts_with(CONNECTIONS) => {
-                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by))
-            }
+            _ if path.starts_with(CONNECTIONS) => refuse_query(query)
+                .and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by)),
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
-                (Some(name), "GET") => none(query)
+                (Some(name), "GET") => refuse_query(query)
                     .and_then(|()| self.forward(name))
                     .and_then(|found| json(200, &found)),
                 (Some(name), "DELETE") => {
@@ -352,7 +355,7 @@ impl Api {
 
     fn ended(&self) -> Vec<EndedInfo> {
         let own = self.handle.ended().iter().map(EndedInfo::from).collect();
-        self.inherited.and(own)
+        self.inherited.merge_with(own)
     }
 
     /// Returns whether a connection is among the last that have ended in this process.
@@ -441,7 +444,7 @@ impl Api {
         let usual = (self.actions.options)();
         let rules = read_rules(body, usual.clone())?;
         if let Some(finding) = rules.iter().find_map(|it| look_at_access(it, &usual)) {
-            return Err(refuse(finding));
+            return Err(problem_of_finding(finding));
         }
         let forwards = self.handle.forwards();
         let asked = rules.len();
@@ -870,7 +873,7 @@ impl Api {
         let mut grace = (self.actions.grace)();
         for (key, value) in query {
             if key != "grace" {
-                return Err(unknown(key));
+                return Err(unknown_key(key));
             }
             let wrong = |why| ApiProblem::new(400, format!("grace: {why}"));
             grace = parse_time(value).map_err(wrong)?;
@@ -894,14 +897,14 @@ fn look_at_targets_of(rules: &[Rule]) -> Result<(), ApiProblem> {
     });
     for finding in findings {
         match finding.weight {
-            Weight::Mistake => return Err(refuse(finding)),
+            Weight::Mistake => return Err(problem_of_finding(finding)),
             Weight::Note => warn!("{finding}"),
         }
     }
     Ok(())
 }
 
-fn refuse(finding: Finding) -> ApiProblem {
+fn problem_of_finding(finding: Finding) -> ApiProblem {
     ApiProblem::new(400, finding.what).with_remedy(finding.remedy)
 }
 
@@ -920,14 +923,14 @@ fn label(forward: &ForwardStatus) -> String {
     }
 }
 
-fn none(query: &[(String, String)]) -> Result<(), ApiProblem> {
+fn refuse_query(query: &[(String, String)]) -> Result<(), ApiProblem> {
     match query.first() {
         None => Ok(()),
-        Some((key, _)) => Err(unknown(key)),
+        Some((key, _)) => Err(unknown_key(key)),
     }
 }
 
-fn unknown(key: &str) -> ApiProblem {
+fn unknown_key(key: &str) -> ApiProblem {
     ApiProblem::new(400, format!("nothing is called {key:?} here"))
 }
 

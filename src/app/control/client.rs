@@ -51,7 +51,7 @@ pub(crate) enum Unanswered {
 
 /// Returns how an hvsock that may be meant is named, with where the first of its forwards listens,
 /// if it says so in time.
-fn candidate(process: u32) -> String {
+fn describe_candidate(process: u32) -> String {
     /// One that is stopped never answers.
     const PATIENCE: Duration = Duration::from_secs(1);
     let answer = ask_status(&place::own_path(process), PATIENCE).ok();
@@ -94,7 +94,7 @@ impl std::fmt::Display for Unanswered {
                 let is_usual = |it: &std::path::PathBuf| place::address(it).to_string() == place;
                 if own.len() > 1 && place::usual_paths().iter().any(is_usual) {
                     let hvsocks = counted(own.len() as u64, "hvsock");
-                    let each: Vec<_> = own.into_iter().map(candidate).collect();
+                    let each: Vec<_> = own.into_iter().map(describe_candidate).collect();
                     let each = each.join(" or ");
                     return write!(f, "{hvsocks} run: say which with {each}");
                 }
@@ -143,13 +143,13 @@ pub(crate) fn get<T: DeserializeOwned>(path: &Path, call: &str) -> Result<T, Una
 
 /// Asks for what happens from now on, and passes each line of it on until the server ends, or
 /// `pass_on` returns false.
-pub(crate) fn follow(
+pub(crate) fn follow_events(
     path: &Path,
     call: &str,
     mut pass_on: impl FnMut(&str) -> bool,
 ) -> Result<(), Unanswered> {
     let end = Instant::now() + PATIENCE;
-    let refused = talk(path, "GET", call, "", PATIENCE, async |answer| {
+    let refused = send_and_read(path, "GET", call, "", PATIENCE, async |answer| {
         let left = end.saturating_duration_since(Instant::now());
         let answer = timeout(left, answer).await.map_err(io::Error::from)??;
         let status = answer.status().as_u16();
@@ -159,7 +159,8 @@ pub(crate) fn follow(
         let mut body = answer.into_body();
         let mut rest = Vec::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| broken("what it tells was cut short: has it ended?"))?;
+            let frame =
+                frame.map_err(|_| broken_answer("what it tells was cut short: has it ended?"))?;
             rest.extend(frame.into_data().unwrap_or_default());
             while let Some(len) = rest.iter().position(|byte| *byte == b'\n') {
                 let line = rest.drain(..=len).collect::<Vec<u8>>();
@@ -199,7 +200,7 @@ pub(crate) fn read<T: DeserializeOwned>(answer: &str) -> Result<T, Unanswered> {
 }
 
 /// A name as it stands in a path.
-pub(crate) fn segment(name: &str) -> String {
+pub(crate) fn encode_segment(name: &str) -> String {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_');
     utf8_percent_encode(name, KEPT).to_string()
 }
@@ -221,7 +222,7 @@ fn exchange(
     patience: Duration,
 ) -> Result<(u16, String), Unanswered> {
     let end = Instant::now() + patience;
-    talk(path, method, call, body, patience, async |answer| {
+    send_and_read(path, method, call, body, patience, async |answer| {
         let whole = async {
             let answer = answer.await?;
             let status = answer.status().as_u16();
@@ -235,7 +236,7 @@ fn exchange(
 type HttpAnswer = Response<Incoming>;
 
 /// Connects to the server, if it is this user's, sends a request, and has its answer read.
-fn talk<T>(
+fn send_and_read<T>(
     path: &Path,
     method: &str,
     call: &str,
@@ -288,7 +289,7 @@ async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<HttpAnswe
     sender.send_request(request).await.map_err(no_answer)
 }
 
-fn broken(why: &str) -> io::Error {
+fn broken_answer(why: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why)
 }
 
@@ -296,11 +297,11 @@ fn broken(why: &str) -> io::Error {
 async fn read_text(answer: HttpAnswer) -> io::Result<String> {
     let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
     let body = body.map_err(|e| match e.is::<LengthLimitError>() {
-        true => broken("the answer has more than 16 MiB"),
-        false => broken("the answer was cut short"),
+        true => broken_answer("the answer has more than 16 MiB"),
+        false => broken_answer("the answer was cut short"),
     })?;
     let body = String::from_utf8(body.to_bytes().into());
-    body.map_err(|_| broken("the answer is no UTF-8"))
+    body.map_err(|_| broken_answer("the answer is no UTF-8"))
 }
 
 /// Says why there is no answer.

@@ -49,7 +49,7 @@ impl ServedClient {
         ServedClient(Mutex::new((ClientPhase::Asking, Instant::now())))
     }
 
-    pub(super) fn begins(&self, phase: ClientPhase) {
+    pub(super) fn enter_phase(&self, phase: ClientPhase) {
         *lock(&self.0) = (phase, Instant::now());
     }
 
@@ -147,7 +147,7 @@ mod tests {
             clients.most = 3;
             let come = |clients: &mut SocketClients, phase| {
                 let client = Arc::new(ServedClient::new());
-                client.begins(phase);
+                client.enter_phase(phase);
                 clients.admit(&client, std::future::pending());
                 client
             };
@@ -186,10 +186,10 @@ mod tests {
             tokio::time::timeout(patience, client.keeps_waiting(most))
                 .await
                 .unwrap();
-            client.begins(ClientPhase::Waiting);
+            client.enter_phase(ClientPhase::Waiting);
             let waits = tokio::time::timeout(20 * most, client.keeps_waiting(most));
             waits.await.unwrap_err();
-            client.begins(ClientPhase::Hearing);
+            client.enter_phase(ClientPhase::Hearing);
             tokio::time::timeout(patience, client.keeps_waiting(most))
                 .await
                 .unwrap();

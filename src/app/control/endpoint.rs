@@ -169,7 +169,7 @@ pub(super) struct BoundEndpoint {
 
 impl BoundEndpoint {
     /// Returns it, for clients from there alone, if any is named.
-    pub(super) fn admitting(self, from: &[Source]) -> BoundEndpoint {
+    pub(super) fn limited_to(self, from: &[Source]) -> BoundEndpoint {
         BoundEndpoint {
             from: from.to_vec(),
             ..self
@@ -194,7 +194,7 @@ impl BoundEndpoint {
     }
 
     /// One whose socket listens already: another hvsock hands it over.
-    pub(super) fn handed(
+    pub(super) fn from_predecessor(
         service: ServedInterface,
         asked: &Address,
         socket: listener::Listener,
@@ -215,7 +215,7 @@ impl BoundEndpoint {
     }
 
     /// One that can't be opened yet, for that reason.
-    pub(super) fn closed(
+    pub(super) fn without_listener(
         service: ServedInterface,
         address: &Address,
         error: &Error,

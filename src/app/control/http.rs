@@ -146,13 +146,13 @@ pub(super) async fn serve<F: Future<Output = Response>>(
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Ok(request) => {
-                client.begins(ClientPhase::Waiting);
+                client.enter_phase(ClientPhase::Waiting);
                 answer(request).await
             }
             Err(problem) => problem.response(),
         };
         match response.body() {
-            Content::Text(_) => client.begins(ClientPhase::Hearing),
+            Content::Text(_) => client.enter_phase(ClientPhase::Hearing),
             // It waits for what happens, however long nothing does.
             Content::Lines(_) => follows.store(true, Ordering::Relaxed),
         }
@@ -189,7 +189,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
         return;
     };
     if let Some(problem) = refusal {
-        client.begins(ClientPhase::Hearing);
+        client.enter_phase(ClientPhase::Hearing);
         let answer = to_text(&problem.response());
         let told = timeout(REQUEST, stream.write_all(answer.as_bytes())).await;
         if !matches!(told, Ok(Ok(()))) {

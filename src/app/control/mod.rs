@@ -74,7 +74,7 @@ use crate::error::Result;
 use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Started, Succession};
-pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
+pub(crate) use client::{Unanswered, ask, ask_status, encode_segment, follow_events, get, read};
 pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
@@ -146,7 +146,7 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
             ServedInterface::Metrics => Use::Metrics,
         };
         let socket = from.take_endpoint(used_for, address)?;
-        Some(BoundEndpoint::handed(service, address, socket))
+        Some(BoundEndpoint::from_predecessor(service, address, socket))
     })
 }
 
@@ -192,7 +192,7 @@ fn open(
                 ));
             }
             Err(e) if options.unavailable == Unavailable::IsTriedAgain => {
-                BoundEndpoint::closed(ServedInterface::Control, &address, &e)
+                BoundEndpoint::without_listener(ServedInterface::Control, &address, &e)
             }
             opened => opened?,
         });
@@ -208,10 +208,10 @@ fn open(
         let waits =
             options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
         let bound = match open(service, address) {
-            Err(e) if waits => BoundEndpoint::closed(service, address, &e),
+            Err(e) if waits => BoundEndpoint::without_listener(service, address, &e),
             opened => opened?,
         };
-        sockets.push(bound.admitting(from));
+        sockets.push(bound.limited_to(from));
     }
     Ok(Bound {
         sockets,
@@ -250,7 +250,7 @@ impl Bound {
 
     /// Where those are that were asked for, in words and as an address, and why nobody can be
     /// served there, if so.
-    pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
+    pub(crate) fn endpoint_states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &BoundEndpoint| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&BoundEndpoint| it.endpoint.demand == Demand::Asked;
         let sockets = self.sockets.iter().filter(is_asked);

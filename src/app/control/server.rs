@@ -162,7 +162,7 @@ struct AtWork(#[expect(dead_code)] Sender<()>);
 
 impl AtWork {
     /// Calls what may block, on another thread.
-    fn call<T: Send + 'static>(
+    fn spawn_call<T: Send + 'static>(
         &self,
         call: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<(T, AtWork)> {
@@ -257,7 +257,7 @@ impl ClientAcceptor {
             let address = place::address(&place::own_path(std::process::id()));
             BoundEndpoint::open(ServedInterface::Control, &address, Demand::OwnAccord)
         };
-        let (opened, _) = self.at_work.call(open).await.ok()?;
+        let (opened, _) = self.at_work.spawn_call(open).await.ok()?;
         opened.ok()
     }
 
@@ -289,7 +289,7 @@ impl ClientAcceptor {
 
     async fn bind_again(&mut self) {
         let endpoint = Arc::clone(&self.endpoint);
-        let made = self.at_work.call(move || endpoint.bind()).await;
+        let made = self.at_work.spawn_call(move || endpoint.bind()).await;
         let made = made.map_or_else(|e| Err(fail(io::Error::other(e))), |(made, _)| made);
         let address = &self.endpoint.address;
         match made {
@@ -372,7 +372,7 @@ impl ClientAcceptor {
             self.look_at = now + WATCH;
             let (listener, endpoint) = (Arc::clone(listener), Arc::clone(&self.endpoint));
             let mut watch = std::mem::take(&mut self.watch);
-            self.look = Some(self.at_work.call(move || {
+            self.look = Some(self.at_work.spawn_call(move || {
                 let state = || listener.file_state();
                 let made = watch.look(&endpoint.address, state, || endpoint.bind());
                 (watch, made)
@@ -497,7 +497,7 @@ mod tests {
                 let asked = "tcp://127.0.0.1:0".parse().unwrap();
                 let bound =
                     BoundEndpoint::open(ServedInterface::Metrics, &asked, Demand::Asked).unwrap();
-                let bound = bound.admitting(&from);
+                let bound = bound.limited_to(&from);
                 let endpoint = Arc::clone(&bound.endpoint);
                 let api = Api::new(proxy.handle(), actions(|| ()), Vec::new(), Arc::default());
                 let _server = Server::start(vec![bound], Arc::new(api)).unwrap();

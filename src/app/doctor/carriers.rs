@@ -119,7 +119,7 @@ impl Hvsocks {
         let of_keepers = keepers::query(directory).into_iter();
         let of_keepers = of_keepers.filter(|it| !it.proxy_ended).map(|it| it.proxy);
         let shown = directory.to_string_lossy();
-        let names_it = |it: &&Hvsock| names(&it.process.command, &shown);
+        let names_it = |it: &&Hvsock| serves_vm_of(&it.process.command, &shown);
         let by_words = self.silent.iter().filter(names_it).map(|it| it.process.id);
         let mut processes: Vec<u32> = of_keepers.chain(by_words).collect();
         processes.retain(|process| self.answers.iter().all(|it| it.pid != *process));
@@ -147,7 +147,7 @@ impl Hvsocks {
 }
 
 /// Returns whether a command serves the VM of that directory, as far as its words tell.
-fn names(command: &[String], directory: &str) -> bool {
+fn serves_vm_of(command: &[String], directory: &str) -> bool {
     let serves = command.get(1);
     let serves = serves.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()));
     let is_in = |word: &String| {

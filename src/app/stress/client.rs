@@ -64,11 +64,11 @@ pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> 
     let lanes = (plan.parallel as u64).min(plan.connections);
     thread::scope(|scope| {
         for _ in 0..lanes {
-            let lane = || run.lane();
+            let lane = || run.run_lane();
             let lane = start_scoped_thread(scope, "hvsock-lane", "for connections", lane);
             if let Err(e) = lane {
                 lock(&run.report).note(e.to_string());
-                run.stop.ask();
+                run.stop.request_end();
                 break;
             }
         }
@@ -80,20 +80,20 @@ pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> 
 
 impl Run<'_> {
     /// Makes one connection after the other.
-    fn lane(&self) {
+    fn run_lane(&self) {
         let mut latencies = Latencies::default();
         while !self.stop.is_asked() {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             if number >= self.plan.connections {
                 break;
             }
-            let (done, outcome) = self.connection(number, &mut latencies);
+            let (done, outcome) = self.run_connection(number, &mut latencies);
             lock(&self.report).count(&done, outcome.is_ok());
             if let Err(why) = outcome {
                 self.progress.failed.fetch_add(1, Ordering::Relaxed);
                 lock(&self.report).fail(&why, &done);
                 if self.plan.fail_fast {
-                    self.stop.ask();
+                    self.stop.request_end();
                 }
             }
             self.progress.ended.fetch_add(1, Ordering::Relaxed);
@@ -102,7 +102,7 @@ impl Run<'_> {
         lock(&self.report).latencies.merge(&latencies);
     }
 
-    fn connection(
+    fn run_connection(
         &self,
         number: u64,
         latencies: &mut Latencies,
@@ -177,7 +177,7 @@ impl Run<'_> {
         if failed >= MOST_FAILED_DIALS && !self.stop.is_asked() {
             let why = format!("given up: {MOST_FAILED_DIALS} dials in a row came to nothing");
             lock(&self.report).note(why);
-            self.stop.ask();
+            self.stop.request_end();
         }
     }
 
@@ -186,7 +186,7 @@ impl Run<'_> {
             lock(&self.report).note(format!(
                 "given up: {MOST_SILENT} connections got no sign of life from the guest, and too many of them would kill the VM"
             ));
-            self.stop.ask();
+            self.stop.request_end();
         }
     }
 

@@ -25,7 +25,7 @@ pub(crate) fn serve(
     let last: Mutex<Option<Data>> = Mutex::new(None);
     serve::serve(listener, plan, stop, |number, stream, peer| {
         let begun = Instant::now();
-        let outcome = one(stream, &last);
+        let outcome = serve_client(stream, &last);
         let took = begun.elapsed().as_secs_f64() * 1e3;
         match outcome {
             Ok((what, bytes)) if verbose => {
@@ -45,7 +45,7 @@ fn fail(number: u64, peer: SocketName, error: &io::Error, verbose: bool) {
 }
 
 /// Serves a client; what was done, and with how many bytes.
-fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
+fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
     let mut first = Vec::new();
     let Some(request) = request(stream, &mut first)? else {
         return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
@@ -58,8 +58,8 @@ fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str,
         }
     };
     match request.way {
-        Way::Up => take(stream, &request, &data),
-        Way::Down => give(stream, &request, &data),
+        Way::Up => receive_upload(stream, &request, &data),
+        Way::Down => send_download(stream, &request, &data),
     }
 }
 
@@ -85,7 +85,7 @@ fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressR
     Ok(None)
 }
 
-fn take(
+fn receive_upload(
     mut stream: &Stream,
     request: &StressRequest,
     data: &Data,
@@ -113,11 +113,11 @@ fn take(
         ),
     };
     stream.write_all(answer.as_bytes())?;
-    end(stream)?;
+    half_close_and_drain(stream)?;
     Ok(("taken", taken))
 }
 
-fn give(
+fn send_download(
     mut stream: &Stream,
     request: &StressRequest,
     data: &Data,
@@ -127,12 +127,12 @@ fn give(
         let len = (request.bytes - given).min(256 * 1024);
         given += stream.write(data.at(request.start + given, len))? as u64;
     }
-    end(stream)?;
+    half_close_and_drain(stream)?;
     Ok(("given", given))
 }
 
 /// Half-closes and reads to the client's EOF.
-fn end(mut stream: &Stream) -> io::Result<()> {
+fn half_close_and_drain(mut stream: &Stream) -> io::Result<()> {
     stream.half_close()?;
     while stream.read(&mut [0; 64])? > 0 {}
     Ok(())

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use super::queue::{MOST_KEPT, SyncQueue, SyslogFrame};
 use crate::address::Address;
-use crate::app::serve::{LOOK, Stop, again};
+use crate::app::serve::{LOOK, Stop, completed};
 use crate::stream::Stream;
 use crate::sys::Wanted;
 
@@ -87,7 +87,7 @@ impl<'a> SyslogLink<'a> {
     pub(super) fn deliver(&mut self, kept: &SyncQueue) {
         loop {
             if let Some(why) = self.connection.as_mut().and_then(SyslogConnection::end_of) {
-                self.lose(kept, &why);
+                self.take_back_unconfirmed(kept, &why);
             }
             self.tell_recovery();
             if self.is_over() || !self.pause().is_zero() || kept.is_empty() {
@@ -113,7 +113,7 @@ impl<'a> SyslogLink<'a> {
             match written {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => return,
-                Err(e) => self.lose(kept, &e.to_string()),
+                Err(e) => self.take_back_unconfirmed(kept, &e.to_string()),
             }
         }
     }
@@ -130,7 +130,7 @@ impl<'a> SyslogLink<'a> {
     }
 
     /// Takes back what a lost connection was given.
-    fn lose(&mut self, kept: &SyncQueue, why: &str) {
+    fn take_back_unconfirmed(&mut self, kept: &SyncQueue, why: &str) {
         let Some(connection) = self.connection.take() else {
             return;
         };
@@ -218,14 +218,14 @@ impl SyslogConnection {
     fn end_of(&mut self) -> Option<String> {
         self.forget();
         loop {
-            match again((&self.stream).read(&mut [0; 512])) {
+            match completed((&self.stream).read(&mut [0; 512])) {
                 Ok(None) => return None,
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
                     // An empty write fails where the family tells a half-close from a close. TCP
                     // doesn't.
                     let gone =
-                        self.stream.is_hung_up() || again((&self.stream).write(&[])).is_err();
+                        self.stream.is_hung_up() || completed((&self.stream).write(&[])).is_err();
                     return gone.then(|| "it was ended".to_owned());
                 }
                 Ok(Some(_)) => {}
@@ -243,7 +243,7 @@ impl SyslogConnection {
         let mut moved = Instant::now();
         let mut stuck = false;
         while !rest.is_empty() {
-            if let Some(n) = again((&self.stream).write(rest))? {
+            if let Some(n) = completed((&self.stream).write(rest))? {
                 rest = &rest[n..];
                 moved = Instant::now();
                 continue;

@@ -71,9 +71,9 @@ pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> 
         // Apart from the dials, however long those take: the kernel keeps a few messages only, and
         // then programs wait.
         let taking = || {
-            let taken = take(log, &kept, stop);
+            let taken = receive_messages(log, &kept, stop);
             if taken.is_err() {
-                stop.ask();
+                stop.request_end();
             }
             taken
         };
@@ -98,7 +98,7 @@ pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> 
 }
 
 /// Takes what programs write, until the end is asked for.
-fn take(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<()> {
+fn receive_messages(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<()> {
     let mut buffer = vec![0; LONGEST_MESSAGE];
     let mut watch = FileWatch::default();
     loop {
@@ -162,14 +162,14 @@ mod tests {
         socket2::SockRef::from(&log.socket).shutdown(both).unwrap();
         let (kept, stop) = (SyncQueue::default(), Stop::default());
         thread::scope(|scope| {
-            let taking = scope.spawn(|| take(log, &kept, &stop));
+            let taking = scope.spawn(|| receive_messages(log, &kept, &stop));
             let program = UnixDatagram::unbound().unwrap();
             let deadline = Instant::now() + Duration::from_secs(20);
             while kept.is_empty() && Instant::now() < deadline {
                 let _ = program.send_to(b"hello", &path);
                 thread::sleep(Duration::from_millis(5));
             }
-            stop.ask();
+            stop.request_end();
             taking.join().unwrap().unwrap();
         });
         assert!(!kept.is_empty(), "nobody takes it");

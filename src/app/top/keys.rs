@@ -17,7 +17,7 @@ pub(super) enum KeyAction {
 }
 
 /// Does what a key says.
-pub(super) fn press(model: &mut Model, key: KeyEvent) -> KeyAction {
+pub(super) fn handle_key(model: &mut Model, key: KeyEvent) -> KeyAction {
     if key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL) {
         return KeyAction::End;
     }
@@ -57,12 +57,12 @@ fn command(model: &mut Model, key: KeyCode) -> KeyAction {
                 Focus::Forwards => Focus::Connections,
             };
         }
-        KeyCode::Down => model.go(1),
-        KeyCode::Up => model.go(-1),
-        KeyCode::PageDown => model.go(PAGE),
-        KeyCode::PageUp => model.go(-PAGE),
-        KeyCode::End => model.go(isize::MAX),
-        KeyCode::Home => model.go(isize::MIN),
+        KeyCode::Down => model.move_selection(1),
+        KeyCode::Up => model.move_selection(-1),
+        KeyCode::PageDown => model.move_selection(PAGE),
+        KeyCode::PageUp => model.move_selection(-PAGE),
+        KeyCode::End => model.move_selection(isize::MAX),
+        KeyCode::Home => model.move_selection(isize::MIN),
         _ => {}
     }
     KeyAction::GoOn

@@ -145,7 +145,7 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn heard(&mut self, sample: Sample) {
+    pub(super) fn take_sample(&mut self, sample: Sample) {
         let same = |it: &Status| it.pid == sample.status.pid;
         if !self.status.as_ref().is_some_and(same) {
             // Started anew: what was counted then says nothing.
@@ -166,7 +166,7 @@ impl Model {
     }
 
     /// Notes that there is no answer any more.
-    pub(super) fn lost(&mut self, why: String) {
+    pub(super) fn note_no_answer(&mut self, why: String) {
         self.trouble = Some(why);
     }
 
@@ -196,7 +196,7 @@ impl Model {
         let before = self.connections.drain(..).map(|it| it.connection);
         let before: HashMap<u64, ConnectionInfo> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
-        let names = names.filter_map(|it| Some((it.id?, called(it))));
+        let names = names.filter_map(|it| Some((it.id?, short_name(it))));
         let names: HashMap<u64, String> = names.collect();
         let busy = |connection: ConnectionInfo| {
             // A new one has moved all of it since we last heard.
@@ -243,7 +243,7 @@ impl Model {
     }
 
     /// Chooses the connection at a place, or the last if there are fewer.
-    fn choose(&mut self, place: usize) {
+    fn select_row(&mut self, place: usize) {
         let shown = self.shown();
         let id = shown.get(place).or(shown.last());
         self.chosen = id.map(|it| it.connection.id);
@@ -254,17 +254,17 @@ impl Model {
         if let Some(place) = place
             && self.chosen_place().is_none()
         {
-            self.choose(place);
+            self.select_row(place);
         }
     }
 
     /// Goes up or down in the list that the keys are for.
-    pub(super) fn go(&mut self, by: isize) {
+    pub(super) fn move_selection(&mut self, by: isize) {
         match self.focus {
             Focus::Forwards => self.scroll(by),
             Focus::Connections => match self.chosen_place() {
-                None => self.choose(0),
-                Some(place) => self.choose(place.saturating_add_signed(by)),
+                None => self.select_row(0),
+                Some(place) => self.select_row(place.saturating_add_signed(by)),
             },
         }
     }
@@ -350,7 +350,7 @@ fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
 }
 
 /// Returns what a forward is called in a narrow column: where it listens, if it has no name.
-pub(super) fn called(forward: &ForwardInfo) -> String {
+pub(super) fn short_name(forward: &ForwardInfo) -> String {
     if let Some(name) = &forward.name {
         return name.clone();
     }

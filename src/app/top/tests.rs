@@ -8,8 +8,8 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::style::Modifier;
 
 use super::draw::{draw, sparkline};
-use super::keys::{KeyAction, press};
-use super::model::{Model, Sample, Sort, called};
+use super::keys::{KeyAction, handle_key};
+use super::model::{Model, Sample, Sort, short_name};
 use crate::app::control::{ConnectionInfo, ForwardInfo, ProcessInfo, Status, VmInfo};
 use crate::proxy::{ConnectionState, Counters, Rule, VmStatus};
 
@@ -101,14 +101,14 @@ fn model() -> Model {
     let mut model = Model::default();
     let first = vec![forward(1, 1000, 0), forward(2, 0, 77)];
     let connections = vec![connection(1, 1, 10), connection(2, 1, 0)];
-    model.heard(sample(start, first, connections));
+    model.take_sample(sample(start, first, connections));
     let next = vec![forward(1, 1000 + 4096, 0), forward(2, 0, 77 + 10_240)];
     let connections = vec![
         connection(1, 1, 10),
         connection(2, 1, 4096),
         connection(3, 9, 2048),
     ];
-    model.heard(sample(start + Duration::from_secs(2), next, connections));
+    model.take_sample(sample(start + Duration::from_secs(2), next, connections));
     model
 }
 
@@ -135,7 +135,7 @@ fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
 fn keys(model: &mut Model, codes: &[KeyCode]) -> KeyAction {
     let mut wish = KeyAction::GoOn;
     for code in codes {
-        wish = press(model, KeyEvent::new(*code, KeyModifiers::NONE));
+        wish = handle_key(model, KeyEvent::new(*code, KeyModifiers::NONE));
     }
     wish
 }
@@ -171,7 +171,7 @@ fn a_proxy_that_was_started_anew_has_no_rates_of_the_old_one() {
     let mut model = model();
     let mut again = sample(Instant::now(), vec![forward(1, 9_999_999, 0)], Vec::new());
     again.status.pid = 8;
-    model.heard(again);
+    model.take_sample(again);
     assert_eq!(model.lanes()[0].rates.len(), 1);
     assert_eq!(model.lanes()[0].rate().sent, 0);
 }
@@ -223,11 +223,11 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
 #[test]
 fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
     let mut model = model();
-    model.lost("connection refused".to_owned());
+    model.note_no_answer("connection refused".to_owned());
     let lost = screen(&model, 80, 20);
     line(&lost, "no answer any more: connection refused");
     line(&lost, "web1");
-    model.heard(sample(Instant::now(), vec![forward(1, 0, 0)], Vec::new()));
+    model.take_sample(sample(Instant::now(), vec![forward(1, 0, 0)], Vec::new()));
     assert!(!screen(&model, 80, 20).contains("no answer"));
 }
 
@@ -252,7 +252,7 @@ fn a_forward_without_a_name_is_called_by_where_it_listens() {
         let mut forward = forward(1, 0, 0);
         forward.name = None;
         forward.listen = listen.to_owned();
-        called(&forward)
+        short_name(&forward)
     };
     assert_eq!(of("tcp://127.0.0.1:8080"), "127.0.0.1:8080");
     assert_eq!(of("unix:///run/user/1000/docker.sock"), "…000/docker.sock");
@@ -281,7 +281,7 @@ fn idle_time_and_state_are_there_on_80_columns() {
         user: 501,
     });
     let forwards = vec![forward(1, 0, 0)];
-    model.heard(sample(Instant::now(), forwards, vec![half]));
+    model.take_sample(sample(Instant::now(), forwards, vec![half]));
     let narrow = screen(&model, 80, 24);
     let row = line(&narrow, "curl[4711]");
     for part in ["web1", "client ended", "1 h"] {
@@ -317,7 +317,7 @@ fn the_chosen_connection_stays_chosen_and_in_sight() {
         ids.map(|id| connection(id, 1, 0)).collect()
     };
     let forwards = vec![forward(1, 0, 0)];
-    model.heard(sample(Instant::now(), forwards.clone(), many(0..50)));
+    model.take_sample(sample(Instant::now(), forwards.clone(), many(0..50)));
     assert_eq!(chosen_line(&model, 80, 20), None);
     write(&mut model, "ss");
     keys(&mut model, &[KeyCode::Down; 31]);
@@ -325,12 +325,12 @@ fn the_chosen_connection_stays_chosen_and_in_sight() {
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
     line(&screen(&model, 80, 20), "OLDEST +");
     // Others go, and it is still the one.
-    model.heard(sample(Instant::now(), forwards.clone(), many(20..50)));
+    model.take_sample(sample(Instant::now(), forwards.clone(), many(20..50)));
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
     // It goes, and the next has its place.
     let mut left = many(20..50);
     left.retain(|it| it.id != 30);
-    model.heard(sample(Instant::now(), forwards, left));
+    model.take_sample(sample(Instant::now(), forwards, left));
     assert!(chosen(&model).contains(":500031"), "{}", chosen(&model));
     keys(&mut model, &[KeyCode::End]);
     assert!(chosen(&model).contains(":500049"), "{}", chosen(&model));

@@ -486,7 +486,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
         other => panic!("{other:?}"),
     };
     let (mut first, second) = (dial(one), dial(one));
-    first.lose();
+    first.mark_lost();
     drop((first, second));
     let status = gate.status(now);
     assert_eq!((status.connections, status.lost), (0, 1));
@@ -495,7 +495,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     let why = Full::Live { cap: 2, lost: 1 };
     assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
     drop(third);
-    gate.accept(ONE, None, Instant::now()).slot.lose();
+    gate.accept(ONE, None, Instant::now()).slot.mark_lost();
     assert_eq!(gate.lost(), 2);
     assert!(gate.begin_look(now, Duration::ZERO));
     gate.take_look(&look(two), now);
@@ -503,7 +503,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     // What an older VM had lost is not this one's.
     let mut old = dial(two);
     gate.note_vm_gone();
-    old.lose();
+    old.mark_lost();
     drop(old);
     assert_eq!((gate.lost(), gate.live()), (0, 0));
 }
@@ -547,7 +547,7 @@ fn two_processes_have_no_more_slots_than_one() {
     let now = Instant::now();
     let (old, new) = (gate(20, 400), gate(20, 400));
     let mut live: Vec<Slot> = (0..6).map(|_| go(&old, now)).collect();
-    live.pop().unwrap().lose();
+    live.pop().unwrap().mark_lost();
     let waiting = old.queue_always(ONE);
     let free = |gate: &Gate| gate.state().quotas.free_for(Holder::Forward(ONE));
     // For a moment both may accept.
@@ -644,7 +644,7 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
         let why = Full::Live { cap: 9, lost: 0 };
         let full = gate.admit(ONE, now);
         assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
-        slots.iter_mut().for_each(Slot::lose);
+        slots.iter_mut().for_each(Slot::mark_lost);
         drop(slots);
         assert_eq!((gate.live(), gate.lost()), (0, 0));
     }
@@ -712,7 +712,7 @@ fn the_end_of_a_vm_is_no_answer_and_leaves_nothing_behind() {
     // Its other connections say nothing about the VM that is started next.
     drop(go(&gate, now));
     second.note_vm_end(now);
-    second.lose();
+    second.mark_lost();
     drop((first, second));
     let status = gate.status(now);
     assert_eq!((status.up, status.lost), (Some(true), 0));

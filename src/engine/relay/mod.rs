@@ -477,7 +477,7 @@ impl<S: Socket> Pair<S> {
 
     /// Returns how many bytes of what `side` sent are held here.
     pub(crate) fn in_flight(&self, side: Side) -> usize {
-        self.flows[side].carrier.left()
+        self.flows[side].carrier.bytes_left()
     }
 
     /// Returns whether the server refused by an EOF before its first byte.

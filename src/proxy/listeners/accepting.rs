@@ -89,7 +89,7 @@ impl<D: Driver> Listeners<D> {
             }
         }
         if self.wants_turn(token) {
-            self.schedule.queue(token);
+            self.schedule.queue_listener(token);
         }
     }
 
@@ -132,7 +132,7 @@ impl<D: Driver> Listeners<D> {
             Err(e) if is_broken(&e) => self.replace_broken(token, cx),
             // Invariant 10: no error ends a listener. Most often descriptors ran out, and a close
             // frees one.
-            Err(e) => self.pause(token, Obstacle::Paused, &e, cx),
+            Err(e) => self.pause_listener(token, Obstacle::Paused, &e, cx),
         }
         ControlFlow::Break(())
     }
@@ -157,7 +157,7 @@ impl<D: Driver> Listeners<D> {
             && let Some(reason) = cx.shared.is_full_for(forward.id)
             && !cx.shared.may_come_from_us(forward)
         {
-            self.pause(token, Obstacle::Full, &reason, cx);
+            self.pause_listener(token, Obstacle::Full, &reason, cx);
             return ControlFlow::Break(());
         }
         match queue_for_slot(forward, clients, cx) {
@@ -184,7 +184,7 @@ impl<D: Driver> Listeners<D> {
     }
 
     /// Has a listener try again in a moment.
-    fn pause(
+    fn pause_listener(
         &mut self,
         token: usize,
         obstacle: Obstacle,
@@ -193,7 +193,7 @@ impl<D: Driver> Listeners<D> {
     ) {
         // The listener tries again by itself, whatever the state of its VM was.
         self.entries[token].end_wait_for_slot();
-        self.schedule.pause(token, cx.now + PAUSE);
+        self.schedule.pause_listener(token, cx.now + PAUSE);
         self.report_obstacle(token, obstacle, reason, cx);
     }
 

@@ -88,7 +88,7 @@ impl Successor {
             if !agree() {
                 return Err(io::Error::other("it was given up"));
             }
-            let slots = Slots::keep(handle, Remainder::HalfOfFree);
+            let slots = Slots::reserve_in_proxy(handle, Remainder::HalfOfFree);
             wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
                 Ok(mine) => {
@@ -121,7 +121,7 @@ impl Successor {
         for endpoint in given {
             endpoint.wait_until_closed();
         }
-        let slots = Slots::keep(handle, Remainder::Used);
+        let slots = Slots::reserve_in_proxy(handle, Remainder::Used);
         let done = Done {
             done: true,
             slots: slots.clone(),
@@ -160,7 +160,7 @@ impl Finishing {
         handle: &Handle,
         ended: Vec<EndedInfo>,
     ) -> io::Result<()> {
-        let slots = Slots::keep(handle, Remainder::Used);
+        let slots = Slots::reserve_in_proxy(handle, Remainder::Used);
         if slots != self.told {
             self.wire.send(&slots)?;
             self.told = slots;

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::{
     Done, FailedForwards, FinalLine, Head, Mine, PATIENCE, PROTOCOL, SocketLine, TakeOverRequest,
 };
-use super::{LONGEST_LINE, address_of, guest_port, invalid, path_of, take_from_keepers};
+use super::{LONGEST_LINE, address_of, guest_port, invalid_data, path_of, take_from_keepers};
 use super::{TakenSockets, Use, Wire, Yours};
 use crate::address::Address;
 use crate::app::control::client::{Unanswered, ask};
@@ -97,7 +97,7 @@ impl Predecessor {
     }
 
     /// Returns the rules that were added by hand.
-    pub(crate) fn added(&self) -> Vec<Rule> {
+    pub(crate) fn added_rules(&self) -> Vec<Rule> {
         let added = self.sockets.iter().filter_map(|it| it.added.clone());
         added.collect()
     }
@@ -147,7 +147,7 @@ impl Predecessor {
     }
 
     /// Returns the addresses of the sockets that are left, which it closes.
-    pub(crate) fn left(&self) -> Vec<Address> {
+    pub(crate) fn untaken_addresses(&self) -> Vec<Address> {
         let left = self.sockets.iter();
         let left = left.filter(|it| it.used_for == Use::Forward);
         let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
@@ -163,13 +163,13 @@ impl Predecessor {
     /// # Errors
     /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this
     /// took too long.
-    pub(crate) fn agree(mut self, handle: &Handle) -> io::Result<Agreed> {
+    pub(crate) fn agree_on_sockets(mut self, handle: &Handle) -> io::Result<Agreed> {
         self.wire.send(&TakenSockets {
             taken: std::mem::take(&mut self.taken),
         })?;
         let yours: Yours = self.wire.next()?;
         if !yours.yours {
-            return Err(invalid("it keeps them"));
+            return Err(invalid_data("it keeps them"));
         }
         for (file, access) in self.files.drain(..) {
             file.own();
@@ -221,7 +221,9 @@ impl Agreed {
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
                 // Without a thread they are left out for ever, which is safe.
                 let hear = move || {
-                    hear_on(self.wire, &handle, |ended| inherited.note(ended, process));
+                    hear_on(self.wire, &handle, |ended| {
+                        inherited.add_ended(ended, process)
+                    });
                 };
                 let _ = thread.spawn(hear);
             }
@@ -248,11 +250,14 @@ fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
 }
 
 fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<PassedSocket> {
-    let address = |text: &str| text.parse::<Address>().map_err(|e| invalid(e.to_string()));
+    let address = |text: &str| {
+        text.parse::<Address>()
+            .map_err(|e| invalid_data(e.to_string()))
+    };
     let asked = line.asked.as_deref().map(address).transpose()?;
     let file = line.file.map(|file| {
         let identity = Identity::from_text(&file.identity);
-        let identity = identity.ok_or_else(|| invalid("a file's identity is none"))?;
+        let identity = identity.ok_or_else(|| invalid_data("a file's identity is none"))?;
         Ok::<_, io::Error>((path_of(&file.at)?, identity))
     });
     let handed = Handed {
@@ -263,7 +268,7 @@ fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<PassedSocket> {
     };
     let added = line.added.map(|body| {
         let rule = read_rule(body.to_string().as_bytes(), RuleOptions::default());
-        rule.map_err(|problem| invalid(problem.to_string()))
+        rule.map_err(|problem| invalid_data(problem.to_string()))
     });
     Ok(PassedSocket {
         used_for: line.used_for,
