@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
-use crate::app::config::bare_key;
+use crate::app::config::quote_key;
 
 /// How often it is tried again to listen where that could not be done.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -89,9 +89,9 @@ impl Summary {
 
     /// Returns what the control socket tells of it.
     #[cfg(unix)]
-    pub(super) fn report(&self) -> Report {
+    pub(super) fn report(&self) -> SummaryReport {
         let failed = self.failed.iter();
-        Report {
+        SummaryReport {
             added: self.added.clone(),
             changed: self.changed.clone(),
             removed: self.removed.clone(),
@@ -116,7 +116,7 @@ impl Summary {
 /// A [`Summary`] as the control socket tells it.
 #[cfg(unix)]
 #[derive(Debug, serde::Deserialize, serde::Serialize)]
-pub(super) struct Report {
+pub(super) struct SummaryReport {
     added: Vec<String>,
     changed: Vec<String>,
     removed: Vec<String>,
@@ -130,7 +130,7 @@ pub(super) struct Report {
 }
 
 #[cfg(unix)]
-impl Report {
+impl SummaryReport {
     /// Returns what has changed, line by line.
     pub(super) fn changes(&self) -> Vec<String> {
         let named = [
@@ -153,7 +153,7 @@ impl Report {
     pub(super) fn troubles(&self) -> Vec<String> {
         let failed = self.failed.iter();
         let mut told: Vec<String> = failed
-            .map(|(name, why)| format!("[forward.{}] can't be had now: {why}", bare_key(name)))
+            .map(|(name, why)| format!("[forward.{}] can't be had now: {why}", quote_key(name)))
             .collect();
         let restart =
             |key: &String| format!("{key} has changed in the file, which takes a restart");
@@ -182,7 +182,7 @@ impl fmt::Display for Summary {
 
 /// Returns what is said of forwards that can't be had now.
 pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
-    let line = |it: &Failed| format!("[forward.{}]: {}", bare_key(&it.name), it.reason());
+    let line = |it: &Failed| format!("[forward.{}]: {}", quote_key(&it.name), it.reason());
     failed.iter().map(line).collect()
 }
 

@@ -29,7 +29,7 @@ impl fmt::Display for Line {
 }
 
 /// Returns a key as a file has it: in quotes where it must be.
-pub(crate) fn bare_key(key: &str) -> Cow<'_, str> {
+pub(crate) fn quote_key(key: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !key.is_empty() && key.chars().all(plain) {
         return key.into();
@@ -59,7 +59,7 @@ impl Problem {
     pub(super) fn of_forward(name: &str, line: &Line, finding: &Finding) -> Problem {
         Problem {
             line: Some(line.clone()),
-            text: format!("[forward.{}]: {finding}", bare_key(name)),
+            text: format!("[forward.{}]: {finding}", quote_key(name)),
             weight: finding.weight,
         }
     }

@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use std::io;
 use std::path::PathBuf;
 
-use super::problems::{Line, bare_key};
+use super::problems::{Line, quote_key};
 use super::section::Section;
 use crate::address::{AnyVm, HyperkitVm};
 use crate::app::values;
@@ -16,7 +16,7 @@ use crate::proxy::{Limits, VmLimits};
 
 /// `[vm.NAME]`.
 #[derive(Clone, Debug)]
-pub(super) struct Vm {
+pub(super) struct VmSection {
     pub(super) name: String,
     pub(super) line: Line,
     /// The section that says so, and the key if it has one: `[forward.web] vm`.
@@ -44,13 +44,13 @@ pub(crate) struct Missing {
 
 /// The VMs and where they are; those that can't be found are left out.
 #[derive(Debug)]
-pub(super) struct Found<'a> {
-    pub(super) vms: Vec<(&'a Vm, VmPlace)>,
+pub(super) struct FoundVms<'a> {
+    pub(super) vms: Vec<(&'a VmSection, VmPlace)>,
     pub(super) missing: Vec<Missing>,
 }
 
-impl Vm {
-    pub(super) fn read(name: String, mut section: Section<'_, '_>) -> Vm {
+impl VmSection {
+    pub(super) fn read(name: String, mut section: Section<'_, '_>) -> VmSection {
         let read =
             |value: &_| values::text(value).and_then(|at| Ok(values::at_home(&at)?.into_owned()));
         let given = section.take("at", read);
@@ -65,8 +65,8 @@ impl Vm {
         let key = if section.has("at") { " at" } else { "" };
         let unanswered_line = section.line_of("unanswered");
         section.finish();
-        Vm {
-            place: format!("[vm.{}]{key}", bare_key(&name)),
+        VmSection {
+            place: format!("[vm.{}]{key}", quote_key(&name)),
             name,
             line,
             at,
@@ -79,9 +79,9 @@ impl Vm {
     }
 
     /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
-    pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> Vm {
-        Vm {
-            place: format!("[forward.{}] vm", bare_key(forward)),
+    pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> VmSection {
+        VmSection {
+            place: format!("[forward.{}] vm", quote_key(forward)),
             name: name.to_owned(),
             line: line.clone(),
             at: Some(name.to_owned()),
@@ -114,13 +114,13 @@ impl Vm {
 
 /// Looks for VMs.
 pub(super) fn find<'a>(
-    vms: &'a [Vm],
+    vms: &'a [VmSection],
     places: &Places,
     complain: &mut dyn FnMut(Line, String),
-) -> Found<'a> {
-    let mut found: Vec<(&Vm, VmPlace)> = Vec::new();
+) -> FoundVms<'a> {
+    let mut found: Vec<(&VmSection, VmPlace)> = Vec::new();
     let mut missing = Vec::new();
-    let mut known: HashMap<AnyVm, &Vm> = HashMap::new();
+    let mut known: HashMap<AnyVm, &VmSection> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
             continue;
@@ -145,7 +145,7 @@ pub(super) fn find<'a>(
             let line = vm.unanswered_line.clone();
             complain(
                 line,
-                format!("[vm.{}]: {what}; leave it out", bare_key(&vm.name)),
+                format!("[vm.{}]: {what}; leave it out", quote_key(&vm.name)),
             );
         }
         match place.any().map(|it| known.entry(it)) {
@@ -174,7 +174,7 @@ pub(super) fn find<'a>(
         }
         found.push((vm, place));
     }
-    Found {
+    FoundVms {
         vms: found,
         missing,
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::problem::Problem;
+use super::problem::ApiProblem;
 use crate::address::Address;
 use crate::app::values::local_address;
 use crate::proxy::{ForwardId, ForwardStatus};
@@ -61,7 +61,7 @@ impl<'a> ForwardLookup<'a> {
     ///
     /// # Errors
     /// That there is none.
-    pub(super) fn find(&self, name: &str) -> Result<&'a ForwardStatus, Problem> {
+    pub(super) fn find(&self, name: &str) -> Result<&'a ForwardStatus, ApiProblem> {
         let there = || self.position_at(&parse_address(name)?);
         let id = name.parse::<u64>().ok();
         let numbered = || self.ids.get(&id?).copied();
@@ -73,7 +73,7 @@ impl<'a> ForwardLookup<'a> {
         let index = self.names.get(name).copied();
         let index = index.or_else(there).or_else(numbered).or_else(ported);
         index.map(|it| &self.forwards[it]).ok_or_else(|| {
-            let problem = Problem::new(404, format!("there is no forward {name:?}"));
+            let problem = ApiProblem::new(404, format!("there is no forward {name:?}"));
             problem.with_remedy("`hvsock status` lists those that there are")
         })
     }
