@@ -251,6 +251,10 @@ impl<S: ConnectionSocket> Connection<S> {
             may_slow: cx.phase == Phase::Running && self.forward.needs_graceful_close(side),
         };
         let mut next = drain.take_turn(turn, now);
+        if self.is_remnant && drain.wants_end() {
+            // Once it is closed, the guest's next packet has the device end the connection.
+            next = DrainStep::GiveUp;
+        }
         let slot = &mut self.slots[side];
         if let Some(slot) = slot {
             match next {
@@ -374,7 +378,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 && self.may_hold(side, cx)
             {
                 self.note_abandoned(HELD, cx.now);
-                held[side] = Some(Closing { end, how });
+                held[side] = Some(Closing::drain(end));
                 continue;
             }
             is_settling |= self.give_up(side, end, guest, cx);
@@ -409,7 +413,8 @@ impl<S: ConnectionSocket> Connection<S> {
     /// ended.
     ///
     /// A close would tell a silent guest nothing, and its slot would be as much taken as before.
-    /// While the socket is open, the guest's end is seen, and the slot is known to be free again.
+    /// While the socket is open, the guest's end is seen, and the slot is known to be free again. A
+    /// guest that sends would be told by a close, so its drain is given up then.
     pub(crate) fn take_remnant(&mut self, now: Instant) -> Connection<S> {
         let forward = Arc::clone(&self.forward);
         let state = self.take_state();
