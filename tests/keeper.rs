@@ -609,6 +609,52 @@ fn a_killed_keeper_is_replaced_by_another_that_has_everything() {
     nothing_is_left(dir, &seen);
 }
 
+/// Nobody is left then who knows of the port. What the keeper was serving is closed; a VM whose
+/// guest dials on hangs, unless another hvsock comes before.
+#[test]
+fn a_keeper_that_is_killed_while_it_serves_leaves_the_port_to_the_next_hvsock() {
+    /// A close of what the guest has dialled does no harm after this time (`hyperkit.md`).
+    const HARMLESS: Duration = Duration::from_millis(50);
+    let dir = private_dir();
+    let (dir, target) = (dir.path(), echo_server());
+    let vm = vm(dir);
+    let kill_both = |proxy: Running| {
+        let pid = proxy.child.0.id();
+        let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
+        proxy.signal("KILL");
+        keeper_of(dir, pid, |it| has_port(it, "serving"));
+        let mut guest = vm.dial(HOST_PORT).unwrap();
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+        keeper_of(dir, pid, |it| it["connections"] == 1);
+        thread::sleep(HARMLESS);
+        kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+        eventually("it is gone", || !is_alive(keeper));
+        drop(guest);
+        all_slots_come_back(&vm);
+        keeper
+    };
+    let dead = kill_both(expose(dir, target, &[]));
+    // It could not remove its socket.
+    assert_eq!(keepers(dir), [dead]);
+    // One dial that finds nobody: three hang the VM.
+    assert!(vm.dial(HOST_PORT).is_err());
+    let second = expose(dir, target, &[]);
+    let keeper = keeper_of(dir, second.child.0.id(), |it| has_port(it, "held"));
+    assert!(guest_is_served(&vm));
+    assert_eq!(keepers(dir), [keeper], "what is left of the dead one is removed");
+    kill_both(second);
+    let end = Instant::now() + PATIENCE;
+    while vm.fate().is_none() && Instant::now() < end {
+        let _ = vm.dial(HOST_PORT);
+    }
+    let fate = vm.fate().unwrap();
+    assert_eq!(
+        (fate.kind, fate.rule),
+        (FateKind::Hung, Offence::NoListener)
+    );
+}
+
 #[test]
 fn a_keeper_that_stands_still_delays_nothing_and_gets_all_later() {
     /// More than wait in the socket.
