@@ -317,3 +317,25 @@ impl Conversation {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keepers_of_earlier_and_later_versions_are_understood() {
+        let first = r#"{"version":"0.1.0","protocol":1,"pid":7,"proxy":6,"proxy_ended":true,
+            "connections":2,"ports":[{"port":5000,"path":"/s/p","socket":9,"state":"serving"}]}"#;
+        let status = KeeperStatus::from_json(first).unwrap();
+        assert_eq!((status.pid, status.given_up), (7, 0));
+        assert_eq!(status.ports[0].state, PortState::Serving);
+        // One that says more, and has ports in a state that is not known here.
+        let later = first
+            .replace("\"pid\"", "\"more\":[1],\"pid\"")
+            .replace("}]", "},{\"port\":1,\"path\":\"/s/q\",\"socket\":1,\"state\":\"resting\"}]");
+        assert_eq!(KeeperStatus::from_json(&later), Some(status.clone()));
+        assert_eq!(KeeperStatus::from_json(&status.to_json()), Some(status));
+        assert_eq!(KeeperStatus::from_json("{\"pid\":7}"), None);
+    }
+}
