@@ -680,7 +680,11 @@ fn a_keeper_that_is_killed_while_it_serves_leaves_the_port_to_the_next_hvsock() 
     let second = expose(dir, target, &[]);
     let keeper = keeper_of(dir, second.child.0.id(), |it| has_port(it, "held"));
     assert!(guest_is_served(&vm));
-    assert_eq!(keepers(dir), [keeper], "what is left of the dead one is removed");
+    assert_eq!(
+        keepers(dir),
+        [keeper],
+        "what is left of the dead one is removed"
+    );
     kill_both(second);
     let end = Instant::now() + PATIENCE;
     while vm.fate().is_none() && Instant::now() < end {
@@ -923,7 +927,9 @@ fn waits_of(pid: i32) -> u64 {
 #[cfg(target_os = "linux")]
 fn memory_of(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
     let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
     number.unwrap().parse().unwrap()
 }

@@ -201,7 +201,10 @@ fn a_slot_is_lost_only_until_the_guest_ends_the_connection() {
     let (served, guests) = std::sync::mpsc::channel();
     let served = std::sync::Mutex::new(served);
     let vm = Vm::builder(dir.path())
-        .guest(9, Service::custom(move |guest| served.lock().unwrap().send(guest).unwrap()))
+        .guest(
+            9,
+            Service::custom(move |guest| served.lock().unwrap().send(guest).unwrap()),
+        )
         .start()
         .unwrap();
     let (target, address) = hanging_target();

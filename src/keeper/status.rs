@@ -331,9 +331,10 @@ mod tests {
         assert_eq!((status.pid, status.given_up), (7, 0));
         assert_eq!(status.ports[0].state, PortState::Serving);
         // One that says more, and has ports in a state that is not known here.
-        let later = first
-            .replace("\"pid\"", "\"more\":[1],\"pid\"")
-            .replace("}]", "},{\"port\":1,\"path\":\"/s/q\",\"socket\":1,\"state\":\"resting\"}]");
+        let later = first.replace("\"pid\"", "\"more\":[1],\"pid\"").replace(
+            "}]",
+            "},{\"port\":1,\"path\":\"/s/q\",\"socket\":1,\"state\":\"resting\"}]",
+        );
         assert_eq!(KeeperStatus::from_json(&later), Some(status.clone()));
         assert_eq!(KeeperStatus::from_json(&status.to_json()), Some(status));
         assert_eq!(KeeperStatus::from_json("{\"pid\":7}"), None);
