@@ -21,8 +21,8 @@ pub(crate) enum Holder {
     /// A process whose listeners this one has taken over, until it has ended.
     Predecessor,
     /// The slots that are lost: of connections that were closed before their guest has ended them
-    /// ([`Slot::lose`](super::Slot::lose)), and of those whose end is still waited for
-    /// ([`Slot::hold`](super::Slot::hold)). Of the process' connections, these last.
+    /// ([`Slot::mark_lost`](super::Slot::mark_lost)), and of those whose end is still waited for
+    /// ([`Slot::mark_held`](super::Slot::mark_held)). Of the process' connections, these last.
     Lost,
 }
 

@@ -83,7 +83,7 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
         let time = time_to_close(&self.forward, &ends, cx.phase);
         self.wake_at = None;
-        let times = ClosingTimes::until(Some(after(cx.now, time)));
+        let times = ClosingTimes::ending_at(Some(after(cx.now, time)));
         self.enter(State::Closing { ends, times });
         self.go_on_closing(cx);
     }
@@ -117,7 +117,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if cx.resumed_at == Some(now) && !is_closed {
             // Invariant 9: the peer may have been frozen as well, and had no time to answer.
             let drain = self.forward.rule.timeouts.drain;
-            times.prolong(after(now, LAST_DRAIN.min(drain)));
+            times.extend_to(after(now, LAST_DRAIN.min(drain)));
         }
         // A side that never had a socket, or whose socket was reset, needs no slot any more, even
         // while the other side is drained.
@@ -130,7 +130,7 @@ impl<S: ConnectionSocket> Connection<S> {
         match times.settled() {
             Some(at) if is_closed && cx.phase == Phase::Running => self.wake_at = Some(at),
             _ if is_closed => self.close(cx),
-            _ if times.are_over(now) => self.abandon(cx),
+            _ if times.are_over(now) => self.close_by_force(cx),
             _ => self.wake_at = times.next(check_at).or(self.wake_at),
         }
     }
@@ -332,7 +332,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Gone::Sending if self.can_lose_slot(side) => cx.request(Action::Discard(end.socket)),
             Gone::Sending | Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
-                    slot.lose();
+                    slot.mark_lost();
                 }
                 self.close_socket(side, end, cx);
             }
@@ -347,7 +347,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Closes by force what has not ended in time.
-    pub(crate) fn abandon(&mut self, cx: &mut Context<'_, S>) {
+    pub(crate) fn close_by_force(&mut self, cx: &mut Context<'_, S>) {
         let State::Closing { ends, .. } = &mut self.state else {
             return;
         };
@@ -369,7 +369,7 @@ impl<S: ConnectionSocket> Connection<S> {
             if (cx.phase == Phase::Cutting || self.is_remnant) && end.socket.is_guarded() {
                 // The process may live on for a while, as that of a proxy that has handed over.
                 if let (true, Some(slot)) = (self.is_remnant, &mut self.slots[side]) {
-                    slot.lose();
+                    slot.mark_lost();
                 }
                 cx.request(Action::Leave(end.socket));
                 continue;
@@ -384,7 +384,7 @@ impl<S: ConnectionSocket> Connection<S> {
             is_settling |= self.give_up(side, end, guest, cx);
         }
         if held.iter().any(Option::is_some) {
-            let mut times = ClosingTimes::until(None);
+            let mut times = ClosingTimes::ending_at(None);
             if is_settling {
                 times.note_given_up(cx.now);
             }
@@ -406,7 +406,7 @@ impl<S: ConnectionSocket> Connection<S> {
         cx.phase == Phase::Running
             && self.program == Program::None
             && (cx.may_hold)()
-            && self.slots[side].as_mut().is_some_and(Slot::hold)
+            && self.slots[side].as_mut().is_some_and(Slot::mark_held)
     }
 
     /// Takes what is left of the connection: the ends that its guests have not ended. The rest has
@@ -419,7 +419,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let forward = Arc::clone(&self.forward);
         let state = self.take_state();
         self.enter(State::Closed);
-        let mut remnant = Connection::unnamed(forward, self.peer, state, now);
+        let mut remnant = Connection::internal(forward, self.peer, state, now);
         remnant.is_remnant = true;
         remnant.is_inherited = self.is_inherited;
         remnant.is_queued = self.is_queued;
@@ -443,7 +443,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         }
         let is_closed = ends.iter().all(Option::is_none);
-        let at = match times.end() {
+        let at = match times.forced_at() {
             // Its slots are not waited for.
             _ if is_closed && cx.phase > Phase::Running => cx.now,
             None if cx.phase == Phase::Running => return,
