@@ -923,6 +923,56 @@ fn waits_of(pid: i32) -> u64 {
     line.unwrap().trim().parse().unwrap()
 }
 
+/// How many descriptors are registered with the pollers of a process.
+#[cfg(target_os = "linux")]
+fn registrations_of(pid: u32) -> usize {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let count = |entry: std::io::Result<std::fs::DirEntry>| {
+        // It may have been closed since.
+        let info = std::fs::read_to_string(entry.ok()?.path()).ok()?;
+        Some(info.lines().filter(|it| it.starts_with("tfd:")).count())
+    };
+    entries.filter_map(count).sum()
+}
+
+/// A registration with epoll outlives the close of a socket as long as the keeper has a copy.
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_that_is_closed_stays_registered_while_the_keeper_has_a_copy() {
+    const COUNT: usize = 20;
+    const SLACK: usize = 5;
+    let dir = private_dir();
+    let dir = dir.path();
+    let vm = vm(dir);
+    let proxy = expose(dir, echo_server(), &[]);
+    let pid = proxy.child.0.id();
+    let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
+    let round = || {
+        for _ in 0..COUNT {
+            assert_eq!(
+                ask(unix_client(&dir.join("echo")), b"hello").unwrap(),
+                b"hello"
+            );
+        }
+        all_slots_come_back(&vm);
+    };
+    round();
+    let before = registrations_of(pid);
+    kill(Pid::from_raw(keeper), Signal::SIGSTOP).unwrap();
+    round();
+    let end = Instant::now() + PATIENCE;
+    let mut after = registrations_of(pid);
+    while after > before + SLACK && Instant::now() < end {
+        thread::sleep(Duration::from_millis(10));
+        after = registrations_of(pid);
+    }
+    kill(Pid::from_raw(keeper), Signal::SIGCONT).unwrap();
+    assert!(after <= before + SLACK, "{after}, after {before}");
+    drop(proxy);
+    vm.stop();
+    nothing_is_left(dir, &[keeper]);
+}
+
 /// The memory that a process alone has, in KiB. Its program's code is the proxy's, too.
 #[cfg(target_os = "linux")]
 fn memory_of(pid: i32) -> u64 {

@@ -93,6 +93,30 @@ fn a_target_that_hangs_takes_no_more_than_its_share_of_what_a_guest_dials() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
+/// However many they are, one line of the log says so.
+#[test]
+fn that_a_guest_dials_too_much_is_said_once() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let vm = echo_vm(&state);
+    let (_target, address) = hanging_target();
+    let remote = format!("1:{}", address.strip_prefix("tcp://").unwrap());
+    let arguments = ["expose", "--vm", text(&state), "-R", &remote];
+    let limits = ["--vm-connections=9", "--grace=0"];
+    let mut hvsock = Running::start(&[&arguments[..], &limits].concat());
+    hvsock.says("guest, to CID 2");
+    let _served: Vec<_> = (0..8).map(|_| vm.dial(1).unwrap()).collect();
+    for _ in 0..20 {
+        read_end(&mut vm.dial(1).unwrap());
+    }
+    hvsock.signal("TERM");
+    assert_eq!(hvsock.exit_code(), Some(0));
+    let said: Vec<String> = hvsock.err.iter().collect();
+    let about = |line: &&String| line.contains("dials more than can be served");
+    assert_eq!(said.iter().filter(about).count(), 1, "{said:#?}");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
 #[test]
 fn a_rule_bounds_what_a_guest_dials() {
     let dir = private_dir();

@@ -22,7 +22,7 @@ pub(crate) enum Holder {
     Predecessor,
     /// The slots that are lost: of connections that were closed before their guest has ended them
     /// ([`Slot::mark_lost`](super::Slot::mark_lost)), and of those whose end is still waited for
-    /// ([`Slot::hold`](super::Slot::hold)). Of the process' connections, these last.
+    /// ([`Slot::mark_held`](super::Slot::mark_held)). Of the process' connections, these last.
     Lost,
 }
 

@@ -189,7 +189,7 @@ impl Slot {
     /// Notes that the connection has ended though its guest has not ended it, and that its socket
     /// stays open: the slot counts as lost until the guest ends it, too. Returns false, and notes
     /// nothing, if the slot [can't be lost](Slot::can_be_lost) or is of a VM that has gone.
-    pub(crate) fn hold(&mut self) -> bool {
+    pub(crate) fn mark_held(&mut self) -> bool {
         let mut state = self.gate.state();
         if !self.gate.traits.loses_slots || state.epoch != self.epoch {
             return false;

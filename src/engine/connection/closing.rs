@@ -406,7 +406,7 @@ impl<S: ConnectionSocket> Connection<S> {
         cx.phase == Phase::Running
             && self.program == Program::None
             && (cx.may_hold)()
-            && self.slots[side].as_mut().is_some_and(Slot::hold)
+            && self.slots[side].as_mut().is_some_and(Slot::mark_held)
     }
 
     /// Takes what is left of the connection: the ends that its guests have not ended. The rest has
