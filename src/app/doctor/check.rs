@@ -103,6 +103,14 @@ impl Check {
         }
     }
 
+    /// Makes the check of a VM's process that doesn't run, but will go on when it is let.
+    #[cfg(unix)]
+    pub(super) fn stopped_process(process: impl fmt::Display) -> Check {
+        let seen = format!("{process} is stopped, by SIGSTOP or a debugger");
+        let remedy = format!("let it go on: kill -CONT {process}");
+        Check::failed("process", seen, &remedy)
+    }
+
     pub(super) fn with_remedy(mut self, remedy: impl Into<String>) -> Check {
         self.remedy = Some(remedy.into());
         self
