@@ -23,15 +23,13 @@ use super::summary::{Report, tried_again};
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
-use crate::app::control::{
-    self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
-};
+use crate::app::control::{self, Problem, Unanswered, ask, read, refusals_by_reason, segment};
 use crate::app::escape;
 use crate::app::ranges::{expand, join};
 use crate::app::rule::RuleOptions;
 use crate::app::values::{parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::{Counters, Rule};
+use crate::proxy::{Counters, EndReason, RefusalReason, Rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -198,7 +196,8 @@ fn refusals(counters: &Counters) -> String {
     }
     let why = refusals_by_reason(&counters.refusals);
     let why = why.iter().filter(|(_, count)| *count > 0);
-    let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
+    let why =
+        why.map(|(reason, count)| format!("{count} {}", RefusalReason::name_in_words(reason)));
     let why: Vec<String> = why.collect();
     format!("{} ({})", counters.refused, why.join(", "))
 }
@@ -210,7 +209,7 @@ fn ends(counters: &Counters) -> Option<String> {
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
     let counts = counts.filter(|(_, count)| *count > 0);
     let why: Vec<String> = counts
-        .map(|(reason, count)| format!("{count} {}", reason_in_words(reason)))
+        .map(|(reason, count)| format!("{count} {}", EndReason::kind_in_words(reason)))
         .collect();
     (!why.is_empty()).then(|| why.join(", "))
 }

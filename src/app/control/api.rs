@@ -266,7 +266,11 @@ impl Api {
             ("GET", "/v1/connections") => {
                 none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
             }
-            ("GET", ENDED) => none(query).and_then(|()| json(200, &self.ended())),
+            ("GET", ENDED) => none(query).and_then(|()| {
+                let mut ended = self.ended();
+                Ended::look_up_programs(&mut ended);
+                json(200, &ended)
+            }),
             ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
             ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
@@ -535,10 +539,7 @@ impl Api {
         match (&meant[..], &others[..]) {
             ([], []) => Err(none),
             ([], [one]) => {
-                let remedy = format!(
-                    "{} is no part of a range: remove it by this name",
-                    label(one)
-                );
+                let remedy = format!("{} is no part of a range: remove it by this name", label(one));
                 Err(none.with_remedy(remedy))
             }
             ([], [first, .., last]) => Err(none.with_remedy(format!(
@@ -639,7 +640,7 @@ impl Api {
             info!(
                 "closing connection {number} of {}, from {}: {}",
                 status.name_of(it.forward),
-                it.peer_in_short(),
+                it.peer_in_words(),
                 match asked_by {
                     Some(pid) => format!("process {pid} asked for it"),
                     None => "that was asked for".to_owned(),

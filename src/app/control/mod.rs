@@ -79,9 +79,7 @@ pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
 pub(crate) use model::Process;
-pub(crate) use model::{
-    Connection, Ended, Forward, Status, Vm, age, reason_in_words, refusals_by_reason,
-};
+pub(crate) use model::{Connection, Ended, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
