@@ -551,3 +551,40 @@ fn a_file_that_is_none_is_absent() {
     let (_, status, _) = scene.asked(&["status"]);
     assert_eq!(status.matches("1 (1 absent)").count(), 3, "{status}");
 }
+
+/// By the name of the range, or its addresses.
+#[test]
+fn those_of_a_range_are_told_of() {
+    let (scene, _server) = scene_with_server(At::Port, &[]);
+    let place = |ports: &str, name: &str| {
+        let path = scene.dir.path().join(name);
+        format!("vsock-mux://:{ports}{}", text(&path))
+    };
+    let range = place("40-41", "vm");
+    let add = ["add", "--name", "many", &range, &place("80-81", "guest")];
+    let (code, _, err) = scene.asked(&add);
+    assert_eq!(code, Some(0), "{err}");
+    // Each is refused: there is no such guest.
+    for port in ["40", "41", "41"] {
+        let path = scene.dir.path().join(format!("vm_{port}"));
+        let _ = UnixStream::connect(path).unwrap().read(&mut [0]);
+    }
+    eventually("all are refused", || {
+        let out = scene.asked(&["connections", "--ended"]).1;
+        out.lines().count() == 4
+    });
+    let _other = tcp(scene.hvsock.tcp_port());
+    eventually("another is there", || scene.connections().len() == 1);
+    for named in ["many", &range] {
+        let (code, out, err) = scene.asked(&["connections", "--ended", named]);
+        assert_eq!(code, Some(0), "{err}");
+        for (name, count) in [("  many-40  ", 1), ("  many-41  ", 2)] {
+            assert_eq!(out.matches(name).count(), count, "{named}: {out}");
+        }
+        let (code, out, err) = scene.asked(&["connections", named]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.starts_with("no connections;"), "{out}");
+    }
+    let (code, out, err) = scene.asked(&["connections", "--ended", "many-40"]);
+    assert_eq!((code, out.lines().count()), (Some(0), 2), "{out}{err}");
+}

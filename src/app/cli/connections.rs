@@ -9,7 +9,7 @@ use indicatif::HumanBytes;
 use serde_json::Value;
 
 use super::console::{print, print_json, print_text};
-use super::control::Which;
+use super::control::{Forwards, Which};
 use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
@@ -34,7 +34,7 @@ Examples:
 )]
 pub(super) struct Connections {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has
-    /// them
+    /// them; or of a range
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
     forward: Option<String>,
     /// Show the last 100 that have ended instead, and why, the latest last
@@ -61,15 +61,15 @@ impl Connections {
         if self.ended {
             return self.show_ended(&path);
         }
-        let forward = match &self.forward {
-            None => None,
-            Some(name) => {
-                let forward: control::Forward = get(&path, &forward_call(name))?;
-                // One that isn't carried yet has none.
-                Some(forward.id)
-            }
+        let forwards = self.forward.as_ref().map(|name| {
+            let forwards: Forwards = get(&path, &forward_call(name))?;
+            Ok(ids(forwards.list()))
+        });
+        let forwards: Option<Vec<u64>> = forwards.transpose().map_err(|why: Unanswered| why)?;
+        let is_meant = |of: Option<u64>| match &forwards {
+            None => true,
+            Some(ids) => of.is_some_and(|of| ids.contains(&of)),
         };
-        let is_meant = |of: Option<u64>| forward.is_none_or(|forward| forward == of);
         let answer = ask(&path, "GET", "/v1/connections", "")?;
         if self.json {
             let mut all: Vec<Value> = serde_json::from_str(&answer)?;
@@ -111,16 +111,20 @@ impl Connections {
         let mut told: Vec<Value> = serde_json::from_str(&answer)?;
         let mut all: Vec<Ended> = read(&answer)?;
         if let Some(name) = &self.forward {
-            let id = match get::<control::Forward>(path, &forward_call(name)) {
-                Ok(forward) => forward.id,
+            let forwards = match get::<Forwards>(path, &forward_call(name)) {
+                Ok(forwards) => forwards.list().to_vec(),
                 // It may have been removed since.
-                Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => None,
+                Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => Vec::new(),
                 Err(why) => return Err(why.into()),
             };
-            let is_meant = |it: &Ended| match (id, it.carried_by) {
-                (Some(id), None) => it.forward == id,
+            let ids = ids(&forwards);
+            let is_meant = |it: &Ended| match it.carried_by {
+                None if !ids.is_empty() => ids.contains(&it.forward),
                 // Another process has given it another id.
-                _ => it.is_of(name),
+                _ => {
+                    let mut names = forwards.iter().map(control::Forward::name_or_address);
+                    it.is_of(name) || names.any(|name| it.is_of(name))
+                }
             };
             let meant: Vec<bool> = all.iter().map(is_meant).collect();
             let mut of_all = meant.iter();
@@ -151,6 +155,11 @@ impl Connections {
         });
         print_text(table::of(ENDED_HEADINGS, rows))
     }
+}
+
+/// Returns the ids of those that are carried.
+fn ids(forwards: &[control::Forward]) -> Vec<u64> {
+    forwards.iter().filter_map(|it| it.id).collect()
 }
 
 fn forward_call(name: &str) -> String {

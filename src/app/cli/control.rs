@@ -323,13 +323,13 @@ impl Add {
 /// One forward, or those of a range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum Forwards {
+pub(super) enum Forwards {
     Range(Vec<control::Forward>),
     One(Box<control::Forward>),
 }
 
 impl Forwards {
-    fn list(&self) -> &[control::Forward] {
+    pub(super) fn list(&self) -> &[control::Forward] {
         match self {
             Forwards::Range(all) => all,
             Forwards::One(one) => std::slice::from_ref(one),

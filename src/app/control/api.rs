@@ -290,9 +290,7 @@ impl Api {
             }
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
-                (Some(name), "GET") => none(query)
-                    .and_then(|()| self.forward(name))
-                    .and_then(|found| json(200, &found)),
+                (Some(name), "GET") => none(query).and_then(|()| self.show(name)),
                 (Some(name), "DELETE") => {
                     self.grace(query).and_then(|grace| self.remove(name, grace))
                 }
@@ -378,6 +376,17 @@ impl Api {
         let pending = self.pending(name);
         let carried = self.find(name).map(|it| Forward::from(&it));
         carried.or_else(|e| pending.ok_or(e))
+    }
+
+    /// Shows a forward, or those of a range that are there.
+    fn show(&self, name: &str) -> Answer {
+        let none = match self.forward(name) {
+            Ok(found) => return json(200, &found),
+            Err(none) => none,
+        };
+        let forwards = self.handle.forwards();
+        let range = self.find_range(&forwards, name, none)?.into_iter();
+        json(200, &range.map(Forward::from).collect::<Vec<_>>())
     }
 
     /// The forward of that name, or of that address, that is wanted and can't be had now.
@@ -539,11 +548,11 @@ impl Api {
         match (&meant[..], &others[..]) {
             ([], []) => Err(none),
             ([], [one]) => {
-                let remedy = format!("{} is no part of a range: remove it by this name", label(one));
+                let remedy = format!("{} is no part of a range: give this name", label(one));
                 Err(none.with_remedy(remedy))
             }
             ([], [first, .., last]) => Err(none.with_remedy(format!(
-                "{} to {} are no range: remove each by its own name",
+                "{} to {} are no range: give each by its own name",
                 label(first),
                 label(last)
             ))),
