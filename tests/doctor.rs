@@ -315,7 +315,7 @@ fn a_vmm_whose_guest_is_paused_is_told_with_what_helps() {
     let place = format!("vsock-mux://{}", text(&socket));
     let arguments = ["doctor", "--vm", &place, "--port", "7", "--timeout", "0.2"];
     let report = Report::of(in_runtime(dir.path(), &arguments));
-    report.says("port 7 (0x7)", "failed", "paused, asleep or still booting");
+    report.says("port 7 (0x7)", "failed", "no answer within 0.2 s: paused");
     let remedy = report.check("port 7 (0x7)")["remedy"].as_str().unwrap();
     assert!(remedy.starts_with("wait, or wake it"), "{remedy}");
 }

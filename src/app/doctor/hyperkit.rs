@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use socket2::SockRef;
 
 use super::carriers::{Carrier, Hvsocks, Usage};
-use super::check::{Check, Plan, Verdict};
+use super::check::{Check, Plan, UNANSWERED, Verdict};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::error::{Result, counted};
@@ -491,11 +491,9 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
                 Check::ok(name, format_args!("answers, after {took:.1} ms"))
             }
         },
-        Ok(Answer::None) => Check::failed(
-            name,
-            format_args!("no answer within {seconds} s: paused, asleep or still booting"),
-            "wait, or wake it; if it stays so, restart the VM. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 slots",
-        ),
+        Ok(Answer::None) => Check::unanswered(name, patience).with_remedy(format!(
+            "{UNANSWERED}. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 slots"
+        )),
         Ok(Answer::NotTaken) => Check::failed(
             name,
             format_args!(

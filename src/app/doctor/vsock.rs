@@ -91,11 +91,7 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
             let _ = stream.finish(LEAVE);
             Check::ok(name, "is listened on")
         }
-        Err(e) if e.kind() == io::ErrorKind::TimedOut => Check::failed(
-            name,
-            format_args!("{}: paused, asleep or still booting", e.cause()),
-            "wait, or wake it; if it stays so, restart the VM",
-        ),
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Check::unanswered(name, patience),
         Err(e) => Check::error(name, &e),
     }
 }
