@@ -154,6 +154,16 @@ fn states_are_told_in_words() {
         (&one["peer"], &one["process"]),
         (&json!(peer), &Value::Null)
     );
+    if cfg!(target_os = "linux") {
+        // Who asks looks for it.
+        let program = std::fs::read_to_string("/proc/self/comm").unwrap();
+        let program = program.trim();
+        let user = nix::unistd::geteuid();
+        let pid = std::process::id();
+        let (_, table, _) = scene.asked(&["connections"]);
+        let peer = format!("  {peer}, {program} (pid {pid}, uid {user})  ");
+        assert!(table.contains(&peer), "{table}");
+    }
     // It is idle from the last byte on, not from its beginning.
     eventually("it is idle", || {
         scene.only("open")["idle_seconds"].as_f64() > Some(0.2)

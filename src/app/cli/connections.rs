@@ -1,5 +1,9 @@
 //! `hvsock connections` and `close`: lists the connections of forwards, and closes one.
 
+#[cfg(target_os = "linux")]
+use std::collections::HashSet;
+#[cfg(target_os = "linux")]
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -13,16 +17,21 @@ use super::control::{Forwards, Which};
 use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
+#[cfg(target_os = "linux")]
+use crate::address::Address;
 use crate::app::control::{
     self, Connection, Ended, Problem, Unanswered, age, ask, get, read, segment,
 };
+#[cfg(target_os = "linux")]
+use crate::app::tcp_clients::{self, Client};
 use crate::app::values::parse_connection;
 use crate::proxy::Waiting;
 
 /// Show the connections of an hvsock that runs, and who has made them
 #[derive(Args, Debug)]
 #[command(
-    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the \
+    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it; on Linux both, if \
+it comes from this machine by TCP. IDLE is the \
 time since a byte went through. WAITING are bytes on their way to the server and to the client, as \
 far as the system tells.
 
@@ -89,6 +98,8 @@ impl Connections {
                 "no connections; `hvsock connections --ended` shows the last that have ended",
             );
         }
+        #[cfg(target_os = "linux")]
+        add_processes(&mut all, &status);
         let rows = all.iter().map(|it| {
             [
                 it.id.to_string(),
@@ -154,6 +165,32 @@ impl Connections {
             ]
         });
         print_text(table::of(ENDED_HEADINGS, rows))
+    }
+}
+
+/// Adds the processes of clients that come from this machine by TCP.
+#[cfg(target_os = "linux")]
+fn add_processes(all: &mut [Connection], status: &control::Status) {
+    let client = |it: &Connection| -> Option<Client> {
+        let peer: SocketAddr = it.peer.as_deref()?.strip_prefix("tcp://")?.parse().ok()?;
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let mut forwards = status.forwards.iter();
+        let forward = forwards.find(|forward| forward.id == Some(it.forward))?;
+        let listen: Address = forward.listen.parse().ok()?;
+        let port = listen.as_tcp()?.port;
+        peer.ip().is_loopback().then_some((peer, port))
+    };
+    let clients: HashSet<Client> = all.iter().filter_map(client).collect();
+    let found = tcp_clients::find(status.pid, &clients);
+    for it in all {
+        let process = client(it).and_then(|client| found.get(&client));
+        if let (None, Some(process)) = (&it.process, process) {
+            it.process = Some(control::Process {
+                pid: process.id,
+                program: process.program(),
+                user: process.user,
+            });
+        }
     }
 }
 

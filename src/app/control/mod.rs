@@ -77,7 +77,7 @@ pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
 pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
-#[cfg(test)]
+#[cfg(any(test, target_os = "linux"))]
 pub(crate) use model::Process;
 pub(crate) use model::{Connection, Ended, Forward, Status, Vm, age, refusals_by_reason};
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};

@@ -351,7 +351,7 @@ impl Connection {
         }
     }
 
-    /// Returns what is known of the peer, for people: its address, or else its process.
+    /// Returns what is known of the peer, for people: its address, its process, or both.
     pub(crate) fn peer_in_words(&self) -> String {
         peer_in_words(self.peer.as_ref(), self.process.as_ref())
     }
@@ -359,7 +359,8 @@ impl Connection {
 
 fn peer_in_words(peer: Option<&String>, process: Option<&Process>) -> String {
     match (peer, process) {
-        (Some(peer), _) => peer.clone(),
+        (Some(peer), Some(process)) => format!("{peer}, {process}"),
+        (Some(peer), None) => peer.clone(),
         (None, Some(process)) => process.to_string(),
         (None, None) => UNNAMED.to_owned(),
     }
