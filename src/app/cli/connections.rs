@@ -13,14 +13,14 @@ use indicatif::HumanBytes;
 use serde_json::Value;
 
 use super::console::{print, print_json, print_text};
-use super::control::{Forwards, Which};
+use super::control::{AddedForwards, Which};
 use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
 #[cfg(target_os = "linux")]
 use crate::address::Address;
 use crate::app::control::{
-    self, Connection, Ended, Problem, Unanswered, age, ask, get, read, segment,
+    self, ApiProblem, ConnectionInfo, EndedInfo, Unanswered, age, ask, encode_segment, get, read,
 };
 #[cfg(target_os = "linux")]
 use crate::app::tcp_clients::{self, Client};
@@ -41,7 +41,7 @@ Examples:
   hvsock connections --ended
   hvsock connections --json | jq '.[] | select(.idle_seconds > 3600) | .id'"
 )]
-pub(super) struct Connections {
+pub(super) struct ConnectionsArgs {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has
     /// them; or of a range
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
@@ -64,14 +64,14 @@ const HEADINGS: [&str; 9] = [
     "ID", "FORWARD", "PEER", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
 ];
 
-impl Connections {
+impl ConnectionsArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         if self.ended {
             return self.show_ended(&path);
         }
         let forwards = self.forward.as_ref().map(|name| {
-            let forwards: Forwards = get(&path, &forward_call(name))?;
+            let forwards: AddedForwards = get(&path, &forward_call(name))?;
             Ok(ids(forwards.list()))
         });
         let forwards: Option<Vec<u64>> = forwards.transpose().map_err(|why: Unanswered| why)?;
@@ -85,7 +85,7 @@ impl Connections {
             all.retain(|it| is_meant(it["forward"].as_u64()));
             return print_json(&serde_json::to_string_pretty(&all)?);
         }
-        let mut all: Vec<Connection> = read(&answer)?;
+        let mut all: Vec<ConnectionInfo> = read(&answer)?;
         all.retain(|it| is_meant(Some(it.forward)));
         all.sort_by_key(|it| it.id);
         let status: control::Status = get(&path, "/v1/status")?;
@@ -120,20 +120,20 @@ impl Connections {
     fn show_ended(&self, path: &Path) -> Outcome {
         let answer = ask(path, "GET", "/v1/connections/ended", "")?;
         let mut told: Vec<Value> = serde_json::from_str(&answer)?;
-        let mut all: Vec<Ended> = read(&answer)?;
+        let mut all: Vec<EndedInfo> = read(&answer)?;
         if let Some(name) = &self.forward {
-            let forwards = match get::<Forwards>(path, &forward_call(name)) {
+            let forwards = match get::<AddedForwards>(path, &forward_call(name)) {
                 Ok(forwards) => forwards.list().to_vec(),
                 // It may have been removed since.
                 Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => Vec::new(),
                 Err(why) => return Err(why.into()),
             };
             let ids = ids(&forwards);
-            let is_meant = |it: &Ended| match it.carried_by {
+            let is_meant = |it: &EndedInfo| match it.carried_by {
                 None if !ids.is_empty() => ids.contains(&it.forward),
                 // Another process has given it another id.
                 _ => {
-                    let mut names = forwards.iter().map(control::Forward::name_or_address);
+                    let mut names = forwards.iter().map(control::ForwardInfo::name_or_address);
                     it.is_of(name) || names.any(|name| it.is_of(name))
                 }
             };
@@ -170,8 +170,8 @@ impl Connections {
 
 /// Adds the processes of clients that come from this machine by TCP.
 #[cfg(target_os = "linux")]
-fn add_processes(all: &mut [Connection], status: &control::Status) {
-    let client = |it: &Connection| -> Option<Client> {
+fn add_processes(all: &mut [ConnectionInfo], status: &control::Status) {
+    let client = |it: &ConnectionInfo| -> Option<Client> {
         let peer: SocketAddr = it.peer.as_deref()?.strip_prefix("tcp://")?.parse().ok()?;
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let mut forwards = status.forwards.iter();
@@ -185,7 +185,7 @@ fn add_processes(all: &mut [Connection], status: &control::Status) {
     for it in all {
         let process = client(it).and_then(|client| found.get(&client));
         if let (None, Some(process)) = (&it.process, process) {
-            it.process = Some(control::Process {
+            it.process = Some(control::ProcessInfo {
                 pid: process.id,
                 program: process.program(),
                 user: process.user,
@@ -195,12 +195,12 @@ fn add_processes(all: &mut [Connection], status: &control::Status) {
 }
 
 /// Returns the ids of those that are carried.
-fn ids(forwards: &[control::Forward]) -> Vec<u64> {
+fn ids(forwards: &[control::ForwardInfo]) -> Vec<u64> {
     forwards.iter().filter_map(|it| it.id).collect()
 }
 
 fn forward_call(name: &str) -> String {
-    format!("/v1/forwards/{}", segment(name))
+    format!("/v1/forwards/{}", encode_segment(name))
 }
 
 /// Returns the bytes that wait, to the server and to the client.
@@ -224,7 +224,7 @@ fn waiting(bytes: Waiting) -> String {
 #[command(after_help = "Examples:
   hvsock close 17
   hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
-pub(super) struct Close {
+pub(super) struct CloseArgs {
     /// The connections' ids, as `hvsock connections` has them
     #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection), value_parser = parse_connection)]
     ids: Vec<u64>,
@@ -232,7 +232,7 @@ pub(super) struct Close {
     which: Which,
 }
 
-impl Close {
+impl CloseArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let mut failures = Vec::new();
@@ -240,7 +240,7 @@ impl Close {
             let call = format!("/v1/connections/{id}");
             match ask(&path, "DELETE", &call, "") {
                 Ok(answer) => {
-                    let it: Connection = read(&answer)?;
+                    let it: ConnectionInfo = read(&answer)?;
                     let (peer, state) = (it.peer_in_words(), it.state);
                     print(match time_left(&path, id) {
                         None => format!("closed {id}: {peer}, {state}"),
@@ -262,7 +262,7 @@ impl Close {
 }
 
 /// Says why a connection was not closed: it may be one of a process that has handed over.
-fn not_closed(path: &Path, id: u64, why: Problem) -> String {
+fn not_closed(path: &Path, id: u64, why: ApiProblem) -> String {
     const NOT_FOUND: u16 = 404;
     let status = get::<control::Status>(path, "/v1/status").ok();
     let status = status.filter(|_| why.status == NOT_FOUND);
@@ -276,7 +276,7 @@ fn not_closed(path: &Path, id: u64, why: Problem) -> String {
 
 /// Returns how many seconds a connection that is being closed may take, if it is not closed yet.
 fn time_left(path: &Path, id: u64) -> Option<f64> {
-    let all: Vec<Connection> = get(path, "/v1/connections").ok()?;
+    let all: Vec<ConnectionInfo> = get(path, "/v1/connections").ok()?;
     let left = all.into_iter().find(|it| it.id == id)?;
     let status: control::Status = get(path, "/v1/status").ok()?;
     let mut forwards = status.forwards.iter();

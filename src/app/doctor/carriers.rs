@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::check::{Asked, Check, Verdict};
 use crate::app::answering::{self, Hvsock, find_control_of};
-use crate::app::control::{self, Forward, Status, Vm, ask_status};
+use crate::app::control::{self, ForwardInfo, Status, VmInfo, ask_status};
 use crate::keeper::status as keepers;
 
 /// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
@@ -28,11 +28,11 @@ pub(super) struct Hvsocks {
     answers: Vec<Status>,
     /// Those that run and can't be asked.
     silent: Vec<Hvsock>,
-    named: Option<Named>,
+    named: Option<NamedProcess>,
 }
 
 /// The hvsock that a person has named as the one to ask.
-struct Named {
+struct NamedProcess {
     /// What it is called in a sentence: by its process or its control socket.
     name: String,
     /// Why it can't be asked.
@@ -40,9 +40,9 @@ struct Named {
 }
 
 /// An hvsock that carries a VM.
-pub(super) struct Carrier {
+pub(super) struct CarryingProcess {
     pub(super) process: u32,
-    pub(super) vm: Vm,
+    pub(super) vm: VmInfo,
 }
 
 impl Hvsocks {
@@ -62,7 +62,7 @@ impl Hvsocks {
         Hvsocks {
             answers,
             silent: Vec::new(),
-            named: Some(Named { name, failure }),
+            named: Some(NamedProcess { name, failure }),
         }
     }
 
@@ -88,10 +88,10 @@ impl Hvsocks {
     }
 
     /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
-    pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<Carrier> {
+    pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<CarryingProcess> {
         let carriers = self.answers.iter();
-        let carriers =
-            carriers.filter_map(|status| Carrier::all(status).find(|it| is_it(&it.vm.directory)));
+        let carriers = carriers
+            .filter_map(|status| CarryingProcess::all(status).find(|it| is_it(&it.vm.directory)));
         carriers.collect()
     }
 
@@ -99,7 +99,11 @@ impl Hvsocks {
     /// that was named, if it doesn't answer or doesn't lead to the VM: then the check has failed.
     /// Else it is each one that can't be asked, if its command line or a keeper in the state
     /// directory says that it leads to the VM.
-    pub(super) fn unknown(&self, carriers: &[Carrier], directory: Option<&Path>) -> Vec<Check> {
+    pub(super) fn unknown(
+        &self,
+        carriers: &[CarryingProcess],
+        directory: Option<&Path>,
+    ) -> Vec<Check> {
         if let Some(named) = &self.named {
             let why = match &named.failure {
                 Some(why) => why.clone(),
@@ -115,7 +119,7 @@ impl Hvsocks {
         let of_keepers = keepers::query(directory).into_iter();
         let of_keepers = of_keepers.filter(|it| !it.proxy_ended).map(|it| it.proxy);
         let shown = directory.to_string_lossy();
-        let names_it = |it: &&Hvsock| names(&it.process.command, &shown);
+        let names_it = |it: &&Hvsock| serves_vm_of(&it.process.command, &shown);
         let by_words = self.silent.iter().filter(names_it).map(|it| it.process.id);
         let mut processes: Vec<u32> = of_keepers.chain(by_words).collect();
         processes.retain(|process| self.answers.iter().all(|it| it.pid != *process));
@@ -133,7 +137,7 @@ impl Hvsocks {
 
     /// Returns the first forward of them of which that is true. One that has taken over from
     /// another comes before that one.
-    pub(super) fn forward(&self, is_it: impl Fn(&Forward) -> bool) -> Option<&Forward> {
+    pub(super) fn forward(&self, is_it: impl Fn(&ForwardInfo) -> bool) -> Option<&ForwardInfo> {
         let (old, current): (Vec<_>, Vec<_>) =
             self.answers.iter().partition(|it| it.successor.is_some());
         let forwards = current.into_iter().chain(old).flat_map(|it| &it.forwards);
@@ -146,7 +150,7 @@ impl Hvsocks {
 /// dialled.
 pub(super) fn examine() -> Vec<Check> {
     let (hvsocks, now) = (Hvsocks::ask_all(), SystemTime::now());
-    let carriers = hvsocks.answers.iter().flat_map(Carrier::all);
+    let carriers = hvsocks.answers.iter().flat_map(CarryingProcess::all);
     let mut checks: Vec<Check> = carriers.map(|it| it.check_all(now)).collect();
     let silent = hvsocks.silent.iter().map(|it| &it.process);
     let silent = silent.filter(|it| serves(&it.command));
@@ -167,7 +171,7 @@ fn serves(command: &[String]) -> bool {
 }
 
 /// Returns whether a command serves the VM of that directory, as far as its words tell.
-fn names(command: &[String], directory: &str) -> bool {
+fn serves_vm_of(command: &[String], directory: &str) -> bool {
     let is_in = |word: &String| {
         let mut behind = word.match_indices(directory);
         behind.any(|(at, _)| {
@@ -178,10 +182,10 @@ fn names(command: &[String], directory: &str) -> bool {
     serves(command) && command.iter().skip(2).any(is_in)
 }
 
-impl Carrier {
+impl CarryingProcess {
     /// Returns one for each VM that an hvsock carries.
-    fn all(status: &Status) -> impl Iterator<Item = Carrier> {
-        status.vms().into_iter().map(|vm| Carrier {
+    fn all(status: &Status) -> impl Iterator<Item = CarryingProcess> {
+        status.vms().into_iter().map(|vm| CarryingProcess {
             process: status.pid,
             vm: vm.clone(),
         })
@@ -255,10 +259,11 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    pub(super) fn of(hvsocks: &Hvsocks, carriers: &[Carrier]) -> Usage {
+    pub(super) fn of(hvsocks: &Hvsocks, carriers: &[CarryingProcess]) -> Usage {
         let limits = carriers.iter().filter_map(|it| it.vm.status.limit);
         let limit = limits.max();
-        let used = |it: &Carrier| (it.process, it.vm.status.connections + it.vm.status.lost);
+        let used =
+            |it: &CarryingProcess| (it.process, it.vm.status.connections + it.vm.status.lost);
         let carriers: Vec<(u32, usize)> = carriers.iter().map(used).collect();
         Usage {
             used: carriers.iter().map(|(_, used)| used).sum(),

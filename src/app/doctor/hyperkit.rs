@@ -11,8 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use socket2::SockRef;
 
-use super::carriers::{Carrier, Hvsocks, Usage};
-use super::check::{Check, Plan, UNANSWERED, Verdict};
+use super::carriers::{CarryingProcess, Hvsocks, Usage};
+use super::check::{Check, DoctorPlan, UNANSWERED, Verdict};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::error::{Result, counted};
@@ -38,7 +38,7 @@ const START: &str = "start the VM";
 /// Why the guest isn't dialled where the device has no slot left.
 const ALL_TAKEN: &str = "all slots of the VM are taken";
 
-pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
+pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let (directory, vm) = directory(name);
     let mut checks = vec![directory];
     let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
@@ -67,7 +67,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|directory| is_same(Path::new(directory), &vm.state_dir));
     let usage = Usage::of(&hvsocks, &carriers);
-    let not_dialled = |why| Guest {
+    let not_dialled = |why| GuestReport {
         check: Check::skipped("guest", why),
         undialled: Some(why),
     };
@@ -93,7 +93,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     checks.extend(left_over(&vm, &plan.host_ports));
     let now = SystemTime::now();
     checks.extend(carriers.iter().map(|it| it.check_health(now)));
-    let slots = carriers.iter().map(Carrier::check_slots);
+    let slots = carriers.iter().map(CarryingProcess::check_slots);
     checks.extend(slots.map(|check| match guest.undialled {
         // Others have taken those that this hvsock has not.
         Some(ALL_TAKEN) if check.verdict == Verdict::Ok => Check::warning(
@@ -278,7 +278,7 @@ fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// What is known of hyperkit's process.
-struct Process {
+struct HyperkitProcess {
     check: Check,
     /// Its id, if it runs.
     pid: Option<i32>,
@@ -288,9 +288,9 @@ struct Process {
     gone: bool,
 }
 
-impl From<Check> for Process {
-    fn from(check: Check) -> Process {
-        Process {
+impl From<Check> for HyperkitProcess {
+    fn from(check: Check) -> HyperkitProcess {
+        HyperkitProcess {
             check,
             pid: None,
             stopped: false,
@@ -300,7 +300,7 @@ impl From<Check> for Process {
 }
 
 /// Checks whether the process that hyperkit.pid names runs.
-fn process(vm: &HyperkitVm) -> Process {
+fn process(vm: &HyperkitVm) -> HyperkitProcess {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
     let text = match file::read_text(&vm.pid_path(), file::STATE_FILE) {
@@ -324,7 +324,7 @@ fn process(vm: &HyperkitVm) -> Process {
     let (state, program) = ps(pid).unwrap_or_default();
     if !sys::process_is_alive(pid) || state.starts_with('Z') {
         let seen = format!("{pid}, of {PID_NAME}, is gone");
-        return Process {
+        return HyperkitProcess {
             gone: true,
             ..Check::failed(name, seen, remedy).into()
         };
@@ -339,7 +339,7 @@ fn process(vm: &HyperkitVm) -> Process {
         true => Check::stopped_process(pid),
         false => Check::ok(name, format_args!("{pid} runs")),
     };
-    Process {
+    HyperkitProcess {
         check,
         pid: Some(pid),
         stopped,
@@ -446,16 +446,16 @@ fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
 }
 
 /// What is known of a guest.
-struct Guest {
+struct GuestReport {
     check: Check,
     /// Why its ports can't be dialled, if so.
     undialled: Option<&'static str>,
 }
 
 /// Checks whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> Guest {
+fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     let answer = probe(vm, patience);
-    Guest {
+    GuestReport {
         undialled: match &answer {
             Ok(Answer::After(_)) => None,
             Ok(Answer::EndedUnread) => Some(ALL_TAKEN),

@@ -1,7 +1,7 @@
 //! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
-use super::carriers::{Carrier, Hvsocks};
-use super::check::{Check, Plan, Verdict};
+use super::carriers::{CarryingProcess, Hvsocks};
+use super::check::{Check, DoctorPlan, Verdict};
 use super::{socket, system};
 use crate::address::{Address, AnyVm, Port, VsockMuxAddress};
 use crate::app::processes;
@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 /// How long a guest may take to end a connection of which only the end is wanted.
 const LEAVE: Duration = Duration::from_secs(1);
 
-pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
+pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = Vec::new();
     match vm {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
@@ -38,7 +38,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
     });
     let now = SystemTime::now();
     checks.extend(carriers.iter().map(|it| it.check_health(now)));
-    checks.extend(carriers.iter().map(Carrier::check_slots));
+    checks.extend(carriers.iter().map(CarryingProcess::check_slots));
     let path = match vm {
         VmPlace::VsockMux(mux) => Some(mux.path.as_path()),
         _ => None,
