@@ -24,7 +24,7 @@ use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
 use crate::app::control::{
-    self, ApiProblem, Unanswered, ask, encode_segment, read, reason_in_words, refusals_by_reason,
+    self, ApiProblem, Unanswered, ask, encode_segment, read, refusals_by_reason,
 };
 use crate::app::escape;
 use crate::app::needs::ACCESS_KEYS;
@@ -32,7 +32,7 @@ use crate::app::ranges::{BarePort, expand, join};
 use crate::app::rule::RuleOptions;
 use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::{Counters, Rule, check_rule};
+use crate::proxy::{Counters, EndReason, RefusalReason, Rule, check_rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -199,7 +199,8 @@ fn refusals(counters: &Counters) -> String {
     }
     let why = refusals_by_reason(&counters.refusals);
     let why = why.iter().filter(|(_, count)| *count > 0);
-    let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
+    let why =
+        why.map(|(reason, count)| format!("{count} {}", RefusalReason::name_in_words(reason)));
     let why: Vec<String> = why.collect();
     format!("{} ({})", counters.refused, why.join(", "))
 }
@@ -211,7 +212,7 @@ fn ends(counters: &Counters) -> Option<String> {
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
     let counts = counts.filter(|(_, count)| *count > 0);
     let why: Vec<String> = counts
-        .map(|(reason, count)| format!("{count} {}", reason_in_words(reason)))
+        .map(|(reason, count)| format!("{count} {}", EndReason::kind_in_words(reason)))
         .collect();
     (!why.is_empty()).then(|| why.join(", "))
 }
@@ -329,13 +330,13 @@ impl AddArgs {
 /// One forward, or those of a range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum AddedForwards {
+pub(super) enum AddedForwards {
     Range(Vec<control::ForwardInfo>),
     One(Box<control::ForwardInfo>),
 }
 
 impl AddedForwards {
-    fn list(&self) -> &[control::ForwardInfo] {
+    pub(super) fn list(&self) -> &[control::ForwardInfo] {
         match self {
             AddedForwards::Range(all) => all,
             AddedForwards::One(one) => std::slice::from_ref(one),

@@ -274,7 +274,11 @@ impl Api {
             }
             ("GET", "/v1/connections") => refuse_query(query)
                 .and_then(|()| json(200, &ConnectionInfo::all(&self.handle.connections()))),
-            ("GET", ENDED) => refuse_query(query).and_then(|()| json(200, &self.ended())),
+            ("GET", ENDED) => refuse_query(query).and_then(|()| {
+                let mut ended = self.ended();
+                EndedInfo::look_up_programs(&mut ended);
+                json(200, &ended)
+            }),
             ("POST", "/v1/forwards") => refuse_query(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => refuse_query(query).and_then(|()| self.reload()),
             ("POST", "/v1/take-over") => {
@@ -295,9 +299,7 @@ impl Api {
                 .and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by)),
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
-                (Some(name), "GET") => refuse_query(query)
-                    .and_then(|()| self.forward(name))
-                    .and_then(|found| json(200, &found)),
+                (Some(name), "GET") => refuse_query(query).and_then(|()| self.show(name)),
                 (Some(name), "DELETE") => {
                     self.grace(query).and_then(|grace| self.remove(name, grace))
                 }
@@ -387,6 +389,17 @@ impl Api {
         let pending = self.pending(name);
         let carried = self.find(name).map(|it| ForwardInfo::from(&it));
         carried.or_else(|e| pending.ok_or(e))
+    }
+
+    /// Shows a forward, or those of a range that are there.
+    fn show(&self, name: &str) -> ApiResult {
+        let none = match self.forward(name) {
+            Ok(found) => return json(200, &found),
+            Err(none) => none,
+        };
+        let forwards = self.handle.forwards();
+        let range = self.find_range(&forwards, name, none)?.into_iter();
+        json(200, &range.map(ForwardInfo::from).collect::<Vec<_>>())
     }
 
     /// The forward of that name, or of that address, that is wanted and can't be had now.
@@ -520,14 +533,11 @@ impl Api {
         match (&meant[..], &others[..]) {
             ([], []) => Err(none),
             ([], [one]) => {
-                let remedy = format!(
-                    "{} is no part of a range: remove it by this name",
-                    label(one)
-                );
+                let remedy = format!("{} is no part of a range: give this name", label(one));
                 Err(none.with_remedy(remedy))
             }
             ([], [first, .., last]) => Err(none.with_remedy(format!(
-                "{} to {} are no range: remove each by its own name",
+                "{} to {} are no range: give each by its own name",
                 label(first),
                 label(last)
             ))),
@@ -622,7 +632,7 @@ impl Api {
             info!(
                 "closing connection {number} of {}, from {}: {}",
                 status.name_of(it.forward),
-                it.peer_in_short(),
+                it.peer_in_words(),
                 match asked_by {
                     Some(pid) => format!("process {pid} asked for it"),
                     None => "that was asked for".to_owned(),
