@@ -48,6 +48,7 @@
 //! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two
 //! guards is there for them.
 
+mod added;
 mod api;
 mod client;
 mod clients;
@@ -85,6 +86,7 @@ pub(crate) use model::{
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::Problem;
 
+use added::AddedForwards;
 use api::Api;
 use clients::most_clients;
 use endpoint::{Demand, Door, Service};
@@ -131,6 +133,7 @@ pub(crate) struct Bound {
     doors: Vec<Door>,
     events: Arc<Events>,
     inherited: Inherited,
+    added: AddedForwards,
 }
 
 /// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
@@ -216,6 +219,7 @@ fn open(
         doors,
         events: Arc::default(),
         inherited: Inherited::default(),
+        added: AddedForwards::default(),
     })
 }
 
@@ -270,12 +274,18 @@ impl Bound {
         let endpoints = self.doors.iter();
         let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
         let api = Api::new(handle, actions, endpoints, self.events);
-        let api = Arc::new(api.with_inherited(self.inherited));
+        let api = Arc::new(api.with_inherited(self.inherited, self.added));
         let server = Server::start(self.doors, Arc::clone(&api))?;
         Ok(Control {
             api,
             _server: server,
         })
+    }
+
+    /// Notes how forwards were added in the process that is taken over from.
+    pub(crate) fn note_added(&self, from: &Predecessor, handle: &Handle) {
+        self.added
+            .note_named(from.ways_of_adding(), &handle.forwards());
     }
 
     /// Returns where the ended connections of the process are to be noted that was taken over from.
