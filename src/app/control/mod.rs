@@ -67,11 +67,9 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::warn;
-
 use crate::address::Address;
 use crate::app::guest_control::GuestControl;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Started, Succession};
@@ -131,6 +129,8 @@ pub(crate) enum Unavailable {
 #[derive(Debug)]
 pub(crate) struct Bound {
     doors: Vec<Door>,
+    /// Why there is no control socket at a [place](Place::Own) that nobody has asked for.
+    missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
     added: AddedForwards,
@@ -166,7 +166,7 @@ fn open(
     options: &Options,
     mut take: impl FnMut(Service, &Address) -> Option<Door>,
 ) -> Result<Bound> {
-    let mut doors = Vec::new();
+    let (mut doors, mut missing) = (Vec::new(), None);
     let mut open = |service, address: &Address| match take(service, address) {
         Some(door) => Ok(door),
         None => Door::open(service, address, Demand::Asked),
@@ -181,7 +181,7 @@ fn open(
                     Some(_) => e,
                     None => e.with_remedy("choose another place with --control PATH"),
                 };
-                warn!("going on without a control socket: {e} (--control=off asks for none)");
+                missing = Some(e);
             }
         }
     }
@@ -217,6 +217,7 @@ fn open(
     }
     Ok(Bound {
         doors,
+        missing,
         events: Arc::default(),
         inherited: Inherited::default(),
         added: AddedForwards::default(),
@@ -227,6 +228,15 @@ impl Bound {
     /// Returns whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
         self.doors.is_empty()
+    }
+
+    /// Returns a warning of the control socket that can't be had, for when the process goes on
+    /// without.
+    pub(crate) fn warning(&self) -> Option<String> {
+        let e = self.missing.as_ref()?;
+        Some(format!(
+            "going on without a control socket: {e} (--control=off asks for none)"
+        ))
     }
 
     /// Returns how many descriptors they and their clients need.
