@@ -1,6 +1,6 @@
-//! What is true of each family of addresses: one row a family. Code that treats one family
-//! otherwise than another reads this table. The methods of [`Address`] beside it say what depends
-//! on an address's own options.
+//! The table of what is true of each family of addresses: one row a family. Code that treats
+//! families differently reads it. The methods of [`Address`] beside it return what depends on the
+//! options of one address.
 
 use std::borrow::Cow;
 #[cfg(all(unix, feature = "cli"))]
@@ -40,13 +40,13 @@ pub(crate) enum Refusal {
     Eof(EofRefusal),
 }
 
-/// What tells a refusal by an EOF from an empty answer.
+/// How a refusal by an EOF is distinguished from an empty answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EofRefusal {
-    /// How long a refusal may take to come. A half-close is held back so long: an EOF before it is
-    /// a refusal, one after it is an empty answer.
+    /// How long a refusal may take. A half-close is held back for that time: an EOF that comes
+    /// before it is a refusal, one after it is an empty answer.
     pub(crate) wait: Duration,
-    /// How many bytes can lie unread between us and a guest that has not accepted. If more was
+    /// How many bytes can lie unread on the way to a guest that has not accepted. If more was
     /// delivered, it has accepted.
     pub(crate) unread: u64,
 }
@@ -66,9 +66,9 @@ impl Refusal {
 pub(crate) enum HalfClose {
     /// The direction that it is sent in.
     OneDirection,
-    /// Both: the VMM takes it for the end of the connection.
+    /// Both, since the VMM closes the connection then.
     BothDirections,
-    /// One direction, or there is no half-close: it depends on the connected stream.
+    /// One direction, or none: it depends on the connected stream.
     PerStream,
 }
 
@@ -91,32 +91,34 @@ pub(crate) enum Waiter {
     Thread,
 }
 
-/// What tells whether a VM runs.
+/// How it is known whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SeenBy {
-    /// Its socket's file, and its process where a file names that; besides, a connect to the socket
-    /// is done at once, by the VMM.
+    /// By the file of its socket, and by its process where a file names that. The VMM also
+    /// completes every connect to the socket at once.
     Files,
-    /// Its guest's answers to dials, and nothing else.
+    /// By its guest's answers to dials alone.
     Dials,
 }
 
 /// What is true of the VMs of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct VmTraits {
-    /// The VMM dies of too many connections, of too many dials at once, and of too many that its
-    /// guest hasn't answered: each is bounded, whatever the user says.
+    /// The VMM crashes on too many connections, on too many dials at once, and on too many that its
+    /// guest hasn't answered. Each is bounded, whatever the user configures.
     pub(crate) needs_pacing: bool,
-    /// A connection that is closed before its guest has ended it keeps its slot in the VMM.
+    /// A connection that is closed before its guest has ended it still occupies its slot in the
+    /// VMM.
     pub(crate) loses_slots: bool,
-    /// A dial of a port on which nobody can listen tells whether the guest has taken all earlier
-    /// ones.
+    /// A dial of a port on which nothing can listen shows whether the guest has handled all earlier
+    /// dials.
     pub(crate) can_be_probed: bool,
-    /// A connection that fails may be one of a VM that is gone: Linux resets those, and what a
-    /// guest's program does ends in an EOF.
+    /// A connection that fails may be one of a VM that is gone: Linux resets those, while one that
+    /// a guest's program ends brings an EOF.
     pub(crate) resets_when_gone: bool,
-    /// Every dial is answered at once, or a probe is that follows it, so that dials without an answer
-    /// tell of a guest or a VMM that hangs. Of a VM that is seen by its dials, their timeouts do.
+    /// Every dial, or the probe that follows it, is answered at once, so dials without an answer
+    /// show that the guest or the VMM hangs. Of a VM that is seen by its dials, their timeouts show
+    /// it.
     pub(crate) shows_hangs: bool,
     pub(crate) seen_by: SeenBy,
 }
@@ -126,29 +128,29 @@ pub(crate) struct VmTraits {
 pub(crate) struct Transport {
     /// Its scheme, as it is printed.
     pub(crate) scheme: &'static str,
-    /// An address of it.
+    /// An example of its addresses.
     pub(crate) example: &'static str,
     pub(crate) socket: SocketKind,
     pub(crate) refusal: Refusal,
     half_close: HalfClose,
     pub(crate) reset: Reset,
-    /// A VMM is at the other end that can hang or die when a connection is closed that was not
+    /// The other end is a VMM that can hang or crash when a connection is closed that was not
     /// half-closed and read to its end.
     pub(crate) needs_graceful_close: bool,
     /// What is true of its VMs, if addresses of it lead to VMs.
     pub(crate) vm: VmTraits,
     waiter: Waiter,
-    /// How long a dial is tried unless another time is asked for; `None`: as long as any.
+    /// The default timeout of a dial; `None`: the one of all families.
     pub(crate) connect_timeout: Option<Duration>,
-    /// How many connections a forward to it has at a time unless another number is asked for, and
-    /// that even guests are bound by; `None`: as many as there may be.
+    /// The default limit of a forward's connections, which also bounds guests; `None`: no limit of
+    /// its own.
     pub(crate) connections: Option<usize>,
-    /// A connection runs a program, which whoever may add forwards chooses.
+    /// A connection runs a program. Whoever may add forwards chooses which.
     #[cfg_attr(not(feature = "cli"), allow(dead_code))]
     pub(crate) runs_program: bool,
 }
 
-/// What is true of most, for a row to say what differs.
+/// The row that the others are based on: each states only its differences.
 const ORDINARY: Transport = Transport {
     scheme: "",
     example: "",
@@ -177,7 +179,7 @@ pub(super) const HYPERKIT: Transport = Transport {
     refusal: Refusal::Eof(EofRefusal {
         // hyperkit refuses some 50 µs after the dial.
         wait: Duration::from_millis(10),
-        // It asks for socket buffers of 256 KiB (`DEFAULT_WRITE_BUF_LENGTH`); kernels double it.
+        // It requests socket buffers of 256 KiB (`DEFAULT_WRITE_BUF_LENGTH`); kernels double them.
         unread: 1024 * 1024,
     }),
     needs_graceful_close: true,
@@ -212,14 +214,14 @@ pub(super) const HVSOCK: Transport = Transport {
         true => Waiter::Thread,
         false => Waiter::Any,
     },
-    // A connect may wait for ever though its server listens by now, and a VM that is up answers at
+    // A connect may wait for ever though its server listens by now; a VM that is up answers at
     // once.
     connect_timeout: Some(Duration::from_secs(1)),
     ..ORDINARY
 };
 
-/// Firecracker and its kin. Which half-closes are held back, and until when, is decided in
-/// `engine/connection/relaying.rs`.
+/// Firecracker, and VMMs with the same protocol. `engine/connection/relaying.rs` decides which
+/// half-closes are held back, and until when.
 pub(super) const VSOCK_MUX: Transport = Transport {
     scheme: "vsock-mux",
     example: "vsock-mux://:1024/run/vm.sock",
@@ -271,7 +273,7 @@ const TCP6: Transport = Transport {
     ..TCP
 };
 
-/// Each connection has a thread (`dial/exec.rs`), which a Unix socket leads to.
+/// Each connection has a thread (`dial/exec.rs`), reached through a Unix socket.
 const EXEC: Transport = Transport {
     scheme: "exec",
     example: "exec:/usr/sbin/sshd?arg=-i",
@@ -280,7 +282,7 @@ const EXEC: Transport = Transport {
     ..ORDINARY
 };
 
-/// Each connection has a thread (`dial/content.rs`), which a Unix socket leads to.
+/// Each connection has a thread (`dial/content.rs`), reached through a Unix socket.
 const FILE: Transport = Transport {
     scheme: "file",
     example: "file:/srv/notice.txt",
@@ -294,8 +296,8 @@ pub(super) const ALL: [&Transport; 11] = [
 ];
 
 impl Waiter {
-    /// Returns what can wait for the sockets of that address: a thread where it speaks in frames,
-    /// for their readiness isn't that of their bytes.
+    /// Returns what can wait for the sockets of that address. With frames it is a thread: a socket
+    /// that is readable may not have a byte of data.
     pub(crate) fn of(address: &Address) -> Waiter {
         match address.is_framed() {
             true => Waiter::Thread,
@@ -324,7 +326,7 @@ impl Address {
         }
     }
 
-    /// Returns what a half-close ends there: of some families the address says it.
+    /// Returns what a half-close ends there. In some families that is an option of the address.
     pub(crate) fn half_close(&self) -> HalfClose {
         match self {
             Address::VsockMux(mux) if mux.half_close => HalfClose::OneDirection,
@@ -332,7 +334,7 @@ impl Address {
         }
     }
 
-    /// Returns whether the peer speaks in frames.
+    /// Returns whether the connection uses frames.
     pub(crate) fn is_framed(&self) -> bool {
         match self {
             Address::Vsock(vsock) => vsock.framing,
@@ -416,8 +418,9 @@ impl Address {
         }
     }
 
-    /// Returns the VM whose guest dials it, where all clients come from that one. `cid` is the only
-    /// CID that clients may come from, if it is one: every guest of a host dials the same ports.
+    /// Returns the VM whose guest dials it, if all clients come from one VM. Every guest of a host
+    /// dials the same vsock ports; `cid` is the only CID that clients may come from, if there is
+    /// one.
     pub(crate) fn dialling_vm(&self, cid: Option<u32>) -> Option<AnyVm> {
         match self {
             Address::Vsock(_) => cid.map(AnyVm::Vsock),
@@ -434,13 +437,13 @@ impl Address {
         }
     }
 
-    /// Returns how many sockets there may be to listen on it.
+    /// Returns how many sockets may be needed to listen on it.
     pub(crate) fn listening_sockets(&self) -> usize {
         let ips = self.as_tcp().map(|tcp| tcp.known_ips().len());
         ips.map_or(1, |count| count.max(1))
     }
 
-    /// Returns it as a TCP address, if it is one.
+    /// Returns the TCP address, if it is one.
     pub(crate) fn as_tcp(&self) -> Option<&TcpAddress> {
         match self {
             Address::Tcp(tcp) => Some(tcp),
@@ -448,7 +451,7 @@ impl Address {
         }
     }
 
-    /// Returns whether the kernel leads a connection to it to the vsock port that `listen` is.
+    /// Returns whether the kernel connects it to `listen`, a vsock port of this system.
     pub(crate) fn is_loopback_to(&self, listen: &Address) -> bool {
         match (self, listen) {
             (Address::Vsock(target), Address::Vsock(listen)) => {
@@ -467,7 +470,7 @@ impl Address {
         }
     }
 
-    /// Returns the file of a Unix socket that is no VMM's.
+    /// Returns the file of its Unix socket, unless that is a VMM's.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn unix_path(&self) -> Option<&Path> {
         match self {
@@ -476,10 +479,10 @@ impl Address {
         }
     }
 
-    /// Returns the same address for a process in another directory.
+    /// Returns the address with absolute paths, for a process in another directory.
     ///
     /// # Errors
-    /// The directory of this process can't be had.
+    /// Returns the system's error if it can't tell the current directory.
     #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn absolute(mut self) -> io::Result<Address> {
         let path = match &mut self {
@@ -494,7 +497,7 @@ impl Address {
         Ok(self)
     }
 
-    /// Returns the vsock port of a VM that it means.
+    /// Returns the vsock port, if it is one of a VM.
     #[cfg(feature = "cli")]
     pub(crate) fn guest_port(&self) -> Option<Port> {
         match self {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::app::control::{self, Status, ask_status, read};
-use crate::app::processes::{self, Process};
+use crate::app::processes::{self, RunningProcess};
 use crate::thread::start_thread;
 
 /// How long a process may take to answer. One that is stopped never does.
@@ -14,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// An hvsock that runs, and what it says of itself.
 pub(crate) struct Hvsock {
-    pub(crate) process: Process,
+    pub(crate) process: RunningProcess,
     /// Where it is controlled, and its status as JSON; `None` if it doesn't answer.
     pub(crate) answer: Option<(PathBuf, String)>,
 }
@@ -51,7 +51,7 @@ pub(crate) fn find() -> std::io::Result<Vec<Hvsock>> {
 
 /// Asks a process at each place where its control socket may be; another's answer is none. Returns
 /// where it is controlled, and its status as JSON.
-fn ask(process: &Process) -> Option<(PathBuf, String)> {
+fn ask(process: &RunningProcess) -> Option<(PathBuf, String)> {
     let named = process.option("control").filter(|named| *named != "off");
     let named = named.and_then(|named| from_its_directory(process.id, named));
     let usual = control::paths_of(process.id);

@@ -54,13 +54,13 @@ pub(crate) struct LossyWriter {
     write: fn(&[u8]) -> io::Result<usize>,
     /// What is said of so many that were dropped.
     notice: fn(u64) -> String,
-    state: Mutex<State>,
+    state: Mutex<WriterState>,
     /// Something waits to be written, or nothing does any longer.
     changed: Condvar,
     dropped: AtomicU64,
 }
 
-struct State {
+struct WriterState {
     waiting: VecDeque<Message>,
     /// The bytes of those.
     bytes: usize,
@@ -89,7 +89,7 @@ impl LossyWriter {
             name,
             write,
             notice,
-            state: Mutex::new(State {
+            state: Mutex::new(WriterState {
                 waiting: VecDeque::new(),
                 bytes: 0,
                 dropped: 0,
@@ -101,7 +101,7 @@ impl LossyWriter {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, WriterState> {
         lock(&self.state)
     }
 
@@ -122,7 +122,7 @@ impl LossyWriter {
             let write = || self.run();
             state.runs = start_thread(self.name, "to write lines", write).is_ok();
         }
-        let is_full = |it: &State| {
+        let is_full = |it: &WriterState| {
             // One gap is better than many: after it there is to be room for more than a line.
             let most = match it.dropped {
                 0 => MOST_BYTES,
@@ -243,7 +243,8 @@ impl LossyWriter {
             drop(state);
             return self.write_waiting();
         }
-        let is_busy = |it: &State| it.writing.is_some() || !it.waiting.is_empty() || it.dropped > 0;
+        let is_busy =
+            |it: &WriterState| it.writing.is_some() || !it.waiting.is_empty() || it.dropped > 0;
         while is_busy(&state) {
             let stuck = state.writing.is_some_and(|since| since.elapsed() >= STUCK);
             if patience == Patience::Limited && (stuck || Instant::now() >= end) {

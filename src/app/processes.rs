@@ -10,13 +10,13 @@ const PROGRAM: &str = "hvsock";
 
 /// A process.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Process {
+pub(crate) struct RunningProcess {
     pub(crate) id: u32,
     /// The program, and its arguments.
     pub(crate) command: Vec<String>,
 }
 
-impl Process {
+impl RunningProcess {
     /// Returns whether it is a keeper, which is started as `hvsock keeper VERSION`.
     pub(crate) fn is_keeper(&self) -> bool {
         self.command.get(1).is_some_and(|word| word == "keeper")
@@ -43,7 +43,7 @@ fn is_ours(program: &str) -> bool {
 ///
 /// # Errors
 /// Returns the system's error, if it doesn't tell of processes.
-pub(crate) fn list() -> io::Result<Vec<Process>> {
+pub(crate) fn list() -> io::Result<Vec<RunningProcess>> {
     let mut processes = all_of_user()?;
     processes.retain(|it| it.id != std::process::id());
     processes.sort_by_key(|it| it.id);
@@ -54,18 +54,18 @@ pub(crate) fn list() -> io::Result<Vec<Process>> {
 ///
 /// # Errors
 /// Returns the system's error, if it doesn't tell of processes.
-pub(crate) fn list_all() -> io::Result<Vec<Process>> {
+pub(crate) fn list_all() -> io::Result<Vec<RunningProcess>> {
     let mut processes = all()?;
     processes.sort_by_key(|it| it.id);
     Ok(processes)
 }
 
 #[cfg(target_os = "linux")]
-fn all_of_user() -> io::Result<Vec<Process>> {
+fn all_of_user() -> io::Result<Vec<RunningProcess>> {
     use std::fs;
     use std::os::unix::fs::MetadataExt;
     let user = crate::sys::user_id();
-    let is_own = |it: &Process| {
+    let is_own = |it: &RunningProcess| {
         let directory = format!("/proc/{}", it.id);
         let owner = fs::metadata(&directory).map(|it| it.uid()).ok();
         let program = fs::read_link(format!("{directory}/exe"));
@@ -75,7 +75,7 @@ fn all_of_user() -> io::Result<Vec<Process>> {
 }
 
 #[cfg(target_os = "linux")]
-fn all() -> io::Result<Vec<Process>> {
+fn all() -> io::Result<Vec<RunningProcess>> {
     use std::fs;
     let all = fs::read_dir("/proc")?.flatten().filter_map(|entry| {
         let id = entry.file_name().to_str()?.parse().ok()?;
@@ -83,7 +83,7 @@ fn all() -> io::Result<Vec<Process>> {
         let command = command.strip_suffix(b"\0").unwrap_or(&command);
         let words = command.split(|byte| *byte == 0);
         let words = words.map(|word| String::from_utf8_lossy(word).into_owned());
-        Some(Process {
+        Some(RunningProcess {
             id,
             command: words.collect(),
         })
@@ -92,7 +92,7 @@ fn all() -> io::Result<Vec<Process>> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn all_of_user() -> io::Result<Vec<Process>> {
+fn all_of_user() -> io::Result<Vec<RunningProcess>> {
     let user = crate::sys::user_id().to_string();
     let mut processes = ps(&["-U", &user])?;
     processes.retain(|it| it.command.first().is_some_and(|it| is_ours(it)));
@@ -100,12 +100,12 @@ fn all_of_user() -> io::Result<Vec<Process>> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn all() -> io::Result<Vec<Process>> {
+fn all() -> io::Result<Vec<RunningProcess>> {
     ps(&["-A"])
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ps(which: &[&str]) -> io::Result<Vec<Process>> {
+fn ps(which: &[&str]) -> io::Result<Vec<RunningProcess>> {
     let mut ps = std::process::Command::new("/bin/ps");
     ps.arg("-ww").args(which).args(["-o", "pid=,args="]);
     let told = ps.output()?;
@@ -121,12 +121,12 @@ fn ps(which: &[&str]) -> io::Result<Vec<Process>> {
 /// Reads lines of `ps -o pid=,args=`. It joins words by blanks, so one that has a blank in it is
 /// taken for several.
 #[cfg(any(test, not(target_os = "linux")))]
-fn read_ps(text: &str) -> Vec<Process> {
+fn read_ps(text: &str) -> Vec<RunningProcess> {
     let read = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
         let id = words.next()?.parse().ok()?;
         let command: Vec<String> = words.map(str::to_owned).collect();
-        (!command.is_empty()).then_some(Process { id, command })
+        (!command.is_empty()).then_some(RunningProcess { id, command })
     });
     read.collect()
 }

@@ -15,7 +15,7 @@ use crate::listener::lasting::LastingListener;
 use crate::lock::{lock, recover};
 use crate::name::SocketName;
 use crate::stream::Stream;
-use crate::stream::closing::{GracefulClose, Outcome};
+use crate::stream::closing::{CloseOutcome, GracefulClose};
 use crate::sys::Wanted;
 use crate::thread::start_scoped_thread;
 use crate::time::after;
@@ -34,7 +34,7 @@ pub(crate) struct Stop(Arc<AtomicUsize>);
 impl Stop {
     /// Asks for the end: the first call that nothing new is begun, the next one that all is broken
     /// off.
-    pub(crate) fn ask(&self) {
+    pub(crate) fn request_end(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -49,12 +49,12 @@ impl Stop {
 
 /// The clients that are being served.
 #[derive(Debug, Default)]
-struct Clients {
+struct ServedStreams {
     live: Mutex<HashMap<u64, Arc<Stream>>>,
     left: Condvar,
 }
 
-impl Clients {
+impl ServedStreams {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Stream>>> {
         lock(&self.live)
     }
@@ -87,7 +87,7 @@ const IDLE: Duration = match cfg!(windows) {
 
 /// What a server is to do beside serving.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct ServePlan {
     /// How many clients are served in all; `None`: no end.
     pub(crate) in_all: Option<u64>,
     /// How long clients may take to end when the server is told to stop.
@@ -101,11 +101,11 @@ pub(crate) struct Plan {
 /// client, or with taking one, is told, and ends nothing.
 pub(crate) fn serve(
     listener: &mut LastingListener,
-    plan: Plan,
+    plan: ServePlan,
     stop: &Stop,
     handle: impl Fn(u64, &Stream, SocketName) + Sync,
 ) {
-    let clients = Clients::default();
+    let clients = ServedStreams::default();
     let handle = |number, stream: &Stream, peer| {
         handle(number, stream, peer);
         // Of a guest that is still there: whatever happened, it is not closed before it has ended.
@@ -163,7 +163,7 @@ pub(crate) fn close_gracefully(
     loop {
         let now = Instant::now();
         if let Some(outcome) = stream.go_on_closing(&mut close, now + LOOK) {
-            return matches!(outcome, Outcome::PeerEnded);
+            return matches!(outcome, CloseOutcome::PeerEnded);
         }
         if !goes_on(begun.elapsed()) {
             close.set_until(now);
@@ -185,7 +185,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     loop {
         let mut blocked = false;
         while !blocked && !ahead.is_empty() {
-            match again((&*stream).write(ahead.as_slices().0))? {
+            match completed((&*stream).write(ahead.as_slices().0))? {
                 Some(n) => drop(ahead.drain(..n)),
                 None => blocked = true,
             }
@@ -199,7 +199,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
         }
         let mut wanted = Wanted::Writable;
         if !eof && ahead.len() < AHEAD {
-            match again((&*stream).read(&mut buffer))? {
+            match completed((&*stream).read(&mut buffer))? {
                 Some(0) => eof = true,
                 Some(n) => {
                     total += n as u64;
@@ -217,7 +217,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
 }
 
 /// Returns what a call on a non-blocking socket has done; `None` if it would have had to wait.
-pub(crate) fn again<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+pub(crate) fn completed<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(done) => Ok(Some(done)),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),

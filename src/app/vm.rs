@@ -8,7 +8,7 @@ use crate::address::{
 };
 #[cfg(unix)]
 use crate::app::{
-    processes::{self, Process},
+    processes::{self, RunningProcess},
     vmms,
 };
 use crate::error::{Error, Operation, Result};
@@ -147,7 +147,7 @@ impl VmPlace {
 
 /// Finds the VM of that name among those that these processes run.
 #[cfg(unix)]
-fn find_running(name: &str, processes: &[Process]) -> Option<Result<VmPlace>> {
+fn find_running(name: &str, processes: &[RunningProcess]) -> Option<Result<VmPlace>> {
     let mut uris: Vec<String> = vmms::find(processes)
         .into_iter()
         .filter(|it| it.name == name)
@@ -212,7 +212,7 @@ mod tests {
         let qemu = |id, name: &str, cid: u32| {
             let device = format!("vhost-vsock-pci,guest-cid={cid}");
             let command = ["qemu-system-x86_64", "-name", name, "-device", &device];
-            Process {
+            RunningProcess {
                 id,
                 command: command.map(str::to_owned).to_vec(),
             }

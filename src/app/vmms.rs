@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::app::processes::Process;
+use crate::app::processes::RunningProcess;
 
 /// A VM that runs here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,11 +20,11 @@ pub(crate) struct RunningVm {
 }
 
 /// Returns the VMs with a vsock device that these processes run.
-pub(crate) fn find(processes: &[Process]) -> Vec<RunningVm> {
+pub(crate) fn find(processes: &[RunningProcess]) -> Vec<RunningVm> {
     processes.iter().flat_map(of_process).collect()
 }
 
-fn of_process(process: &Process) -> Vec<RunningVm> {
+fn of_process(process: &RunningProcess) -> Vec<RunningVm> {
     let words: Vec<&str> = process.command.iter().map(String::as_str).collect();
     let Some((program, words)) = words.split_first() else {
         return Vec::new();
@@ -52,7 +52,7 @@ fn of_process(process: &Process) -> Vec<RunningVm> {
     found.into_iter().map(vm).collect()
 }
 
-type Found = (&'static str, Option<String>, String);
+type FoundVm = (&'static str, Option<String>, String);
 
 /// Returns the values of an option, which follows it in a word of its own or behind `=`. Options
 /// may be written with one dash or two, as QEMU takes them.
@@ -81,7 +81,7 @@ fn key<'a>(list: &'a str, key: &str) -> Option<&'a str> {
 }
 
 /// QEMU: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
-fn of_qemu(words: &[&str]) -> Vec<Found> {
+fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "name").into_iter().next().map(|it| {
         let plain = it.split(',').next().filter(|it| !it.contains('='));
         key(it, "guest").or(plain).unwrap_or(it).to_owned()
@@ -102,7 +102,7 @@ fn of_qemu(words: &[&str]) -> Vec<Found> {
 
 /// Firecracker: `vsock.uds_path` of the file of `--config-file`. What is set through its API stands
 /// in no command line.
-fn of_firecracker(process: u32, words: &[&str]) -> Vec<Found> {
+fn of_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "id").into_iter().next().map(str::to_owned);
     let path = |file: &str| -> Option<String> {
         let text = fs::read_to_string(in_directory_of(process, file)).ok()?;
@@ -116,7 +116,7 @@ fn of_firecracker(process: u32, words: &[&str]) -> Vec<Found> {
 }
 
 /// Cloud Hypervisor: `--vsock cid=3,socket=/path`.
-fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<Found> {
+fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock")
         .into_iter()
         .filter_map(|it| key(it, "socket"));
@@ -134,7 +134,7 @@ fn number(word: &str) -> Option<u64> {
 }
 
 /// vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or `--uds-path=/path`.
-fn of_vhost_device(process: u32, words: &[&str]) -> Vec<Found> {
+fn of_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let of_vms = values(words, "vm")
         .into_iter()
         .filter_map(|it| key(it, "uds-path"));
@@ -145,7 +145,7 @@ fn of_vhost_device(process: u32, words: &[&str]) -> Vec<Found> {
 }
 
 /// The stand-in: `hvsock simulate --vsock-mux /path`.
-fn of_stand_in(process: u32, words: &[&str]) -> Vec<Found> {
+fn of_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock-mux").into_iter();
     paths
         .map(|path| ("hvsock simulate", None, mux(process, path)))
@@ -180,7 +180,7 @@ mod tests {
 
     fn found(command: &[&str]) -> Vec<(String, &'static str, String)> {
         let command = command.iter().map(|it| (*it).to_owned()).collect();
-        let process = Process { id: 7, command };
+        let process = RunningProcess { id: 7, command };
         let all = find(&[process]).into_iter();
         all.map(|it| (it.name, it.vmm, it.vm)).collect()
     }

@@ -16,17 +16,17 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 const MOST_REMEMBERED: usize = 64;
 
 /// The addresses that dials outside of any forward know of.
-static OWN: Mutex<Addresses> = Mutex::new(Addresses { failed: Vec::new() });
+static OWN: Mutex<FailedAddresses> = Mutex::new(FailedAddresses { failed: Vec::new() });
 
 /// Addresses that have failed lately.
 #[derive(Debug, Default)]
-pub(crate) struct Addresses {
+pub(crate) struct FailedAddresses {
     failed: Vec<(SocketAddr, Instant)>,
 }
 
-impl Addresses {
+impl FailedAddresses {
     /// Returns what dials outside of any forward know. The lock is held for moments.
-    pub(crate) fn own() -> MutexGuard<'static, Addresses> {
+    pub(crate) fn own() -> MutexGuard<'static, FailedAddresses> {
         lock(&OWN)
     }
 
@@ -76,7 +76,7 @@ mod tests {
     #[test]
     fn what_has_failed_is_tried_last_for_a_while() {
         let [a, b, c] = [1, 2, 3].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        let (mut addresses, start) = (Addresses::default(), Instant::now());
+        let (mut addresses, start) = (FailedAddresses::default(), Instant::now());
         let target: Address = "tcp://name:1".parse().unwrap();
         addresses.note_failure(a, start);
         assert_eq!(addresses.order(&target, vec![a, b, c], start), [b, c, a]);
@@ -97,7 +97,7 @@ mod tests {
             ("tcp6://name:1", vec![six]),
         ] {
             let target = target.parse().unwrap();
-            let found = Addresses::default().order(&target, vec![six, four], Instant::now());
+            let found = FailedAddresses::default().order(&target, vec![six, four], Instant::now());
             assert_eq!(found, order, "{target}");
         }
     }

@@ -4,7 +4,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::{Addresses, Begun, Dial, Next, Race};
+use super::{Begun, Dial, FailedAddresses, Next, Race};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::nonblocking::Stream;
 
@@ -102,7 +102,7 @@ impl Attempts {
     /// Notes that the latest attempt has succeeded.
     fn win(&mut self, now: Instant) -> bool {
         if let Some(Endpoint::Tcp(address)) = self.race.dial.endpoint() {
-            Addresses::own().note_success(*address);
+            FailedAddresses::own().note_success(*address);
         }
         for slower in self.race.take_earlier() {
             note_failure(&slower.endpoint, now);
@@ -150,6 +150,6 @@ impl Attempts {
 
 fn note_failure(endpoint: &Endpoint, now: Instant) {
     if let Endpoint::Tcp(address) = endpoint {
-        Addresses::own().note_failure(*address, now);
+        FailedAddresses::own().note_failure(*address, now);
     }
 }

@@ -17,7 +17,7 @@ use crate::time::after;
 
 #[cfg(all(unix, feature = "cli"))]
 use super::ProgramEnd;
-use super::{Addresses, Attempts, Begun, Dial, Next, explain};
+use super::{Attempts, Begun, Dial, FailedAddresses, Next, explain};
 
 /// How long [`Stream::connect`] tries.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -197,7 +197,7 @@ fn resolve(address: &Address, host: &str, port: u16) -> Result<Vec<Endpoint>> {
     (host, port)
         .to_socket_addrs()
         .map(|found: std::vec::IntoIter<SocketAddr>| {
-            let order = Addresses::own().order(address, found.collect(), Instant::now());
+            let order = FailedAddresses::own().order(address, found.collect(), Instant::now());
             order.into_iter().map(Endpoint::Tcp).collect()
         })
         .map_err(|e| {

@@ -24,7 +24,7 @@ use crate::stream::socket::Socket;
 use crate::stream::vsock_mux::Handshake;
 use crate::sys;
 
-pub(crate) use addresses::Addresses;
+pub(crate) use addresses::FailedAddresses;
 pub(crate) use attempts::Attempts;
 #[cfg(all(unix, feature = "cli"))]
 pub(crate) use blocking::start_program_unless;

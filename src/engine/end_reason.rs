@@ -118,7 +118,7 @@ impl EndReason {
 
     /// Notes the reason in place of an earlier one. What begins the end of a connection counts,
     /// unless something follows that says more.
-    pub(crate) fn note(self, noted: &mut Option<EndReason>) {
+    pub(crate) fn note_in(self, noted: &mut Option<EndReason>) {
         if noted.is_none_or(|earlier| self.weight() > earlier.weight()) {
             *noted = Some(self);
         }

@@ -55,7 +55,7 @@ impl Default for Ended {
 
 impl Ended {
     /// Adds a connection, in place of the oldest one if there are too many.
-    pub(crate) fn note(&self, ended: EndedConnection) {
+    pub(crate) fn add_connection(&self, ended: EndedConnection) {
         let mut all = lock(&self.0);
         let oldest = match all.len() < MOST_REMEMBERED {
             true => None,
@@ -68,11 +68,11 @@ impl Ended {
     }
 
     /// Completes why a connection has ended, which is known now, after it was added.
-    pub(crate) fn complete(&self, id: ConnectionId, why: EndReason) {
+    pub(crate) fn complete_reason(&self, id: ConnectionId, why: EndReason) {
         let mut all = lock(&self.0);
         if let Some(ended) = all.iter_mut().rev().find(|it| it.id == id) {
             let mut noted = Some(ended.why);
-            why.note(&mut noted);
+            why.note_in(&mut noted);
             ended.why = noted.unwrap_or(why);
         }
     }
@@ -96,7 +96,7 @@ mod tests {
         let address = || "tcp://127.0.0.1:1".parse().unwrap();
         let rule = Arc::new(Rule::new(address(), address()));
         for id in 0..250 {
-            ended.note(EndedConnection {
+            ended.add_connection(EndedConnection {
                 id: ConnectionId(id),
                 forward: ForwardId(0),
                 rule: Arc::clone(&rule),
@@ -116,8 +116,8 @@ mod tests {
         assert_eq!(ended.0.lock().unwrap().capacity(), MOST_REMEMBERED);
         // What is known later completes the right one, and nothing of one that is forgotten.
         let failed = EndReason::ProgramFailed(ProgramFailure::Status(3));
-        ended.complete(ConnectionId(200), failed);
-        ended.complete(ConnectionId(3), failed);
+        ended.complete_reason(ConnectionId(200), failed);
+        ended.complete_reason(ConnectionId(3), failed);
         let all = ended.list().into_iter().filter(|it| it.why == failed);
         assert!(all.map(|it| it.id.0).eq([200]));
     }

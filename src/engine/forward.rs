@@ -9,7 +9,7 @@ use std::time::Instant;
 use tracing::warn;
 
 use crate::address::{Address, EofRefusal, HalfClose, Reset, Waiter};
-use crate::dial::Addresses;
+use crate::dial::FailedAddresses;
 use crate::engine::relay::Side;
 use crate::error::Error;
 use crate::lock::lock;
@@ -78,7 +78,7 @@ pub(crate) struct Forward {
     /// The health of the target, where no gate keeps it.
     health: Mutex<Health>,
     /// What is known of the addresses of the target's name.
-    addresses: Mutex<Addresses>,
+    addresses: Mutex<FailedAddresses>,
     /// The slots of the VM that the forward has reserved, until it is removed.
     pub(crate) quota: Mutex<Option<Reservation>>,
     /// Whether the forward was removed and the time of its connections is over.
@@ -182,7 +182,7 @@ impl Forward {
     }
 
     /// Returns what is known of the addresses of the target's name. The lock is held for moments.
-    pub(crate) fn addresses(&self) -> MutexGuard<'_, Addresses> {
+    pub(crate) fn addresses(&self) -> MutexGuard<'_, FailedAddresses> {
         lock(&self.addresses)
     }
 
@@ -321,7 +321,7 @@ impl Forward {
     fn log_news(&self, news: Option<News>, error: Option<&Error>) {
         if let Some(news) = news {
             let mut forwards = ForwardsTo::default();
-            *forwards.of(self.rule.while_down()) = 1;
+            *forwards.count_of(self.rule.while_down()) = 1;
             health::log_change(news, &self.rule.connect, error, forwards);
         }
     }

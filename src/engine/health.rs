@@ -38,7 +38,7 @@ pub(crate) struct ForwardsTo {
 
 impl ForwardsTo {
     /// Returns the number of those that do this.
-    pub(crate) fn of(&mut self, what: WhileDown) -> &mut usize {
+    pub(crate) fn count_of(&mut self, what: WhileDown) -> &mut usize {
         match what {
             WhileDown::RefusesClients => &mut self.refusing,
             WhileDown::HoldsClients => &mut self.holding,

@@ -100,7 +100,7 @@ pub(crate) fn encode(
     destination: Option<SocketAddr>,
 ) -> Vec<u8> {
     let addresses = match client.name {
-        SocketName::Tcp(source) => Some(unite(source, destination)),
+        SocketName::Tcp(source) => Some(same_family(source, destination)),
         _ => None,
     };
     match version {
@@ -110,7 +110,7 @@ pub(crate) fn encode(
 }
 
 /// Returns both addresses in one family.
-fn unite(source: SocketAddr, destination: Option<SocketAddr>) -> [SocketAddr; 2] {
+fn same_family(source: SocketAddr, destination: Option<SocketAddr>) -> [SocketAddr; 2] {
     let plain = |it: SocketAddr| SocketAddr::new(it.ip().to_canonical(), it.port());
     let mapped = |it: SocketAddr| match it.ip() {
         IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), it.port()),

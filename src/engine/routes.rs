@@ -246,7 +246,7 @@ impl Routes {
     }
 
     /// Forgets a connection.
-    pub(crate) fn forget(&self, route: Route) {
+    pub(crate) fn forget_route(&self, route: Route) {
         let mut known = self.known();
         for ends in &route.outgoing {
             known.forget_outgoing(ends);
@@ -346,10 +346,10 @@ mod tests {
         assert!(routes.admit_unnamed_client(b, || false, now));
         assert!(routes.admit_unnamed_client(c, || true, now));
         assert!(routes.admit_unnamed_client(b, || true, now + LOOP_TIME));
-        routes.forget(first);
+        routes.forget_route(first);
         assert!(routes.admit_client(seen(3, 81), a, &mut third));
-        routes.forget(second);
-        routes.forget(third);
+        routes.forget_route(second);
+        routes.forget_route(third);
         let known = routes.known();
         assert!(known.edges.is_empty() && known.outgoing.is_empty());
         assert_eq!(routes.dialled.load(Ordering::Acquire), 0);

@@ -40,13 +40,13 @@ const LONGEST_LINE: usize = 256;
 
 /// A status socket.
 #[derive(Debug)]
-struct Door {
+struct StatusSocket {
     directory: PathBuf,
     /// The socket and its file, which goes with it. `None`: it can't be bound now.
     bound: Option<(UnixListener, SocketFile)>,
 }
 
-impl Door {
+impl StatusSocket {
     /// Binds the socket, unless it is bound and its file is there.
     fn bind(&mut self) {
         let path = socket_path(&self.directory, std::process::id());
@@ -72,7 +72,7 @@ fn bind_status(path: &Path) -> crate::Result<(UnixListener, SocketFile)> {
 
 /// A client of a status socket.
 #[derive(Debug)]
-struct Client {
+struct StatusClient {
     id: u64,
     stream: UnixStream,
     line: Vec<u8>,
@@ -82,7 +82,7 @@ struct Client {
 #[derive(Clone, Copy, Debug)]
 enum PollSource {
     Notifier,
-    Door(usize),
+    StatusSocket(usize),
     Client(u64),
     Port(u64),
     Ending(usize),
@@ -112,8 +112,8 @@ struct KeeperLoop<'a> {
     endings: Vec<EndingConnection>,
     /// How many of them were closed though their guests went on sending.
     given_up: u64,
-    doors: Vec<Door>,
-    clients: Vec<Client>,
+    status_sockets: Vec<StatusSocket>,
+    clients: Vec<StatusClient>,
     next_client: u64,
     look_at: Instant,
     buffer: Vec<u8>,
@@ -156,7 +156,7 @@ pub(super) fn run(version: Option<&str>) -> i32 {
         ports: HashMap::new(),
         endings: Vec::new(),
         given_up: 0,
-        doors: Vec::new(),
+        status_sockets: Vec::new(),
         clients: Vec::new(),
         next_client: 0,
         look_at: Instant::now(),
@@ -177,7 +177,7 @@ impl KeeperLoop<'_> {
             for source in &ready {
                 match source {
                     PollSource::Notifier => self.read_notifier(now),
-                    PollSource::Door(index) => self.accept_client(*index),
+                    PollSource::StatusSocket(index) => self.accept_client(*index),
                     PollSource::Client(id) if self.serve_client(*id, now) == Course::Ends => {
                         course = Course::Ends;
                     }
@@ -221,9 +221,9 @@ impl KeeperLoop<'_> {
         if self.has_more {
             wake_by(now);
         }
-        for (index, door) in self.doors.iter().enumerate() {
-            if let Some((listener, _)) = &door.bound {
-                add(PollSource::Door(index), listener.as_fd());
+        for (index, socket) in self.status_sockets.iter().enumerate() {
+            if let Some((listener, _)) = &socket.bound {
+                add(PollSource::StatusSocket(index), listener.as_fd());
             }
         }
         for client in &self.clients {
@@ -340,13 +340,17 @@ impl KeeperLoop<'_> {
             }
             Order::Forget(id) => drop(self.ports.remove(&id)),
             Order::Directory(directory) => {
-                match self.doors.iter_mut().find(|it| it.directory == directory) {
-                    Some(door) => door.bind(),
+                match self
+                    .status_sockets
+                    .iter_mut()
+                    .find(|it| it.directory == directory)
+                {
+                    Some(socket) => socket.bind(),
                     None => {
                         let bound = None;
-                        let mut door = Door { directory, bound };
-                        door.bind();
-                        self.doors.push(door);
+                        let mut socket = StatusSocket { directory, bound };
+                        socket.bind();
+                        self.status_sockets.push(socket);
                     }
                 }
             }
@@ -402,8 +406,8 @@ impl KeeperLoop<'_> {
         self.ports.remove(&id);
     }
 
-    fn accept_client(&mut self, door: usize) {
-        let Some((listener, _)) = &self.doors[door].bound else {
+    fn accept_client(&mut self, socket: usize) {
+        let Some((listener, _)) = &self.status_sockets[socket].bound else {
             return;
         };
         match listener.accept() {
@@ -417,7 +421,7 @@ impl KeeperLoop<'_> {
                 }
                 self.next_client += 1;
                 let (id, line) = (self.next_client, Vec::new());
-                self.clients.push(Client { id, stream, line });
+                self.clients.push(StatusClient { id, stream, line });
             }
             // The socket is not polled for a while: it would be ready again at once, and the next
             // client may find a descriptor.

@@ -14,7 +14,7 @@ use super::cuts::Cuts;
 use super::driver::Driver;
 use super::driver::StillWanted;
 use super::rules::Binder;
-use super::shared::{Command, Shared};
+use super::shared::{Shared, WorkerCommand};
 use crate::engine::ended::EndedConnection;
 use crate::engine::forward::Forward;
 use crate::engine::id::{ConnectionId, ForwardId};
@@ -54,7 +54,7 @@ impl<D: Driver> Controller<D> {
         let (listener, forward) = self.binder.bind::<D>(rule, home)?;
         let id = forward.id;
         self.listen(listener, forward)
-            .inspect_err(|_| self.binder.forget(id))?;
+            .inspect_err(|_| self.binder.forget_rule(id))?;
         Ok(id)
     }
 
@@ -64,12 +64,12 @@ impl<D: Driver> Controller<D> {
         let others = self.shared.listening_sockets();
         let fail = |e| Error::new(Operation::Listen, &listen, e);
         if self.shared.is_stopping() {
-            return Err(fail(stopping()));
+            return Err(fail(stopping_error()));
         }
         // Existing connections stay; the next client waits until there is room for it.
         let listeners = others + listen.listening_sockets();
         let descriptors = &self.shared.descriptors;
-        if descriptors.room(listeners) == 0 {
+        if descriptors.connection_room(listeners) == 0 {
             return Err(descriptors.too_few(Operation::Listen, &listen, listeners));
         }
         if forward.needs_graceful_close(Side::Client) {
@@ -84,8 +84,8 @@ impl<D: Driver> Controller<D> {
             fail(e)
         };
         let listen =
-            |wanted, answer| Command::Listen(listener, Arc::clone(&forward), wanted, answer);
-        let begun = self.ask(home, listen).and_then(|done| done);
+            |wanted, answer| WorkerCommand::Listen(listener, Arc::clone(&forward), wanted, answer);
+        let begun = self.ask_worker(home, listen).and_then(|done| done);
         begun.map_err(undo)?;
         self.shared.forwards().insert(forward);
         Ok(())
@@ -100,15 +100,15 @@ impl<D: Driver> Controller<D> {
         let set_access = || match access == old.rule.access() {
             true => Ok(()),
             false => self
-                .ask(home, |wanted, answer| {
-                    Command::SetAccess(id, access, wanted, answer)
+                .ask_worker(home, |wanted, answer| {
+                    WorkerCommand::SetAccess(id, access, wanted, answer)
                 })
                 .and_then(|done| done),
         };
-        let replace = |wanted, answer| Command::Replace(Arc::clone(&forward), wanted, answer);
-        if let Err(e) = set_access().and_then(|()| self.ask(home, replace)) {
+        let replace = |wanted, answer| WorkerCommand::Replace(Arc::clone(&forward), wanted, answer);
+        if let Err(e) = set_access().and_then(|()| self.ask_worker(home, replace)) {
             forward.release_quota();
-            self.binder.restore(old);
+            self.binder.reserve_slots_again(old);
             return Err(Error::new(Operation::Listen, &forward.rule.listen, e));
         }
         self.shared.reserve_slots(&forward);
@@ -124,11 +124,11 @@ impl<D: Driver> Controller<D> {
         let _change = self.binder.begin_change();
         let forward = self.shared.forwards().remove(id);
         let forward = forward.ok_or_else(no_forward)?;
-        self.binder.forget(id);
+        self.binder.forget_rule(id);
         self.shared.release(&forward);
         let cuts = Arc::new(Cuts::new(self.shared.inboxes.len()));
         let answers = self.ask_all(
-            |answer| Command::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
+            |answer| WorkerCommand::Remove(Arc::clone(&forward), grace, Arc::clone(&cuts), answer),
             ANSWER_TIMEOUT,
         );
         self.shared.make_room(self.shared.listening_sockets());
@@ -143,7 +143,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn connections(&self) -> Vec<ConnectionStatus> {
-        let answers = self.ask_all(Command::ListConnections, ANSWER_TIMEOUT);
+        let answers = self.ask_all(WorkerCommand::ListConnections, ANSWER_TIMEOUT);
         answers.into_iter().flatten().collect()
     }
 
@@ -156,7 +156,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn close(&self, id: ConnectionId) -> Result<ConnectionStatus> {
-        let answers = self.ask_all(|answer| Command::Close(id, answer), ANSWER_TIMEOUT);
+        let answers = self.ask_all(|answer| WorkerCommand::Close(id, answer), ANSWER_TIMEOUT);
         let all_answered = answers.len() >= self.shared.inboxes.len() || self.shared.is_over();
         if let Some(status) = answers.into_iter().flatten().next() {
             return Ok(status);
@@ -170,7 +170,7 @@ impl<D: Driver> Controller<D> {
     }
 
     pub(super) fn answers_within(&self, patience: Duration) -> bool {
-        let answers = self.ask_all(Command::Ping, patience).len();
+        let answers = self.ask_all(WorkerCommand::Ping, patience).len();
         let ended = self.shared.ended.load(Ordering::Acquire);
         answers + ended >= self.shared.inboxes.len()
     }
@@ -202,7 +202,7 @@ impl<D: Driver> Controller<D> {
         self.shared.stop_asked.store(true, Ordering::Release);
         self.binder.close_passed();
         for inbox in &self.shared.inboxes {
-            inbox.send(Command::Stop(grace));
+            inbox.send(WorkerCommand::Stop(grace));
         }
     }
 
@@ -211,10 +211,10 @@ impl<D: Driver> Controller<D> {
     /// # Errors
     /// Returns `NotConnected` if the worker has ended, `TimedOut` if it does not answer. The
     /// command has no effect later either.
-    fn ask<T>(
+    fn ask_worker<T>(
         &self,
         worker: usize,
-        command: impl FnOnce(StillWanted, Sender<T>) -> Command<D>,
+        command: impl FnOnce(StillWanted, Sender<T>) -> WorkerCommand<D>,
     ) -> io::Result<T> {
         let (answer, answers) = channel();
         let wanted = StillWanted::default();
@@ -224,13 +224,13 @@ impl<D: Driver> Controller<D> {
         loop {
             match D::receive(&answers, CHECK_INTERVAL) {
                 Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Err(stopping()),
+                Err(RecvTimeoutError::Disconnected) => return Err(stopping_error()),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             let (over, late) = (self.shared.is_over(), elapsed() >= ANSWER_TIMEOUT);
             if (over || late) && wanted.give_up() {
                 return Err(match over {
-                    true => stopping(),
+                    true => stopping_error(),
                     false => no_answer("nothing was changed"),
                 });
             }
@@ -245,7 +245,7 @@ impl<D: Driver> Controller<D> {
     /// that have ended give none.
     pub(super) fn ask_all<T>(
         &self,
-        command: impl Fn(Sender<T>) -> Command<D>,
+        command: impl Fn(Sender<T>) -> WorkerCommand<D>,
         patience: Duration,
     ) -> Vec<T> {
         let (answer, answers) = channel();
@@ -281,6 +281,6 @@ pub(super) fn no_answer(so: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
-pub(super) fn stopping() -> io::Error {
+pub(super) fn stopping_error() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the proxy is stopping")
 }

@@ -39,7 +39,7 @@ impl Cuts {
     }
 
     /// Notes that a connection was cut off.
-    pub(super) fn note(&self, forward: &Forward) {
+    pub(super) fn count_cut(&self, forward: &Forward) {
         let mut all = self.by_forward();
         let (_, count) = all
             .entry(forward.id)

@@ -48,7 +48,7 @@ impl Descriptors {
     }
 
     /// Returns how many connections there are descriptors for besides so many listeners.
-    pub(crate) fn room(&self, listeners: usize) -> usize {
+    pub(crate) fn connection_room(&self, listeners: usize) -> usize {
         match (self.limit)() {
             Some(limit) => self.room_within(limit, listeners as u64),
             None => usize::MAX,
@@ -78,7 +78,7 @@ impl Descriptors {
 
     fn room_within(&self, limit: u64, listeners: u64) -> usize {
         let taken = self.others + PER_WORKER * self.workers + listeners + 2 * pipes(Some(limit));
-        let spare = spare(limit);
+        let spare = reserve_of(limit);
         let left = limit.saturating_sub(taken + spare);
         let left = match self.guests.load(Ordering::Acquire) {
             true => left - FOR_GUESTS.min(left / 2),
@@ -89,7 +89,7 @@ impl Descriptors {
 }
 
 /// Returns the reserve, which is smaller where the limit is low.
-fn spare(limit: u64) -> u64 {
+fn reserve_of(limit: u64) -> u64 {
     const LEAST: u64 = 16;
     (limit / 8).clamp(LEAST, SPARE)
 }
@@ -117,7 +117,7 @@ mod tests {
         let alone = Descriptors::new(2, 0, || None);
         for limit in [256, 1024, 4096] {
             let pipes = 2 * pipes(Some(limit));
-            let spare = spare(limit);
+            let spare = reserve_of(limit);
             let room = alone.room_within(limit, 100) as u64;
             assert!(
                 2 * room + 100 + pipes + 6 + spare <= limit,

@@ -1,8 +1,8 @@
-//! The interface between the loop and the operating system. Readiness, results of socket calls, and
-//! time come to the loop through [`Driver`] and by no other way (invariant 9), so that a whole
-//! worker can run against simulated sockets and a simulated clock.
+//! The interface between the loop and the operating system. Readiness, results of socket calls and
+//! time come to the loop only through [`Driver`] (invariant 9), so that a whole worker can run
+//! against simulated sockets and a simulated clock.
 //!
-//! Nothing here decides anything: policy belongs to the engine and to the loop.
+//! It contains no policy, which belongs to the engine and to the loop.
 
 use std::io;
 use std::net::SocketAddr;
@@ -27,8 +27,8 @@ use crate::engine::id::{ConnectionId, ForwardId};
 use crate::engine::rule::Rule;
 use crate::stream::peer_names::ListenerName;
 
-/// Whether a command to a worker is still wanted. Either the worker begins it, or the thread that
-/// asked gives it up, whichever is first. A command that was given up has no effect.
+/// The state of a command to a worker: either the worker begins it, or the thread that sent it
+/// gives it up, whichever is first. A command that was given up has no effect.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StillWanted(Arc<AtomicU8>);
 
@@ -70,14 +70,14 @@ pub(crate) enum DriverEvent<S, L> {
     Dialled { token: usize, stream: Result<S> },
     /// The relay threads that were started with this token have closed their streams.
     ThreadsEnded { token: usize, result: ThreadsResult },
-    /// A look at a VM from outside has this result.
+    /// A check of a VM from outside has this result.
     VmSeen { gate: Arc<Gate>, look: VmLook },
-    /// A look at a VM has failed, and says nothing about it.
+    /// A check of a VM has failed, so nothing is known about it.
     LookFailed { gate: Arc<Gate> },
     /// A listener's file was checked, or its address was bound again, with this result.
     Listener { of: ListenerId, found: Found<L> },
-    /// The program that was dialled with this token has ended its output and itself, or was cut off:
-    /// see [`Driver::dial`].
+    /// The program that was dialled with this token has closed its output and exited, or was cut
+    /// off: see [`Driver::dial`].
     #[cfg_attr(not(unix), allow(dead_code))]
     ProgramEnded {
         token: usize,
@@ -90,7 +90,7 @@ pub(crate) enum DriverEvent<S, L> {
     Explained { token: usize, error: Error },
 }
 
-/// The identifier of a worker's listener: its token, and its forward, since tokens are used again.
+/// The identifier of a worker's listener: its token and its forward, since tokens are reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListenerId {
     pub(crate) token: usize,
@@ -108,11 +108,11 @@ pub(crate) enum Found<L> {
     Bound(L),
     /// The file is missing, and no listener can be bound.
     Failed(Error),
-    /// The check has failed, and says nothing about the file.
+    /// The check has failed, so nothing is known about the file.
     Nothing,
 }
 
-/// Duplicates of a listener's sockets, for another process.
+/// The duplicates of a listener's sockets for another process.
 #[cfg(all(unix, feature = "cli"))]
 #[derive(Debug)]
 pub(crate) struct Lent {
@@ -121,26 +121,26 @@ pub(crate) struct Lent {
     pub(crate) file: Option<crate::sys::Identity>,
 }
 
-/// What a worker needs of the operating system. Functions without `self` serve callers outside of
-/// the workers' loops, which have no driver.
+/// The operations of the operating system that a worker needs. Functions without `self` are for
+/// callers outside of the workers' loops, which have no driver.
 pub(crate) trait Driver: Sized {
     type Stream: ConnectionSocket;
     type Listener;
 
-    /// Binds an address and listens on it. A Unix socket's file gets that access.
+    /// Binds an address and listens on it. The file of a Unix socket gets `access`.
     ///
     /// # Errors
     /// Returns `AddrInUse` if another socket listens there, or else the system's error.
     fn bind(address: &Address, access: FileAccess) -> Result<Self::Listener>;
     /// Converts a socket that listened already.
     fn take_passed(listener: listener::Listener) -> Self::Listener;
-    /// Returns the address that was bound for `asked`, with the port that was chosen.
+    /// Returns the address that was bound for `asked`, with the port that the kernel chose.
     fn bound(listener: &Self::Listener, asked: &Address) -> Address;
     /// Returns what is unusual about a listener that was bound.
     fn note(listener: &Self::Listener) -> Option<&'static str>;
     /// Returns the time of the clock that [`now`](Driver::now) reads.
     fn clock() -> Instant;
-    /// Waits for the answer of a worker, at most `patience`.
+    /// Waits for the answer of a worker, for at most `patience`.
     ///
     /// # Errors
     /// Returns the errors of [`Receiver::recv_timeout`].
@@ -148,21 +148,21 @@ pub(crate) trait Driver: Sized {
         answers: &Receiver<T>,
         patience: Duration,
     ) -> std::result::Result<T, RecvTimeoutError>;
-    /// Returns the process' limit of descriptors, or `None` if none is known.
+    /// Returns the process's limit of descriptors, if one is known.
     fn descriptor_limit() -> Option<u64>;
 
     /// Returns the time.
     fn now(&self) -> Instant;
-    /// Returns what the wall clock shows.
+    /// Returns the time of the wall clock.
     fn wall_time(&self) -> SystemTime;
-    /// Waits for events, at most `timeout`, and appends all that have come.
+    /// Waits for events, for at most `timeout`, and appends all that have come.
     fn wait(
         &mut self,
         events: &mut Vec<DriverEvent<Self::Stream, Self::Listener>>,
         timeout: Option<Duration>,
     ) -> io::Result<()>;
 
-    /// Registers the listener of a rule, once. A keeper may be given a copy of it.
+    /// Registers the listener of a rule, once, and gives a keeper a copy of it where one keeps it.
     fn watch_listener(
         &mut self,
         listener: &mut Self::Listener,
@@ -172,17 +172,18 @@ pub(crate) trait Driver: Sized {
     /// Accepts a client without waiting, and returns the name of its socket.
     ///
     /// # Errors
-    /// Returns `WouldBlock` if no client waits; the system's error, which may be `Interrupted`.
+    /// Returns `WouldBlock` if no client waits, or else the system's error, which may be
+    /// `Interrupted`.
     fn accept(&mut self, listener: &Self::Listener) -> io::Result<(Self::Stream, SocketName)>;
-    /// Checks whether a listener's file is still there, and binds the address again if it is
-    /// missing; the result is a [`DriverEvent::Listener`]. Returns false if the listener has no file
-    /// of its own.
+    /// Checks whether a listener's file still exists, and binds the address again if it is missing.
+    /// The result is a [`DriverEvent::Listener`]. Returns false if the listener has no file of its
+    /// own.
     fn check_file(&mut self, listener: &Self::Listener, of: ListenerId, rule: &Rule) -> bool;
-    /// Closes the old listener, if there is one, and binds its address again; the result is an
+    /// Closes the old listener, if there is one, and binds its address again. The result is a
     /// [`DriverEvent::Listener`].
     fn bind_again(&mut self, old: Option<Self::Listener>, of: ListenerId, rule: &Rule);
-    /// Changes the owner, group and permissions of a listener's file, if that is still wanted then.
-    /// The result is sent to `done`.
+    /// Changes the owner, group and permissions of a listener's file, unless `wanted` was given up
+    /// by then. The result is sent to `done`.
     fn set_access(
         &mut self,
         listener: &Self::Listener,
@@ -190,45 +191,46 @@ pub(crate) trait Driver: Sized {
         wanted: StillWanted,
         done: Sender<io::Result<()>>,
     );
-    /// Closes a listener and removes its file; a keeper that has a copy of it accepts there from
-    /// now on.
+    /// Closes a listener and removes its file. A keeper that has a copy of it accepts its clients
+    /// from now on.
     fn close_listener(&mut self, listener: Self::Listener) {
         self.close_listener_then(listener, channel().0);
     }
     /// Closes a listener as [`close_listener`](Driver::close_listener) does, and notifies `done`
     /// when its address can be bound again.
     fn close_listener_then(&mut self, listener: Self::Listener, done: Sender<()>);
-    /// Has a keeper keep a listener that another process has left to this one since it was watched.
+    /// Gives a keeper a copy of a listener that another process has handed over since it was
+    /// registered.
     #[cfg(all(unix, feature = "cli"))]
     fn keep_listener(&mut self, listener: &mut Self::Listener, rule: &Rule);
     /// Duplicates a listener's sockets, for another process.
     ///
     /// # Errors
-    /// Returns `Unsupported` where no socket can be passed; the system's error, if there is no
-    /// descriptor left.
+    /// Returns `Unsupported` where no socket can be passed, or the system's error if no descriptor
+    /// is left.
     #[cfg(all(unix, feature = "cli"))]
     fn lend_listener(&self, listener: &Self::Listener) -> io::Result<Lent>;
-    /// Closes a listener that another process has now, and leaves the file to that process. Clients
-    /// that wait there are not lost by that.
+    /// Closes a listener that another process has now, without removing its file. Waiting clients
+    /// are not lost.
     #[cfg(all(unix, feature = "cli"))]
     fn give_listener(&mut self, listener: Self::Listener);
 
-    /// Begins to connect; the connection waits for `patience` at most. For a hyperkit VM it also
+    /// Begins to connect. The connection waits for at most `patience`. For a hyperkit VM it also
     /// returns the VM's identity.
     fn connect(
         &mut self,
         endpoint: &Endpoint,
         patience: Duration,
     ) -> io::Result<(Self::Stream, Option<VmIdentity>)>;
-    /// Explains why a dial failed. Returns `None` if that requires a look at files; the result is
+    /// Explains why a dial failed. Returns `None` if that requires reading files; the result is
     /// then a [`DriverEvent::Explained`].
     fn explain(&mut self, token: usize, address: &Address, error: io::Error) -> Option<Error>;
-    /// Returns the name by which clients know a listener, if they know one.
+    /// Returns the name by which clients know a listener, if it has one.
     fn name_of_listener(&mut self, listener: &Self::Listener) -> Option<ListenerName>;
-    /// Registers a stream, readable and writable, once.
+    /// Registers a stream as readable and writable, once.
     fn watch(&mut self, stream: &mut Self::Stream, token: usize) -> io::Result<()>;
-    /// Has TCP ask a peer that has been silent for `time` whether it is still there; `None`: it
-    /// asks none. Other families always know.
+    /// Sets the time after which TCP probes an idle peer; `None` turns keepalive off. Other
+    /// families always notice when a peer is gone.
     fn set_keepalive(&mut self, stream: &Self::Stream, time: Option<Duration>);
     /// Closes a stream.
     fn close(&mut self, stream: Self::Stream);
@@ -239,18 +241,18 @@ pub(crate) trait Driver: Sized {
 
     /// Resolves `host`; the result is a [`DriverEvent::Resolved`].
     fn resolve(&mut self, token: usize, host: &str, port: u16);
-    /// Returns whether the process at the other end of a stream is ending or has ended, or the VM
-    /// whose CID is there has, as far as the system tells.
+    /// Returns whether the peer of a stream, a process or a VM, is ending or has ended, as far as
+    /// the system tells.
     fn has_peer_ended(&mut self, stream: &Self::Stream) -> bool;
-    /// Releases what was kept for connections, since there are none any more.
+    /// Releases what was kept for connections, after the last of them has ended.
     fn release_unused(&mut self);
-    /// Looks up the VM behind the state directory of `gate`, and whether its process lives; the
-    /// result is a [`DriverEvent::VmSeen`].
+    /// Checks which VM has the state directory of `gate`, and whether its process lives. The result
+    /// is a [`DriverEvent::VmSeen`].
     fn look_at_vm(&mut self, gate: &Arc<Gate>);
 
-    /// Connects to the target of a forward, to which connecting blocks; the result is a
-    /// [`DriverEvent::Dialled`]. If it is a program, a [`DriverEvent::ProgramEnded`] tells the end of
-    /// it, before that event or after it.
+    /// Connects to a target of a forward whose connect blocks. The result is a
+    /// [`DriverEvent::Dialled`]. If it is a program, its end is a [`DriverEvent::ProgramEnded`],
+    /// before that event or after it.
     fn dial(
         &mut self,
         token: usize,
@@ -258,11 +260,11 @@ pub(crate) trait Driver: Sized {
         forward: &Arc<Forward>,
         timeout: Duration,
     );
-    /// Relays between two streams on threads, since at least one of them can't be polled, until
-    /// [`DriverEvent::ThreadsEnded`]. Draining a side may take `drain`.
+    /// Relays between two streams on threads until [`DriverEvent::ThreadsEnded`], since at least
+    /// one of them can't be polled. Draining a side may take `drain`.
     ///
     /// # Errors
-    /// Returns the reason if no thread can be started; both streams were reset then.
+    /// Returns the system's error if no thread can be started. Both streams were reset then.
     fn start_threads(
         &mut self,
         token: usize,
@@ -270,20 +272,20 @@ pub(crate) trait Driver: Sized {
         forward: &Arc<Forward>,
         drain: Duration,
     ) -> io::Result<()>;
-    /// Replaces `stream`, the end of `side`, which no poller can wait for, by one that can be
-    /// polled. What is written to it at the end may take `drain` to arrive.
+    /// Replaces `stream`, the end of `side`, which can't be polled, by one that can. The last bytes
+    /// written to it may take `drain` to arrive.
     ///
     /// # Errors
-    /// Returns the reason if there can be no adapter. The stream is to be closed then; it may lead
-    /// nowhere.
+    /// Returns the system's error if no adapter can be made. The stream must be closed then, since
+    /// it may lead nowhere.
     fn insert_adapter(
         &mut self,
         side: Side,
         stream: &mut Self::Stream,
         drain: Duration,
     ) -> io::Result<()>;
-    /// Returns the progress of relay threads, or `None` if there are none under the token.
+    /// Returns the progress of the relay threads of a token, if there are such.
     fn threads_progress(&self, token: usize) -> Option<Progress>;
-    /// Cuts relay threads off. It is called again until [`DriverEvent::ThreadsEnded`] comes.
+    /// Cuts relay threads off. It must be called again until [`DriverEvent::ThreadsEnded`] comes.
     fn cut_threads(&mut self, token: usize);
 }

@@ -74,7 +74,7 @@ impl Gates {
     }
 
     /// Returns the gate of a VM. This may look at its files.
-    pub(super) fn of(&self, vm: &AnyVm) -> Arc<Gate> {
+    pub(super) fn gate_of(&self, vm: &AnyVm) -> Arc<Gate> {
         self.insert(canonical(vm), vm)
     }
 
@@ -193,7 +193,7 @@ mod tests {
         limits.connections = Some(5);
         gates.set_limits(&limits);
         let hyperkit = AnyVm::Hyperkit(HyperkitVm::new("/nowhere/vm"));
-        drop(gates.of(&hyperkit));
+        drop(gates.gate_of(&hyperkit));
         limits.vm = AnyVm::Vsock(5);
         gates.set_limits(&limits);
         limits.connections = None;
@@ -207,7 +207,7 @@ mod tests {
         let alive = kept.iter().filter(|gate| gate.upgrade().is_some());
         assert_eq!(alive.count(), 2);
         assert!(idle.upgrade().is_none());
-        let hyperkit = Arc::downgrade(&gates.of(&hyperkit));
+        let hyperkit = Arc::downgrade(&gates.gate_of(&hyperkit));
         // As many as are used are no reason to look for others at each.
         let used: Vec<_> = (10_000..10_500).map(guest).collect();
         assert!(lock(&gates.all).sweep_at >= 2 * FEW);
@@ -227,7 +227,7 @@ mod tests {
             let port = Port(5000);
             gates.of_guest(&SocketName::Vsock(VsockName { cid, port }))
         };
-        let its = gates.of(&AnyVm::Vsock(3));
+        let its = gates.gate_of(&AnyVm::Vsock(3));
         assert!(of(3).is_some_and(|gate| Arc::ptr_eq(&gate, &its)));
         assert!(of(4).is_some_and(|gate| !Arc::ptr_eq(&gate, &its)));
         // The host is no VM.

@@ -11,10 +11,10 @@ use crate::address::Address;
 use crate::listener::Wish;
 use crate::sys::Identity;
 
-use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping};
+use super::controller::{ANSWER_TIMEOUT, Controller, no_answer, stopping_error};
 use super::driver::Driver;
 use super::rules::Binder;
-use super::shared::{Accepting, Command};
+use super::shared::{Accepting, WorkerCommand};
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::engine::id::ForwardId;
 use crate::engine::rule::Rule;
@@ -83,12 +83,12 @@ impl<D: Driver> Controller<D> {
     ) -> io::Result<()> {
         let _change = self.binder.begin_change();
         if self.shared.is_stopping() {
-            return Err(stopping());
+            return Err(stopping_error());
         }
         let offered = self.offer()?;
         let given: Arc<[ForwardId]> = give(offered)?.into();
         self.ask_all(
-            |answer| Command::Give(Arc::clone(&given), answer),
+            |answer| WorkerCommand::Give(Arc::clone(&given), answer),
             ANSWER_TIMEOUT,
         );
         self.binder.give_passed();
@@ -96,7 +96,7 @@ impl<D: Driver> Controller<D> {
     }
 
     fn offer(&self) -> io::Result<Vec<Offered>> {
-        let answers = self.ask_all(Command::Lend, ANSWER_TIMEOUT);
+        let answers = self.ask_all(WorkerCommand::Lend, ANSWER_TIMEOUT);
         if answers.len() < self.shared.inboxes.len() {
             return Err(no_answer("nothing was changed"));
         }
@@ -143,7 +143,7 @@ impl<D: Driver> Controller<D> {
     /// Sets whether all listeners, those that are added later included, accept clients.
     pub(super) fn set_accepting(&self, accepting: Accepting) {
         self.ask_all(
-            |answer| Command::SetAccepting(accepting, answer),
+            |answer| WorkerCommand::SetAccepting(accepting, answer),
             ANSWER_TIMEOUT,
         );
     }

@@ -111,7 +111,7 @@ impl Housekeeper {
 fn spawn(shared: &Arc<SharedQueues>) -> io::Result<()> {
     let shared = Arc::clone(shared);
     let thread = std::thread::Builder::new().name("hvsock-housekeeper".to_owned());
-    thread.spawn(move || shared.work()).map(drop)
+    thread.spawn(move || shared.run_jobs()).map(drop)
 }
 
 impl SharedQueues {
@@ -120,7 +120,7 @@ impl SharedQueues {
     }
 
     /// Runs jobs, as one of the threads.
-    fn work(&self) {
+    fn run_jobs(&self) {
         let mut state = self.state();
         loop {
             if let Some(directory) = state.ready.pop_front() {

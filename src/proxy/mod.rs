@@ -373,7 +373,7 @@ fn assemble<D: Driver>(
     let descriptors = Descriptors::new(count, config.other_descriptors, D::descriptor_limit);
     let sockets = config.rules.iter().map(|it| it.listen.listening_sockets());
     let sockets = sockets.sum();
-    if descriptors.room(sockets) == 0 {
+    if descriptors.connection_room(sockets) == 0 {
         return Err(descriptors.too_few(Operation::Run, "the proxy", sockets));
     }
     let (mut listeners, mut forwards) = (Vec::new(), Vec::new());

@@ -27,7 +27,7 @@ use tracing::warn;
 
 use crate::engine::relay::{CloseMode, Ending, Side};
 use crate::stream::Stream;
-use crate::stream::closing::{Outcome, ResetWait};
+use crate::stream::closing::{CloseOutcome, ResetWait};
 
 use crate::engine::connection::{LINGER, Progress, ThreadsResult};
 
@@ -352,7 +352,7 @@ fn abort(stream: &Stream) -> bool {
 
 /// Half-closes and reads to the peer's EOF. Returns whether that did not come in time.
 fn close_gracefully(stream: &Stream, time: Duration) -> bool {
-    matches!(stream.close_gracefully(time), Outcome::GivenUp)
+    matches!(stream.close_gracefully(time), CloseOutcome::GivenUp)
 }
 
 /// Waits until the peer has received what it was sent, since a reset overtakes it; for at most

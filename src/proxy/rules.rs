@@ -316,7 +316,7 @@ impl Binder {
     }
 
     /// Forgets the rule of a forward that was removed.
-    pub(super) fn forget(&self, forward: ForwardId) {
+    pub(super) fn forget_rule(&self, forward: ForwardId) {
         self.index().remove(forward.0);
     }
 
@@ -439,13 +439,14 @@ impl Binder {
         let waiter = (self.waiter)(&rule.connect);
         // Otherwise the new slots would have to be free besides the old ones.
         old.release_quota();
-        let quota = reserve_at_vm(&rule, &gates, old.id).inspect_err(|_| self.restore(old))?;
+        let quota =
+            reserve_at_vm(&rule, &gates, old.id).inspect_err(|_| self.reserve_slots_again(old))?;
         self.index().insert(old.id.0, &rule);
         Ok(Arc::new(old.with_rule(rule, gates, quota, waiter)))
     }
 
     /// Reserves the slots of a forward again, after its replacement has failed.
-    pub(super) fn restore(&self, forward: &Forward) {
+    pub(super) fn reserve_slots_again(&self, forward: &Forward) {
         let quota = reserve_at_vm(&forward.rule, &forward.gates, forward.id);
         // As many slots are free as before, unless the VM's limit was lowered since.
         forward.set_quota(quota.unwrap_or(None));
@@ -495,7 +496,7 @@ impl Binder {
 
     /// Returns the gate of the VM of a rule's side, if that is one.
     fn gate_of(&self, rule: &Rule, side: Side) -> Option<Arc<Gate>> {
-        rule.vm(side).map(|vm| self.gates.of(&vm))
+        rule.vm(side).map(|vm| self.gates.gate_of(&vm))
     }
 }
 

@@ -66,7 +66,7 @@ pub(crate) enum Accepting {
 }
 
 /// A command to a worker.
-pub(crate) enum Command<D: Driver> {
+pub(crate) enum WorkerCommand<D: Driver> {
     /// Take over this accepted connection.
     Adopt(Accepted<D::Stream>),
     /// Accept clients of this forward, and report whether that is possible.
@@ -105,7 +105,7 @@ pub(crate) enum Command<D: Driver> {
 
 /// The inbox of a worker, and the function that wakes it.
 pub(crate) struct Inbox<D: Driver> {
-    commands: Mutex<Vec<Command<D>>>,
+    commands: Mutex<Vec<WorkerCommand<D>>>,
     /// The number of the worker's connections.
     pub(crate) load: AtomicUsize,
     /// What the worker's connections have delivered, by carrier.
@@ -147,7 +147,7 @@ impl<D: Driver> Inbox<D> {
     }
 
     /// Sends a command, and wakes the worker.
-    pub(crate) fn send(&self, command: Command<D>) {
+    pub(crate) fn send(&self, command: WorkerCommand<D>) {
         lock(&self.commands).push(command);
         (self.wake)();
     }
@@ -157,7 +157,7 @@ impl<D: Driver> Inbox<D> {
     }
 
     /// Takes the commands that were sent.
-    pub(super) fn take(&self) -> Vec<Command<D>> {
+    pub(super) fn take(&self) -> Vec<WorkerCommand<D>> {
         std::mem::take(&mut *lock(&self.commands))
     }
 }
@@ -242,7 +242,7 @@ impl<D: Driver> Shared<D> {
         inboxes: Vec<Inbox<D>>,
     ) -> Shared<D> {
         let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        let room = descriptors.room(sockets.sum());
+        let room = descriptors.connection_room(sockets.sum());
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
             reserve_in(&mut quotas, forward);
@@ -367,7 +367,7 @@ impl<D: Driver> Shared<D> {
 
     /// Allows as many connections as there are descriptors for besides so many listeners.
     pub(super) fn make_room(&self, listeners: usize) {
-        let room = self.descriptors.room(listeners);
+        let room = self.descriptors.connection_room(listeners);
         self.quotas().set_cap(self.most.min(room));
     }
 
@@ -393,7 +393,7 @@ impl<D: Driver> Shared<D> {
             self.live.fetch_sub(lost, Ordering::AcqRel);
             self.stopping.fetch_add(1, Ordering::AcqRel);
             for inbox in &self.inboxes {
-                inbox.send(Command::Stop(Duration::ZERO));
+                inbox.send(WorkerCommand::Stop(Duration::ZERO));
             }
         }
         self.ended.fetch_add(1, Ordering::AcqRel);

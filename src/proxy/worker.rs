@@ -23,7 +23,7 @@ use super::connections::Connections;
 use super::cuts::Cuts;
 use super::driver::{Driver, DriverEvent};
 use super::listeners::Listeners;
-use super::shared::{Command, Shared, TurnContext};
+use super::shared::{Shared, TurnContext, WorkerCommand};
 
 /// How much longer than asked for a wait must take to mean that the process was frozen (SIGSTOP, a
 /// sleeping machine).
@@ -227,48 +227,52 @@ impl<D: Driver> Worker<D> {
     }
 
     /// Carries out a command. The thread that sent it may have given up by now.
-    fn run_command(&mut self, command: Command<D>, now: Instant) {
+    fn run_command(&mut self, command: WorkerCommand<D>, now: Instant) {
         match command {
-            Command::Adopt(accepted) => call!(self.connections.adopt(accepted), now),
-            Command::Listen(listener, forward, wanted, done) => match wanted.begin() {
+            WorkerCommand::Adopt(accepted) => call!(self.connections.adopt(accepted), now),
+            WorkerCommand::Listen(listener, forward, wanted, done) => match wanted.begin() {
                 true => drop(done.send(call!(self.listeners.add(listener, forward), now))),
                 false => call!(self.listeners.give_up(listener, forward), now),
             },
-            Command::Replace(forward, wanted, done) => {
+            WorkerCommand::Replace(forward, wanted, done) => {
                 if wanted.begin() {
                     self.listeners.replace_forward(forward, now);
                     let _ = done.send(());
                 }
             }
-            Command::SetAccess(forward, access, wanted, done) => {
+            WorkerCommand::SetAccess(forward, access, wanted, done) => {
                 call!(
                     self.listeners.set_access(forward, access, wanted, done),
                     now
                 );
             }
-            Command::Remove(forward, grace, cuts, done) => {
+            WorkerCommand::Remove(forward, grace, cuts, done) => {
                 call!(self.listeners.remove(forward.id, done), now);
                 self.adopt_accepted(now);
                 self.remove((forward, cuts), after(now, grace));
             }
             #[cfg(all(unix, feature = "cli"))]
-            Command::SetAccepting(accepting, done) => {
+            WorkerCommand::SetAccepting(accepting, done) => {
                 call!(self.listeners.set_accepting(accepting), now);
                 let _ = done.send(());
             }
             #[cfg(all(unix, feature = "cli"))]
-            Command::Lend(done) => drop(done.send(call!(self.listeners.lend(), now))),
+            WorkerCommand::Lend(done) => {
+                drop(done.send(call!(self.listeners.lend_listeners(), now)))
+            }
             #[cfg(all(unix, feature = "cli"))]
-            Command::Give(forwards, done) => {
-                call!(self.listeners.give(&forwards), now);
+            WorkerCommand::Give(forwards, done) => {
+                call!(self.listeners.give_listeners(&forwards), now);
                 let _ = done.send(());
             }
-            Command::Ping(done) => drop(done.send(())),
-            Command::ListConnections(done) => {
+            WorkerCommand::Ping(done) => drop(done.send(())),
+            WorkerCommand::ListConnections(done) => {
                 drop(done.send(call!(self.connections.statuses(), now)))
             }
-            Command::Close(name, done) => drop(done.send(call!(self.connections.close(name), now))),
-            Command::Stop(grace) => self.stop(grace, now),
+            WorkerCommand::Close(name, done) => {
+                drop(done.send(call!(self.connections.close(name), now)))
+            }
+            WorkerCommand::Stop(grace) => self.stop(grace, now),
         }
         self.adopt_accepted(now);
     }

@@ -17,7 +17,7 @@ use crate::sys::Wanted;
 use crate::sys::{self, OwnedSocket};
 use crate::time::{NEVER, after};
 
-use super::closing::{GracefulClose, Outcome, Step};
+use super::closing::{CloseOutcome, CloseStep, GracefulClose};
 #[cfg(windows)]
 use super::inner::Inner;
 /// The socket in a stream.
@@ -201,7 +201,7 @@ impl Stream {
     }
 
     /// Closes gracefully, as [`finish`](Stream::finish) does. Returns how that has ended.
-    pub(crate) fn close_gracefully(&self, timeout: Duration) -> Outcome {
+    pub(crate) fn close_gracefully(&self, timeout: Duration) -> CloseOutcome {
         let until = after(Instant::now(), timeout);
         let mut close = GracefulClose::new(until);
         loop {
@@ -216,26 +216,26 @@ impl Stream {
         &self,
         close: &mut GracefulClose,
         pause_at: Instant,
-    ) -> Option<Outcome> {
+    ) -> Option<CloseOutcome> {
         let mut rest = [0; 16 * 1024];
         loop {
             let now = Instant::now();
             let outcome = match close.next(now) {
-                Step::ShutdownWrite { until } => {
+                CloseStep::ShutdownWrite { until } => {
                     self.announce_close(until.saturating_duration_since(now));
                     None
                 }
-                Step::Read { .. } if now >= pause_at => return None,
-                Step::Read { until } => {
+                CloseStep::Read { .. } if now >= pause_at => return None,
+                CloseStep::Read { until } => {
                     let time = until.min(pause_at).saturating_duration_since(now);
                     close.take_read(self.discard_within(time, &mut rest))
                 }
-                Step::ShutdownRead => {
+                CloseStep::ShutdownRead => {
                     let _ = self.socket.shutdown(Shutdown::Read);
                     let _ = self.set_nonblocking(true);
                     None
                 }
-                Step::ReadUnread => close.take_read((&self.socket).read(&mut rest)),
+                CloseStep::ReadUnread => close.take_read((&self.socket).read(&mut rest)),
             };
             if outcome.is_some() {
                 return outcome;

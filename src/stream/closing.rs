@@ -37,7 +37,7 @@ enum ClosingState {
 
 /// What a graceful close needs next.
 #[derive(Debug)]
-pub(crate) enum Step {
+pub(crate) enum CloseStep {
     /// Half-close, within that time. An error says nothing: that of a broken connection comes from
     /// a read as well.
     ShutdownWrite { until: Instant },
@@ -51,7 +51,7 @@ pub(crate) enum Step {
 
 /// How a graceful close has ended. The socket is to be closed now.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub(crate) enum CloseOutcome {
     /// The peer has ended the connection, too.
     PeerEnded,
     /// A read failed: there is no connection any more.
@@ -60,13 +60,13 @@ pub(crate) enum Outcome {
     GivenUp,
 }
 
-impl Outcome {
+impl CloseOutcome {
     /// Converts it to the result of the public streams.
     pub(crate) fn into_result(self) -> io::Result<()> {
         match self {
-            Outcome::PeerEnded => Ok(()),
-            Outcome::Broken(error) => Err(error),
-            Outcome::GivenUp => Err(io::ErrorKind::TimedOut.into()),
+            CloseOutcome::PeerEnded => Ok(()),
+            CloseOutcome::Broken(error) => Err(error),
+            CloseOutcome::GivenUp => Err(io::ErrorKind::TimedOut.into()),
         }
     }
 }
@@ -81,36 +81,36 @@ impl GracefulClose {
     }
 
     /// Returns what is to be done at `now`.
-    pub(crate) fn next(&mut self, now: Instant) -> Step {
+    pub(crate) fn next(&mut self, now: Instant) -> CloseStep {
         let until = self.until;
         match self.state {
             ClosingState::Open => {
                 self.state = ClosingState::Draining;
-                Step::ShutdownWrite { until }
+                CloseStep::ShutdownWrite { until }
             }
-            ClosingState::Draining if now < until => Step::Read { until },
+            ClosingState::Draining if now < until => CloseStep::Read { until },
             ClosingState::Draining => {
                 self.state = ClosingState::Emptying { left: MOST_UNREAD };
-                Step::ShutdownRead
+                CloseStep::ShutdownRead
             }
-            ClosingState::Emptying { .. } => Step::ReadUnread,
+            ClosingState::Emptying { .. } => CloseStep::ReadUnread,
         }
     }
 
     /// Takes the result of a read that was asked for: 0 is the peer's EOF, `WouldBlock` says that
     /// nothing has come. Returns the outcome once the socket is to be closed.
-    pub(crate) fn take_read(&mut self, read: io::Result<usize>) -> Option<Outcome> {
+    pub(crate) fn take_read(&mut self, read: io::Result<usize>) -> Option<CloseOutcome> {
         match (&mut self.state, read) {
             (_, Err(e)) if e.kind() == io::ErrorKind::Interrupted => None,
             (ClosingState::Emptying { left }, Ok(count @ 1..)) if count < *left => {
                 *left -= count;
                 None
             }
-            (ClosingState::Emptying { .. }, _) => Some(Outcome::GivenUp),
-            (_, Ok(0)) => Some(Outcome::PeerEnded),
+            (ClosingState::Emptying { .. }, _) => Some(CloseOutcome::GivenUp),
+            (_, Ok(0)) => Some(CloseOutcome::PeerEnded),
             (_, Ok(_)) => None,
             (_, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => None,
-            (_, Err(e)) => Some(Outcome::Broken(e)),
+            (_, Err(e)) => Some(CloseOutcome::Broken(e)),
         }
     }
 
@@ -165,7 +165,9 @@ mod tests {
     /// Begins to close within a second, with the half-close sent.
     fn begin(now: Instant) -> GracefulClose {
         let mut close = GracefulClose::new(now + SECOND);
-        assert!(matches!(close.next(now), Step::ShutdownWrite { until } if until == now + SECOND));
+        assert!(
+            matches!(close.next(now), CloseStep::ShutdownWrite { until } if until == now + SECOND)
+        );
         close
     }
 
@@ -176,10 +178,13 @@ mod tests {
         let would_block = failure(io::ErrorKind::WouldBlock);
         let interrupted = failure(io::ErrorKind::Interrupted);
         for read in [Ok(5), would_block, interrupted, Ok(1)] {
-            assert!(matches!(close.next(now), Step::Read { until } if until == now + SECOND));
+            assert!(matches!(close.next(now), CloseStep::Read { until } if until == now + SECOND));
             assert!(close.take_read(read).is_none());
         }
-        assert!(matches!(close.take_read(Ok(0)), Some(Outcome::PeerEnded)));
+        assert!(matches!(
+            close.take_read(Ok(0)),
+            Some(CloseOutcome::PeerEnded)
+        ));
     }
 
     #[test]
@@ -187,7 +192,7 @@ mod tests {
         let now = Instant::now();
         for kind in [io::ErrorKind::ConnectionReset, io::ErrorKind::TimedOut] {
             let outcome = begin(now).take_read(failure(kind));
-            assert!(matches!(outcome, Some(Outcome::Broken(e)) if e.kind() == kind));
+            assert!(matches!(outcome, Some(CloseOutcome::Broken(e)) if e.kind() == kind));
         }
     }
 
@@ -199,12 +204,12 @@ mod tests {
             let mut close = begin(now);
             assert!(close.take_read(Ok(7)).is_none());
             let late = now + SECOND;
-            assert!(matches!(close.next(late), Step::ShutdownRead));
+            assert!(matches!(close.next(late), CloseStep::ShutdownRead));
             for _ in 0..3 {
-                assert!(matches!(close.next(late), Step::ReadUnread));
+                assert!(matches!(close.next(late), CloseStep::ReadUnread));
                 assert!(close.take_read(Ok(4096)).is_none());
             }
-            assert!(matches!(close.take_read(last), Some(Outcome::GivenUp)));
+            assert!(matches!(close.take_read(last), Some(CloseOutcome::GivenUp)));
         }
     }
 
@@ -213,26 +218,26 @@ mod tests {
         let now = Instant::now();
         let mut close = begin(now);
         close.set_until(now);
-        assert!(matches!(close.next(now), Step::ShutdownRead));
+        assert!(matches!(close.next(now), CloseStep::ShutdownRead));
         let mut count = 0;
         let outcome = loop {
-            assert!(matches!(close.next(now), Step::ReadUnread));
+            assert!(matches!(close.next(now), CloseStep::ReadUnread));
             count += 64 * 1024;
             if let Some(outcome) = close.take_read(Ok(64 * 1024)) {
                 break outcome;
             }
             assert!(count < MOST_UNREAD);
         };
-        assert!(matches!(outcome, Outcome::GivenUp));
+        assert!(matches!(outcome, CloseOutcome::GivenUp));
     }
 
     #[test]
     fn a_peer_that_is_given_up_at_once_is_half_closed_and_read_out_all_the_same() {
         let now = Instant::now();
         let mut close = GracefulClose::new(now);
-        assert!(matches!(close.next(now), Step::ShutdownWrite { .. }));
-        assert!(matches!(close.next(now), Step::ShutdownRead));
-        assert!(matches!(close.next(now), Step::ReadUnread));
+        assert!(matches!(close.next(now), CloseStep::ShutdownWrite { .. }));
+        assert!(matches!(close.next(now), CloseStep::ShutdownRead));
+        assert!(matches!(close.next(now), CloseStep::ReadUnread));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use ::tokio::io::Interest;
 use ::tokio::time::{sleep_until, timeout_at};
 
 use crate::address::Address;
-use crate::dial::{Addresses, Attempts, Begun, Dial, Next, Programs, explain, on_thread};
+use crate::dial::{Attempts, Begun, Dial, FailedAddresses, Next, Programs, explain, on_thread};
 use crate::error::{Error, Operation, Result};
 use crate::stream::endpoint::{Endpoint, Target, not_carried};
 use crate::stream::nonblocking::Stream;
@@ -26,7 +26,7 @@ pub(super) async fn connect(address: &Address, deadline: Instant) -> Result<Stre
                 Error::new(Operation::Resolve, host, e)
                     .with_remedy("is the name right, and does DNS answer?")
             })?;
-            let order = Addresses::own().order(address, found.collect(), Instant::now());
+            let order = FailedAddresses::own().order(address, found.collect(), Instant::now());
             dial.add(order.into_iter().map(Endpoint::Tcp));
         }
         Target::OnThread => {

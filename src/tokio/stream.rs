@@ -19,7 +19,7 @@ use crate::dial::explain;
 use crate::error::Result;
 use crate::name::SocketName;
 use crate::stream::closer;
-use crate::stream::closing::{GracefulClose, Step};
+use crate::stream::closing::{CloseStep, GracefulClose};
 use crate::sys;
 use crate::thread::start_thread;
 use crate::time::after;
@@ -150,19 +150,19 @@ impl Stream {
         let mut rest = [0; 16 * 1024];
         let outcome = loop {
             let outcome = match close.next(Instant::now()) {
-                Step::ShutdownWrite { .. } => {
+                CloseStep::ShutdownWrite { .. } => {
                     let _ = self.socket.get_ref().shutdown(Shutdown::Write);
                     None
                 }
-                Step::Read { until } => {
+                CloseStep::Read { until } => {
                     let read = timeout_at(until.into(), self.discard(&mut rest)).await;
                     close.take_read(read.unwrap_or(Err(io::ErrorKind::WouldBlock.into())))
                 }
-                Step::ShutdownRead => {
+                CloseStep::ShutdownRead => {
                     let _ = self.socket.get_ref().shutdown(Shutdown::Read);
                     None
                 }
-                Step::ReadUnread => {
+                CloseStep::ReadUnread => {
                     let socket = self.socket.get_ref();
                     close.take_read(self.takes_descriptors.read(socket, &mut rest))
                 }

@@ -4,7 +4,7 @@ use std::io;
 
 /// Why a connection didn't do all that it was to do.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub(crate) enum CatFailure {
     Failed(String),
     /// Standard output's reader has gone: it knows best why.
     OutputClosed,
@@ -14,17 +14,17 @@ pub(crate) enum Failure {
     Interrupted,
 }
 
-impl From<crate::Error> for Failure {
-    fn from(error: crate::Error) -> Failure {
-        Failure::Failed(error.to_string())
+impl From<crate::Error> for CatFailure {
+    fn from(error: crate::Error) -> CatFailure {
+        CatFailure::Failed(error.to_string())
     }
 }
 
-pub(crate) type Outcome = Result<(), Failure>;
+pub(crate) type CatResult = Result<(), CatFailure>;
 
 /// Something that a session has to know of.
 #[derive(Debug)]
-pub(super) enum Event {
+pub(super) enum CatEvent {
     /// A signal asks for the end.
     Interrupt,
     /// Standard output has lost its reader.

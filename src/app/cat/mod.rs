@@ -22,16 +22,16 @@ use crate::sys::Wanted;
 use crate::thread::start_thread;
 use crate::time::after;
 
-use event::Event;
-pub(crate) use event::{Failure, Outcome};
-use near::{Input, Near};
+use event::CatEvent;
+pub(crate) use event::{CatFailure, CatResult};
+use near::{Near, StandardInput};
 #[cfg(unix)]
-use program::Program;
+use program::SessionProgram;
 use session::Session;
 
 /// What `cat` is to do.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct CatPlan {
     pub(crate) address: Address,
     /// How long a connection that can't be had yet is tried for again.
     pub(crate) wait: Duration,
@@ -50,26 +50,26 @@ pub(crate) struct Plan {
 /// One standard input and output, and the connections that have them one after the other.
 #[derive(Debug)]
 pub(crate) struct Cat {
-    plan: Plan,
-    input: Input,
-    events: Receiver<Event>,
-    tell: Sender<Event>,
+    plan: CatPlan,
+    input: StandardInput,
+    events: Receiver<CatEvent>,
+    tell: Sender<CatEvent>,
     sessions: u64,
 }
 
 /// Tells a [`Cat`] to end.
 #[derive(Clone, Debug)]
-pub(crate) struct Interrupter(Sender<Event>);
+pub(crate) struct Interrupter(Sender<CatEvent>);
 
 impl Interrupter {
     pub(crate) fn interrupt(&self) {
         // Without a receiver it has ended already.
-        let _ = self.0.send(Event::Interrupt);
+        let _ = self.0.send(CatEvent::Interrupt);
     }
 }
 
 impl Cat {
-    pub(crate) fn new(plan: Plan) -> Cat {
+    pub(crate) fn new(plan: CatPlan) -> Cat {
         let (tell, events) = channel();
         // The output of a program is not ours.
         #[cfg(unix)]
@@ -81,7 +81,7 @@ impl Cat {
         }
         Cat {
             plan,
-            input: Input::default(),
+            input: StandardInput::default(),
             events,
             tell,
             sessions: 0,
@@ -93,7 +93,7 @@ impl Cat {
     }
 
     /// Connects and carries, to the end of both directions.
-    pub(crate) fn connect(&mut self) -> Outcome {
+    pub(crate) fn connect(&mut self) -> CatResult {
         #[cfg(unix)]
         if let Address::Exec(exec) = &self.plan.address {
             return self.connect_to_program(&exec.clone());
@@ -105,18 +105,18 @@ impl Cat {
     /// Connects to the standard input and output of a program, which is started, and carries.
     /// Returns its failure, if it fails.
     #[cfg(unix)]
-    fn connect_to_program(&mut self, exec: &ExecAddress) -> Outcome {
+    fn connect_to_program(&mut self, exec: &ExecAddress) -> CatResult {
         let (stream, ending) = self.dial(|_| {
             let is_interrupted = || self.is_interrupted();
-            program::connect(exec, &is_interrupted).map_err(Attempt::from)
+            program::connect(exec, &is_interrupted).map_err(DialFailure::from)
         })?;
         let outcome = self.carry(stream, Instant::now());
         match outcome {
             // What it leaves unread, and how it breaks off, is its own choice.
-            Ok(()) | Err(Failure::Failed(_)) => {}
+            Ok(()) | Err(CatFailure::Failed(_)) => {}
             Err(_) => return outcome,
         }
-        match self.wait_for_end(exec, |time| ending.within(time)) {
+        match self.wait_for_end(exec, |time| ending.wait_for_code(time)) {
             Ok(()) => outcome,
             failed => failed,
         }
@@ -124,14 +124,14 @@ impl Cat {
 
     /// Takes a client and carries, to the end of both directions; false if none has come for a
     /// while.
-    pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, Failure> {
+    pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, CatFailure> {
         let Some((stream, _)) = listener.accept_timeout(LOOK) else {
             return Ok(false);
         };
         self.carry(stream, Instant::now()).map(|()| true)
     }
 
-    fn carry(&mut self, stream: Stream, connected: Instant) -> Outcome {
+    fn carry(&mut self, stream: Stream, connected: Instant) -> CatResult {
         #[cfg(unix)]
         if let Some(exec) = self.plan.exec.clone() {
             return self.carry_to_program(&exec, stream, connected);
@@ -147,8 +147,8 @@ impl Cat {
         exec: &ExecAddress,
         stream: Stream,
         connected: Instant,
-    ) -> Outcome {
-        let program = match Program::start(exec) {
+    ) -> CatResult {
+        let program = match SessionProgram::start(exec) {
             Ok(program) => program,
             Err(e) => {
                 // A guest's connection is not just closed.
@@ -162,7 +162,7 @@ impl Cat {
         let near = Near::Program(&program);
         let outcome = self.session(near, stream, connected).run();
         if outcome.is_err() {
-            program.cut();
+            program.cut_connection();
         }
         outcome?;
         self.wait_for_end(exec, |time| program.ended_within(time))
@@ -175,17 +175,17 @@ impl Cat {
         &self,
         exec: &ExecAddress,
         ended_within: impl Fn(Duration) -> Option<io::Result<u8>>,
-    ) -> Outcome {
+    ) -> CatResult {
         loop {
             match ended_within(LOOK) {
                 Some(Ok(0)) => return Ok(()),
-                Some(Ok(code)) => return Err(Failure::Program(code)),
+                Some(Ok(code)) => return Err(CatFailure::Program(code)),
                 Some(Err(e)) => {
                     let program = exec.program.display();
                     let why = format!("the exit code of {program} can't be had: {e}");
-                    return Err(Failure::Failed(why));
+                    return Err(CatFailure::Failed(why));
                 }
-                None if self.is_interrupted() => return Err(Failure::Interrupted),
+                None if self.is_interrupted() => return Err(CatFailure::Interrupted),
                 None => {}
             }
         }
@@ -211,19 +211,22 @@ impl Cat {
         // What an earlier session's threads have sent means nothing any more.
         self.events
             .try_iter()
-            .any(|event| matches!(event, Event::Interrupt | Event::OutputClosed))
+            .any(|event| matches!(event, CatEvent::Interrupt | CatEvent::OutputClosed))
     }
 
     /// Dials, again and again while there is time, which each dial is given.
-    fn dial<T>(&self, dial_once: impl Fn(Duration) -> Result<T, Attempt>) -> Result<T, Failure> {
+    fn dial<T>(
+        &self,
+        dial_once: impl Fn(Duration) -> Result<T, DialFailure>,
+    ) -> Result<T, CatFailure> {
         let begun = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
             let left = self.plan.wait.saturating_sub(begun.elapsed());
             let error = match dial_once(left) {
                 Ok(connected) => return Ok(connected),
-                Err(Attempt::Interrupted) => return Err(Failure::Interrupted),
-                Err(Attempt::Failed(e)) => e,
+                Err(DialFailure::Interrupted) => return Err(CatFailure::Interrupted),
+                Err(DialFailure::Failed(e)) => e,
             };
             // An attempt may take longer than it was to.
             let left = self.plan.wait.saturating_sub(begun.elapsed());
@@ -233,7 +236,7 @@ impl Cat {
             let until = Instant::now() + pause.min(left);
             while Instant::now() < until {
                 if self.is_interrupted() {
-                    return Err(Failure::Interrupted);
+                    return Err(CatFailure::Interrupted);
                 }
                 let rest = until.saturating_duration_since(Instant::now());
                 std::thread::sleep(rest.min(LOOK));
@@ -243,7 +246,7 @@ impl Cat {
     }
 
     /// Connects once; and when that was.
-    fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), Attempt> {
+    fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), DialFailure> {
         let address = &self.plan.address;
         let timeout = match self.plan.wait.is_zero() {
             true => DIAL,
@@ -269,7 +272,12 @@ impl Cat {
     /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a
     /// while. But a guest answers dials in their order: when one behind ours, to a port that nobody
     /// can have, is refused, ours has been answered, too.
-    fn is_taken(&self, stream: &Stream, vm: &HyperkitVm, deadline: Instant) -> Result<(), Attempt> {
+    fn is_taken(
+        &self,
+        stream: &Stream,
+        vm: &HyperkitVm,
+        deadline: Instant,
+    ) -> Result<(), DialFailure> {
         // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends
         // ours, too.
         let Ok(probe) = Stream::connect_timeout(&vm.probe_address().into(), DIAL) else {
@@ -287,7 +295,7 @@ impl Cat {
     }
 
     /// Waits for `timeout`, and fails if the guest ends the connection meanwhile.
-    fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), Attempt> {
+    fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), DialFailure> {
         match stream.wait(Wanted::Readable, timeout) {
             Ok(true) if stream.has_ended() => Err(dial::refused_by_eof(&self.plan.address).into()),
             _ => Ok(()),
@@ -295,10 +303,10 @@ impl Cat {
     }
 
     /// Returns whether the guest ends the probe in time.
-    fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, Attempt> {
+    fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, DialFailure> {
         loop {
             if self.is_interrupted() {
-                return Err(Attempt::Interrupted);
+                return Err(DialFailure::Interrupted);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -314,10 +322,10 @@ impl Cat {
 
 /// Tells of the end of standard output's reader. A write would say so, too, but only once something
 /// has come.
-fn watch_output(tell: Sender<Event>) {
+fn watch_output(tell: Sender<CatEvent>) {
     let watch = move || {
         if crate::sys::wait_until_output_is_unread() {
-            let _ = tell.send(Event::OutputClosed);
+            let _ = tell.send(CatEvent::OutputClosed);
         }
     };
     // Without a thread the next write tells of it.
@@ -325,16 +333,16 @@ fn watch_output(tell: Sender<Event>) {
 }
 
 /// Why a dial came to nothing.
-enum Attempt {
+enum DialFailure {
     Failed(Error),
     Interrupted,
 }
 
-impl From<Error> for Attempt {
-    fn from(error: Error) -> Attempt {
+impl From<Error> for DialFailure {
+    fn from(error: Error) -> DialFailure {
         match error.kind() {
-            io::ErrorKind::Interrupted => Attempt::Interrupted,
-            _ => Attempt::Failed(error),
+            io::ErrorKind::Interrupted => DialFailure::Interrupted,
+            _ => DialFailure::Failed(error),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::sys;
 use crate::thread::start_thread;
 
 #[cfg(unix)]
-use super::program::Program;
+use super::program::SessionProgram;
 
 pub(super) const BUFFER: usize = 128 * 1024;
 
@@ -23,10 +23,10 @@ pub(super) type Output = io::Result<Box<dyn Write + Send>>;
 #[derive(Clone, Copy)]
 pub(super) enum Near<'a> {
     /// Standard input and output.
-    Standard(&'a Input),
+    Standard(&'a StandardInput),
     /// A program's standard output and input.
     #[cfg(unix)]
-    Program(&'a Program),
+    Program(&'a SessionProgram),
 }
 
 impl Near<'_> {
@@ -35,7 +35,7 @@ impl Near<'_> {
         match self {
             Near::Standard(input) => input.chunks(wait),
             #[cfg(unix)]
-            Near::Program(program) => Chunks::of(program.output(), wait),
+            Near::Program(program) => Chunks::start_reading(program.output(), wait),
         }
     }
 
@@ -87,11 +87,11 @@ impl Near<'_> {
 
 /// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
 #[derive(Debug, Default)]
-pub(super) struct Input(OnceLock<Arc<Mutex<Chunks>>>);
+pub(super) struct StandardInput(OnceLock<Arc<Mutex<Chunks>>>);
 
-impl Input {
+impl StandardInput {
     fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
-        let start = || Chunks::of(sys::standard_input(), wait);
+        let start = || Chunks::start_reading(sys::standard_input(), wait);
         Arc::clone(self.0.get_or_init(start))
     }
 }
@@ -108,7 +108,10 @@ pub(super) struct Chunks {
 
 impl Chunks {
     /// Starts to read.
-    fn of(input: io::Result<impl Read + Send + 'static>, wait: Duration) -> Arc<Mutex<Chunks>> {
+    fn start_reading(
+        input: io::Result<impl Read + Send + 'static>,
+        wait: Duration,
+    ) -> Arc<Mutex<Chunks>> {
         let (put, come) = sync_channel(1);
         let failing = put.clone();
         let read = move || read_input(input, &put);

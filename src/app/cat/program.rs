@@ -19,23 +19,23 @@ const BY_SIGNAL: i32 = 128;
 
 /// A program that runs, for one session.
 #[derive(Debug)]
-pub(super) struct Program {
+pub(super) struct SessionProgram {
     /// The other end of its standard input and output.
     stream: UnixStream,
-    ending: Ending,
+    ending: ProgramExit,
 }
 
 /// The end of a program that was started.
 #[derive(Debug)]
-pub(super) struct Ending {
+pub(super) struct ProgramExit {
     told: Receiver<ProgramEnd>,
     ended: OnceLock<io::Result<ExitStatus>>,
 }
 
-impl Ending {
+impl ProgramExit {
     /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each
     /// signal.
-    pub(super) fn within(&self, time: Duration) -> Option<io::Result<u8>> {
+    pub(super) fn wait_for_code(&self, time: Duration) -> Option<io::Result<u8>> {
         if self.ended.get().is_none() {
             let ended = match self.told.recv_timeout(time) {
                 Ok(ProgramEnd::Ended(ended)) => ended,
@@ -54,14 +54,14 @@ impl Ending {
     }
 }
 
-impl Ending {
+impl ProgramExit {
     /// Returns the end of a program that is to be started, and by what it is told.
-    fn new() -> (Ending, impl FnOnce(ProgramEnd) + Send + 'static) {
+    fn new() -> (ProgramExit, impl FnOnce(ProgramEnd) + Send + 'static) {
         let (tell, told) = channel();
         let ended = OnceLock::new();
         // After an interrupt there is no receiver any more.
         let tell = move |end| drop(tell.send(end));
-        (Ending { told, ended }, tell)
+        (ProgramExit { told, ended }, tell)
     }
 }
 
@@ -73,21 +73,21 @@ impl Ending {
 pub(super) fn connect(
     exec: &ExecAddress,
     is_interrupted: &dyn Fn() -> bool,
-) -> Result<(Stream, Ending)> {
-    let (ending, tell) = Ending::new();
+) -> Result<(Stream, ProgramExit)> {
+    let (ending, tell) = ProgramExit::new();
     let stream = dial::start_program_unless(exec, is_interrupted, tell)?;
     Ok((stream, ending))
 }
 
-impl Program {
+impl SessionProgram {
     /// Starts it.
     ///
     /// # Errors
     /// Why it can't be started.
-    pub(super) fn start(exec: &ExecAddress) -> Result<Program> {
-        let (ending, tell) = Ending::new();
+    pub(super) fn start(exec: &ExecAddress) -> Result<SessionProgram> {
+        let (ending, tell) = ProgramExit::new();
         let stream = dial::start_program(exec, &Programs::alone(), tell)?;
-        Ok(Program { stream, ending })
+        Ok(SessionProgram { stream, ending })
     }
 
     pub(super) fn input(&self) -> io::Result<UnixStream> {
@@ -103,7 +103,7 @@ impl Program {
     }
 
     /// Cuts its connection: it is ended, unless it has ended its output.
-    pub(super) fn cut(&self) {
+    pub(super) fn cut_connection(&self) {
         // Threads of the session have it, too.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -112,9 +112,9 @@ impl Program {
         self.ended_within(Duration::ZERO).is_some()
     }
 
-    /// Waits for its end: see [`Ending::within`].
+    /// Waits for its end: see [`ProgramExit::wait_for_code`].
     pub(super) fn ended_within(&self, time: Duration) -> Option<io::Result<u8>> {
-        self.ending.within(time)
+        self.ending.wait_for_code(time)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::lock::lock;
 use crate::stream::Stream;
 use crate::thread::start_thread;
 
-use super::event::{Event, Failure, Outcome, SessionEvent};
+use super::event::{CatEvent, CatFailure, CatResult, SessionEvent};
 use super::near::{BUFFER, Chunks, Near, Output};
 
 /// How long a wait may be of which nothing but an event is expected.
@@ -52,13 +52,13 @@ pub(super) struct Session<'a> {
     pub(super) near: Near<'a>,
     /// It is over when the peer has ended.
     pub(super) ends_with_peer: bool,
-    pub(super) events: &'a Receiver<Event>,
-    pub(super) tell: &'a Sender<Event>,
+    pub(super) events: &'a Receiver<CatEvent>,
+    pub(super) tell: &'a Sender<CatEvent>,
 }
 
 /// What the threads of a session have in common.
 #[derive(Clone, Debug)]
-struct Shared {
+struct SharedSession {
     stream: Arc<Stream>,
     /// The session is over, or only to be ended.
     over: Arc<AtomicBool>,
@@ -69,15 +69,15 @@ struct Shared {
 impl Session<'_> {
     /// Carries until both directions have ended, or one has failed; the connection is ended as the
     /// peer needs it.
-    pub(super) fn run(self) -> Outcome {
-        let shared = Shared {
+    pub(super) fn run(self) -> CatResult {
+        let shared = SharedSession {
             stream: Arc::clone(&self.stream),
             over: Arc::default(),
             half_closed: Arc::default(),
             received: Arc::default(),
         };
         let mut peer_ended = false;
-        let begun = self.begin(&shared);
+        let begun = self.start_threads(&shared);
         let outcome = begun.and_then(|()| self.wait(&shared, &mut peer_ended));
         shared.over.store(true, Ordering::Release);
         let is_graceful = self.stream.address().transport().needs_graceful_close;
@@ -86,7 +86,7 @@ impl Session<'_> {
             self.close_gracefully();
         } else if !peer_ended || outcome.is_err() && !is_graceful {
             // The peer may have ended and still be waiting for the rest of ours.
-            self.leave();
+            self.break_off();
         } else {
             self.half_close(&shared);
         }
@@ -94,20 +94,20 @@ impl Session<'_> {
     }
 
     /// Starts the threads that carry both directions.
-    fn begin(&self, shared: &Shared) -> Outcome {
+    fn start_threads(&self, shared: &SharedSession) -> CatResult {
         let output = self.near.output();
         self.spawn(shared, "hvsock-receive", |shared, tell| {
-            receive(shared, output, tell)
+            carry_to_output(shared, output, tell)
         })?;
         // Where no other session follows, none needs to let go of the input.
         let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
         let connected = self.connected;
         self.spawn(shared, "hvsock-send", move |shared, tell| {
-            send(shared, &chunks, connected, tell)
+            carry_from_input(shared, &chunks, connected, tell)
         })
     }
 
-    fn half_close(&self, shared: &Shared) {
+    fn half_close(&self, shared: &SharedSession) {
         if !shared.half_closed.swap(true, Ordering::Relaxed) {
             let _ = self.stream.shutdown(Shutdown::Write);
         }
@@ -115,15 +115,15 @@ impl Session<'_> {
 
     fn spawn(
         &self,
-        shared: &Shared,
+        shared: &SharedSession,
         name: &str,
-        work: impl FnOnce(&Shared, &dyn Fn(SessionEvent)) + Send + 'static,
-    ) -> Outcome {
+        work: impl FnOnce(&SharedSession, &dyn Fn(SessionEvent)) + Send + 'static,
+    ) -> CatResult {
         let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
         let work = move || {
             work(&shared, &|event| {
                 // A session that is over doesn't listen any more.
-                let _ = tell.send(Event::Session(number, event));
+                let _ = tell.send(CatEvent::Session(number, event));
             });
         };
         let purpose = format!("to carry a connection of {}", self.stream.address());
@@ -132,7 +132,7 @@ impl Session<'_> {
     }
 
     /// Waits for the end.
-    fn wait(&self, shared: &Shared, peer_ended: &mut bool) -> Outcome {
+    fn wait(&self, shared: &SharedSession, peer_ended: &mut bool) -> CatResult {
         let address = self.stream.address();
         let mut sent = None;
         let mut moved = (0, Instant::now());
@@ -140,7 +140,7 @@ impl Session<'_> {
             match &sent {
                 Some(Ok(())) if *peer_ended => return Ok(()),
                 Some(Err(e)) if *peer_ended => {
-                    return Err(Failure::Failed(format!(
+                    return Err(CatFailure::Failed(format!(
                         "cannot send all of standard input to {address}: {e}"
                     )));
                 }
@@ -152,12 +152,12 @@ impl Session<'_> {
                 false => IDLE,
             };
             let event = match self.events.recv_timeout(wait) {
-                Ok(Event::Session(number, event)) if number == self.number => event,
-                Ok(Event::Session(..)) => continue,
-                Ok(Event::Interrupt) => return Err(Failure::Interrupted),
+                Ok(CatEvent::Session(number, event)) if number == self.number => event,
+                Ok(CatEvent::Session(..)) => continue,
+                Ok(CatEvent::Interrupt) => return Err(CatFailure::Interrupted),
                 // All that was to be read is written.
-                Ok(Event::OutputClosed) if *peer_ended => continue,
-                Ok(Event::OutputClosed) => return Err(Failure::OutputClosed),
+                Ok(CatEvent::OutputClosed) if *peer_ended => continue,
+                Ok(CatEvent::OutputClosed) => return Err(CatFailure::OutputClosed),
                 // Only now: a failure that is on its way comes first.
                 Err(RecvTimeoutError::Timeout)
                     if *peer_ended && self.near.is_idle(|| self.stream.is_hung_up()) =>
@@ -181,7 +181,7 @@ impl Session<'_> {
                     }
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Interrupted),
+                Err(RecvTimeoutError::Disconnected) => return Err(CatFailure::Interrupted),
             };
             match event {
                 SessionEvent::InputEnded => sent = Some(Ok(())),
@@ -207,19 +207,19 @@ impl Session<'_> {
                 SessionEvent::ReceiveFailed(_, e) => {
                     *peer_ended = true;
                     let why = format!("the connection to {address} broke: {e}");
-                    return Err(Failure::Failed(why));
+                    return Err(CatFailure::Failed(why));
                 }
                 SessionEvent::InputFailed(e) => {
                     let why = format!("cannot read standard input: {e}");
-                    return Err(Failure::Failed(why));
+                    return Err(CatFailure::Failed(why));
                 }
                 SessionEvent::OutputFailed(_) if self.near.may_leave_unread() => {}
                 SessionEvent::OutputFailed(e) if e.kind() == io::ErrorKind::BrokenPipe => {
-                    return Err(Failure::OutputClosed);
+                    return Err(CatFailure::OutputClosed);
                 }
                 SessionEvent::OutputFailed(e) => {
                     let why = format!("cannot write to standard output: {e}");
-                    return Err(Failure::Failed(why));
+                    return Err(CatFailure::Failed(why));
                 }
             }
         }
@@ -227,7 +227,7 @@ impl Session<'_> {
 
     /// Ends a connection in the middle: what was sent is never made to look complete where the
     /// family can tell.
-    fn leave(&self) {
+    fn break_off(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
             if self.stream.address().transport().runs_program {
@@ -250,7 +250,7 @@ impl Session<'_> {
                     "giving {address} {seconds} s to end the connection; a signal cuts that short"
                 );
             }
-            let interrupted = |event| matches!(event, Event::Interrupt);
+            let interrupted = |event| matches!(event, CatEvent::Interrupt);
             !self.events.try_iter().any(interrupted)
         });
     }
@@ -258,7 +258,7 @@ impl Session<'_> {
 
 /// Carries what comes to standard output; when that can't be, discards it until the session is
 /// over.
-fn receive(shared: &Shared, output: Output, tell: &dyn Fn(SessionEvent)) {
+fn carry_to_output(shared: &SharedSession, output: Output, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
     let mut output = match output {
         Ok(output) => Some(output),
@@ -291,7 +291,12 @@ fn receive(shared: &Shared, output: Output, tell: &dyn Fn(SessionEvent)) {
 }
 
 /// Carries standard input to the peer, and half-closes at its end.
-fn send(shared: &Shared, chunks: &Mutex<Chunks>, connected: Instant, tell: &dyn Fn(SessionEvent)) {
+fn carry_from_input(
+    shared: &SharedSession,
+    chunks: &Mutex<Chunks>,
+    connected: Instant,
+    tell: &dyn Fn(SessionEvent),
+) {
     let mut stream = &*shared.stream;
     let mut hold = HOLD_WITHOUT_REQUEST;
     loop {

@@ -11,7 +11,7 @@ use super::control_socket;
 use super::ending::run_proxy;
 #[cfg(unix)]
 use super::ending::tell_manager_of_end;
-use super::kept::{Describe, KeepTrying, Kept};
+use super::kept::{Describe, KeepTrying, KeptRules};
 use super::options::ProxyOptions;
 use super::outcome::{Failure, Outcome};
 use super::rules::{Later, refuse_collisions};
@@ -23,7 +23,7 @@ use crate::app::rule::RuleOptions;
 use crate::proxy::Rule;
 
 /// What a command line asks for.
-pub(super) struct Wanted {
+pub(super) struct WantedRules {
     pub(super) rules: Vec<Rule>,
     /// The rules as they will be when the VM is there.
     pub(super) later: Option<Later>,
@@ -34,7 +34,7 @@ pub(super) struct Wanted {
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
-    wanted: Wanted,
+    wanted: WantedRules,
     describe: Describe,
     signals: EndSignals,
 ) -> Outcome {
@@ -70,7 +70,7 @@ pub(super) fn carry(
         .transpose()?;
     proxy.forwards().iter().map(describe).for_each(say);
     kept.iter().for_each(|kept| kept.complain());
-    let _retry = kept.map(Kept::keep_trying).transpose()?;
+    let _retry = kept.map(KeptRules::keep_trying).transpose()?;
     run_proxy(proxy, options, signals)
 }
 
@@ -98,7 +98,7 @@ fn look_at_needs(rules: &[Rule]) -> Outcome {
 
 /// Returns what the control socket may do beside what the proxy itself can.
 #[cfg(unix)]
-fn actions(options: &ProxyOptions, kept: Option<Arc<Kept>>) -> Actions {
+fn actions(options: &ProxyOptions, kept: Option<Arc<KeptRules>>) -> Actions {
     let (grace, rule) = (options.grace(), options.rule().clone());
     let allows_exec = options.control().allows_exec();
     Actions {

@@ -13,14 +13,14 @@ use super::arguments;
 #[cfg(unix)]
 use super::complete;
 use super::console::complain;
-use super::options::Peer;
+use super::options::PeerArgs;
 use super::outcome::{Failure, Outcome};
 use super::services;
 use super::signals::EndSignals;
 use crate::address::Address;
 #[cfg(unix)]
 use crate::address::ExecAddress;
-use crate::app::cat::{self, Plan};
+use crate::app::cat::{self, CatPlan};
 use crate::app::serve::{self, Stop};
 use crate::app::values::{parse_mode, parse_time};
 use crate::listener::lasting::LastingListener;
@@ -42,9 +42,9 @@ Examples:
   (echo status; sleep 60) | hvsock cat --end-with-peer --vm docker 7070
 Addresses: see `hvsock forward --help`."
 )]
-pub(super) struct Cat {
+pub(super) struct CatArgs {
     #[command(flatten)]
-    peer: Peer,
+    peer: PeerArgs,
     /// Listen, and serve one client
     #[arg(short = 'l', long, conflicts_with = "wait")]
     listen: bool,
@@ -84,14 +84,14 @@ pub(super) struct Cat {
     args: Vec<OsString>,
 }
 
-impl Cat {
+impl CatArgs {
     pub(super) fn run(self) -> Outcome {
         let begun = Instant::now();
         let address = self.peer.address(crate::time::after(begun, self.wait))?;
         if self.register {
             register(&address)?;
         }
-        let plan = Plan {
+        let plan = CatPlan {
             address,
             wait: self.wait.saturating_sub(begun.elapsed()),
             drain: self.drain_timeout,
@@ -123,11 +123,11 @@ impl Cat {
         Some(program)
     }
 
-    fn echo(&self, plan: Plan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
+    fn echo(&self, plan: CatPlan, mut listener: LastingListener, signals: EndSignals) -> Outcome {
         let stop = Stop::default();
         let stopper = stop.clone();
-        signals.call_at_each(move || stopper.ask())?;
-        let plan = serve::Plan {
+        signals.call_at_each(move || stopper.request_end())?;
+        let plan = serve::ServePlan {
             in_all: (!self.keep_listening).then_some(1),
             grace: plan.drain,
         };
@@ -169,7 +169,7 @@ fn register(address: &Address) -> Outcome {
     Err(Failure::Usage(format!("--register is {why}")))
 }
 
-fn connect(plan: Plan) -> Outcome {
+fn connect(plan: CatPlan) -> Outcome {
     let signals = EndSignals::take()?;
     let mut cat = cat::Cat::new(plan);
     let interrupter = cat.interrupter();
@@ -181,7 +181,7 @@ fn connect(plan: Plan) -> Outcome {
     Ok(outcome?)
 }
 
-fn accept(plan: Plan, listener: LastingListener, signals: EndSignals) -> Outcome {
+fn accept(plan: CatPlan, listener: LastingListener, signals: EndSignals) -> Outcome {
     let keeps = plan.keeps;
     let mut cat = cat::Cat::new(plan);
     let interrupter = cat.interrupter();
@@ -201,9 +201,9 @@ fn accept_each(cat: &mut cat::Cat, mut listener: LastingListener, keeps: bool) -
         match cat.accept(&mut listener) {
             Ok(served) if served && !keeps => return Ok(()),
             Ok(_) => {}
-            Err(cat::Failure::Failed(why)) if keeps => complain(why),
+            Err(cat::CatFailure::Failed(why)) if keeps => complain(why),
             #[cfg(unix)]
-            Err(cat::Failure::Program(code)) if keeps => {
+            Err(cat::CatFailure::Program(code)) if keeps => {
                 complain(format_args!("the program has ended with exit code {code}"));
             }
             Err(failure) => return Err(failure.into()),
@@ -211,14 +211,14 @@ fn accept_each(cat: &mut cat::Cat, mut listener: LastingListener, keeps: bool) -
     }
 }
 
-impl From<cat::Failure> for Failure {
-    fn from(failure: cat::Failure) -> Failure {
+impl From<cat::CatFailure> for Failure {
+    fn from(failure: cat::CatFailure) -> Failure {
         match failure {
-            cat::Failure::Failed(why) => Failure::Failed(why),
+            cat::CatFailure::Failed(why) => Failure::Failed(why),
             #[cfg(unix)]
-            cat::Failure::Program(code) => Failure::Program(code),
+            cat::CatFailure::Program(code) => Failure::Program(code),
             // ssh ends its ProxyCommand by a signal whenever it has done.
-            cat::Failure::Interrupted | cat::Failure::OutputClosed => Failure::Silent,
+            cat::CatFailure::Interrupted | cat::CatFailure::OutputClosed => Failure::Silent,
         }
     }
 }

@@ -120,11 +120,11 @@ pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
 /// Completes the id of a connection of the hvsock that runs.
 #[cfg(unix)]
 pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
-    use crate::app::control::{Connection, Status, find_path, get};
+    use crate::app::control::{ConnectionInfo, Status, find_path, get};
     let found = in_time(|| {
         let path = find_path();
         let status: Status = get(&path, "/v1/status").ok()?;
-        let connections: Vec<Connection> = get(&path, "/v1/connections").ok()?;
+        let connections: Vec<ConnectionInfo> = get(&path, "/v1/connections").ok()?;
         Some((status, connections))
     });
     let Some((status, connections)) = found.flatten() else {

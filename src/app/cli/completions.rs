@@ -19,13 +19,13 @@ Examples:
   hvsock completions fish >~/.config/fish/completions/hvsock.fish
   hvsock completions powershell >>$PROFILE"
 )]
-pub(super) struct Completions {
+pub(super) struct CompletionsArgs {
     /// The shell
     #[arg(value_name = "SHELL", value_enum)]
     shell: Shell,
 }
 
-impl Completions {
+impl CompletionsArgs {
     pub(super) fn run(self) -> Outcome {
         let shell = self.shell.to_string();
         let script = complete::script(&shell);

@@ -14,7 +14,7 @@ use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
 use crate::app::control::{
-    self, Connection, Ended, Problem, Unanswered, age, ask, get, read, segment,
+    self, ApiProblem, ConnectionInfo, EndedInfo, Unanswered, age, ask, encode_segment, get, read,
 };
 use crate::app::values::parse_connection;
 use crate::proxy::Waiting;
@@ -32,7 +32,7 @@ Examples:
   hvsock connections --ended
   hvsock connections --json | jq '.[] | select(.idle_seconds > 3600) | .id'"
 )]
-pub(super) struct Connections {
+pub(super) struct ConnectionsArgs {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has
     /// them
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
@@ -55,7 +55,7 @@ const HEADINGS: [&str; 9] = [
     "ID", "FORWARD", "PEER", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
 ];
 
-impl Connections {
+impl ConnectionsArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         if self.ended {
@@ -64,7 +64,7 @@ impl Connections {
         let forward = match &self.forward {
             None => None,
             Some(name) => {
-                let forward: control::Forward = get(&path, &forward_call(name))?;
+                let forward: control::ForwardInfo = get(&path, &forward_call(name))?;
                 // One that isn't carried yet has none.
                 Some(forward.id)
             }
@@ -76,7 +76,7 @@ impl Connections {
             all.retain(|it| is_meant(it["forward"].as_u64()));
             return print_json(&serde_json::to_string_pretty(&all)?);
         }
-        let mut all: Vec<Connection> = read(&answer)?;
+        let mut all: Vec<ConnectionInfo> = read(&answer)?;
         all.retain(|it| is_meant(Some(it.forward)));
         all.sort_by_key(|it| it.id);
         let status: control::Status = get(&path, "/v1/status")?;
@@ -109,15 +109,15 @@ impl Connections {
     fn show_ended(&self, path: &Path) -> Outcome {
         let answer = ask(path, "GET", "/v1/connections/ended", "")?;
         let mut told: Vec<Value> = serde_json::from_str(&answer)?;
-        let mut all: Vec<Ended> = read(&answer)?;
+        let mut all: Vec<EndedInfo> = read(&answer)?;
         if let Some(name) = &self.forward {
-            let id = match get::<control::Forward>(path, &forward_call(name)) {
+            let id = match get::<control::ForwardInfo>(path, &forward_call(name)) {
                 Ok(forward) => forward.id,
                 // It may have been removed since.
                 Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => None,
                 Err(why) => return Err(why.into()),
             };
-            let is_meant = |it: &Ended| match (id, it.carried_by) {
+            let is_meant = |it: &EndedInfo| match (id, it.carried_by) {
                 (Some(id), None) => it.forward == id,
                 // Another process has given it another id.
                 _ => it.is_of(name),
@@ -154,7 +154,7 @@ impl Connections {
 }
 
 fn forward_call(name: &str) -> String {
-    format!("/v1/forwards/{}", segment(name))
+    format!("/v1/forwards/{}", encode_segment(name))
 }
 
 /// Returns the bytes that wait, to the server and to the client.
@@ -178,7 +178,7 @@ fn waiting(bytes: Waiting) -> String {
 #[command(after_help = "Examples:
   hvsock close 17
   hvsock connections web --json | jq '.[].id' | xargs hvsock close")]
-pub(super) struct Close {
+pub(super) struct CloseArgs {
     /// The connections' ids, as `hvsock connections` has them
     #[arg(value_name = "ID", required = true, add = ArgValueCompleter::new(complete::connection), value_parser = parse_connection)]
     ids: Vec<u64>,
@@ -186,7 +186,7 @@ pub(super) struct Close {
     which: Which,
 }
 
-impl Close {
+impl CloseArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let mut failures = Vec::new();
@@ -194,7 +194,7 @@ impl Close {
             let call = format!("/v1/connections/{id}");
             match ask(&path, "DELETE", &call, "") {
                 Ok(answer) => {
-                    let it: Connection = read(&answer)?;
+                    let it: ConnectionInfo = read(&answer)?;
                     let (peer, state) = (it.peer_in_words(), it.state);
                     print(match time_left(&path, id) {
                         None => format!("closed {id}: {peer}, {state}"),
@@ -216,7 +216,7 @@ impl Close {
 }
 
 /// Says why a connection was not closed: it may be one of a process that has handed over.
-fn not_closed(path: &Path, id: u64, why: Problem) -> String {
+fn not_closed(path: &Path, id: u64, why: ApiProblem) -> String {
     const NOT_FOUND: u16 = 404;
     let status = get::<control::Status>(path, "/v1/status").ok();
     let status = status.filter(|_| why.status == NOT_FOUND);
@@ -230,7 +230,7 @@ fn not_closed(path: &Path, id: u64, why: Problem) -> String {
 
 /// Returns how many seconds a connection that is being closed may take, if it is not closed yet.
 fn time_left(path: &Path, id: u64) -> Option<f64> {
-    let all: Vec<Connection> = get(path, "/v1/connections").ok()?;
+    let all: Vec<ConnectionInfo> = get(path, "/v1/connections").ok()?;
     let left = all.into_iter().find(|it| it.id == id)?;
     let status: control::Status = get(path, "/v1/status").ok()?;
     let mut forwards = status.forwards.iter();

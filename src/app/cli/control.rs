@@ -16,15 +16,15 @@ use super::given::GivenOptions;
 use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
-use super::reconciler::danger;
+use super::reconciler::describe_danger;
 use super::rules::{rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
-use super::summary::{Report, tried_again};
+use super::summary::{SummaryReport, tried_again};
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
 use crate::app::control::{
-    self, Problem, Unanswered, ask, read, reason_in_words, refusals_by_reason, segment,
+    self, ApiProblem, Unanswered, ask, encode_segment, read, reason_in_words, refusals_by_reason,
 };
 use crate::app::escape;
 use crate::app::ranges::{expand, join};
@@ -64,7 +64,7 @@ Examples:
   hvsock status
   hvsock status --json | jq '.forwards[] | select(.state != \"listening\")'"
 )]
-pub(super) struct Status {
+pub(super) struct StatusArgs {
     /// Print what the control socket says, as it is
     #[arg(long)]
     json: bool,
@@ -72,7 +72,7 @@ pub(super) struct Status {
     which: Which,
 }
 
-impl Status {
+impl StatusArgs {
     pub(super) fn run(self) -> Outcome {
         let answer = ask(&self.which.path(), "GET", "/v1/status", "")?;
         if self.json {
@@ -236,7 +236,7 @@ Examples:
   hvsock add --name agent --vm docker -R 5000:./agent.sock
   hvsock add --from 192.168.7.0/24 'tcp://*:8081' tcp://127.0.0.1:80"
 )]
-pub(super) struct Add {
+pub(super) struct AddArgs {
     /// What the forward is called, by `hvsock remove` for example; those of a range are called
     /// NAME-PORT
     #[arg(long, value_name = "NAME")]
@@ -269,7 +269,7 @@ pub(super) struct Add {
     which: Which,
 }
 
-impl Add {
+impl AddArgs {
     pub(super) fn run(self) -> Outcome {
         let mut rules = rules_of(&self.addresses)?;
         if let Some(vm) = &self.vm {
@@ -312,7 +312,7 @@ impl Add {
                 print_json(answer.trim_end())?;
                 continue;
             }
-            for added in read::<Forwards>(&answer)?.list() {
+            for added in read::<AddedForwards>(&answer)?.list() {
                 let (name, listen) = (added.label(), &added.listen);
                 print(format_args!("{name}: {listen} -> {}", added.connect))?;
             }
@@ -324,16 +324,16 @@ impl Add {
 /// One forward, or those of a range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum Forwards {
-    Range(Vec<control::Forward>),
-    One(Box<control::Forward>),
+enum AddedForwards {
+    Range(Vec<control::ForwardInfo>),
+    One(Box<control::ForwardInfo>),
 }
 
-impl Forwards {
-    fn list(&self) -> &[control::Forward] {
+impl AddedForwards {
+    fn list(&self) -> &[control::ForwardInfo] {
         match self {
-            Forwards::Range(all) => all,
-            Forwards::One(one) => std::slice::from_ref(one),
+            AddedForwards::Range(all) => all,
+            AddedForwards::One(one) => std::slice::from_ref(one),
         }
     }
 }
@@ -346,7 +346,7 @@ fn name_occupant(why: Unanswered, rules: &[Rule]) -> Unanswered {
             let taken = rules.iter().find(is_named);
             let occupant = taken.and_then(|it| Occupants::default().remedy(&it.listen));
             let remedy = occupant.or(problem.remedy);
-            Unanswered::Refused(Problem { remedy, ..problem })
+            Unanswered::Refused(ApiProblem { remedy, ..problem })
         }
         other => other,
     }
@@ -364,7 +364,7 @@ Examples:
   hvsock remove tcp://127.0.0.1:8000-8010
   hvsock remove tcp://127.0.0.1:8080 --grace 0"
 )]
-pub(super) struct Remove {
+pub(super) struct RemoveArgs {
     /// The forwards: their names, where they listen, or their ids, as `hvsock status` has them; all
     /// of a range at once
     #[arg(value_name = "NAME", required = true, add = ArgValueCompleter::new(complete::forward))]
@@ -376,17 +376,17 @@ pub(super) struct Remove {
     which: Which,
 }
 
-impl Remove {
+impl RemoveArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let mut is_whole = true;
         for name in &self.names {
-            let call = format!("/v1/forwards/{}{}", segment(name), query(self.grace));
-            let removed: Forwards = read(&ask(&path, "DELETE", &call, "")?)?;
+            let call = format!("/v1/forwards/{}{}", encode_segment(name), query(self.grace));
+            let removed: AddedForwards = read(&ask(&path, "DELETE", &call, "")?)?;
             for it in removed.list() {
                 tell_removed(it, &path)?;
             }
-            if let Forwards::Range(removed) = &removed {
+            if let AddedForwards::Range(removed) = &removed {
                 for place in not_among(name, removed) {
                     complain(format_args!("there is no forward {place:?}"));
                     is_whole = false;
@@ -402,7 +402,7 @@ impl Remove {
 }
 
 /// Says that a forward is removed, and what is dangerous about that.
-fn tell_removed(removed: &control::Forward, path: &Path) -> Outcome {
+fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
     let live = match removed.counters.live {
         0 => String::new(),
         n => format!("; {} may finish", table::counted(n, "connection")),
@@ -411,7 +411,7 @@ fn tell_removed(removed: &control::Forward, path: &Path) -> Outcome {
     let connect = &removed.connect;
     print(format_args!("removed {name}: {listen} -> {connect}{live}"))?;
     let listen = listen.parse().ok();
-    let danger = listen.and_then(|listen| danger(&name, &listen));
+    let danger = listen.and_then(|listen| describe_danger(&name, &listen));
     if let Some(why) = danger.filter(|_| !has_keeper(path)) {
         complain(why);
     }
@@ -419,13 +419,13 @@ fn tell_removed(removed: &control::Forward, path: &Path) -> Outcome {
 }
 
 /// Returns the places of a range at which none of these forwards has listened.
-fn not_among(range: &str, forwards: &[control::Forward]) -> Vec<String> {
+fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     let places = expand(range).unwrap_or_default();
     if places.len() < 2 {
         // It was a name.
         return Vec::new();
     }
-    let addresses = |it: &control::Forward| {
+    let addresses = |it: &control::ForwardInfo| {
         let texts = [&it.listen, &it.rule.listen].into_iter();
         texts.filter_map(|it| it.parse().ok()).collect::<Vec<_>>()
     };
@@ -461,7 +461,7 @@ pub(super) fn query(grace: Option<Duration>) -> String {
 /// A file with a mistake in it changes nothing. The exit code is 1 then, and where a forward can't
 /// be had now.
 #[derive(Args, Debug)]
-pub(super) struct Reload {
+pub(super) struct ReloadArgs {
     /// Print what the control socket says, as it is
     #[arg(long)]
     json: bool,
@@ -469,10 +469,10 @@ pub(super) struct Reload {
     which: Which,
 }
 
-impl Reload {
+impl ReloadArgs {
     pub(super) fn run(self) -> Outcome {
-        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list)?;
-        let report: Report = read(&answer)?;
+        let answer = ask(&self.which.path(), "POST", "/v1/reload", "").map_err(list_reasons)?;
+        let report: SummaryReport = read(&answer)?;
         match self.json {
             true => print_json(answer.trim_end())?,
             false => {
@@ -489,7 +489,7 @@ impl Reload {
 }
 
 /// Lists why something was not done: what is wrong with a file has many lines.
-fn list(why: Unanswered) -> Failure {
+fn list_reasons(why: Unanswered) -> Failure {
     let why = why.to_string();
     Failure::Listed(why.lines().map(str::to_owned).collect())
 }
@@ -507,16 +507,16 @@ fn list(why: Unanswered) -> Failure {
 Example:
   cargo install hvsock && hvsock upgrade"
 )]
-pub(super) struct Upgrade {
+pub(super) struct UpgradeArgs {
     #[command(flatten)]
     which: Which,
 }
 
-impl Upgrade {
+impl UpgradeArgs {
     pub(super) fn run(self) -> Outcome {
         let path = self.which.path();
         let before: control::Status = control::get(&path, "/v1/status")?;
-        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list)?;
+        let done = ask(&path, "POST", "/v1/upgrade", "").map_err(list_reasons)?;
         let done: Value = read(&done)?;
         let after: control::Status = control::get(&path, "/v1/status")?;
         let carried = after.forwards.iter().filter(|it| it.id.is_some());

@@ -7,7 +7,7 @@ use clap::Args;
 use super::console::{complain, say};
 use super::summary::tried_again;
 use crate::address::{Address, TcpAddress};
-use crate::app::control::{self, Actions, Bound, Control, Place, Unavailable};
+use crate::app::control::{self, Actions, Bound, Control, ControlPlace, Unavailable};
 use crate::app::guest_control::{self, GuestControl};
 use crate::app::values::{at_home, metrics};
 use crate::proxy::{Proxy, ProxyConfig, Source};
@@ -20,7 +20,7 @@ pub(super) struct ControlOptions {
     /// =PATH where they look first. =off: there is none [default: one under the process' number,
     /// which `hvsock ps` lists]
     #[arg(long, value_name = "PATH|off", num_args = 0..=1, require_equals = true, value_parser = parse_place)]
-    control: Option<Option<Place>>,
+    control: Option<Option<ControlPlace>>,
     /// Serve Prometheus' metrics at http://ADDR:PORT/metrics (127.0.0.1 if ADDR is left out), to
     /// whoever can connect; or at a Unix socket (/run/metrics.sock), or to guests at vsock://:PORT
     #[arg(long, value_name = "[ADDR:]PORT|ADDRESS", value_parser = parse_metrics)]
@@ -46,14 +46,14 @@ impl ControlOptions {
     /// Returns which sockets there are to be, if any, and what becomes of one that can't be had.
     pub(super) fn sockets(&self, unavailable: Unavailable) -> Option<control::Options> {
         let control = match self.control.clone() {
-            None => Place::Own,
-            Some(place) => place.unwrap_or_else(|| Place::At(control::default_path())),
+            None => ControlPlace::Own,
+            Some(place) => place.unwrap_or_else(|| ControlPlace::At(control::default_path())),
         };
         let guest_control = self.guest_control.clone().map(|address| GuestControl {
             address,
             from: self.guest_control_from.clone(),
         });
-        if control == Place::Nowhere && self.metrics.is_none() && guest_control.is_none() {
+        if control == ControlPlace::Nowhere && self.metrics.is_none() && guest_control.is_none() {
             return None;
         }
         Some(control::Options {
@@ -66,14 +66,14 @@ impl ControlOptions {
 }
 
 /// Reads the path of a control socket, or `off`. A URI is refused: it is meant for something else.
-fn parse_place(text: &str) -> Result<Place, String> {
+fn parse_place(text: &str) -> Result<ControlPlace, String> {
     match text {
-        "off" => Ok(Place::Nowhere),
+        "off" => Ok(ControlPlace::Nowhere),
         "" => Err("it is empty; leave the = out for the usual place".to_owned()),
         text if text.contains("://") || text.starts_with(['@', '-']) => {
             Err("it is a path, as /run/hvsock.sock or ./hvsock.sock".to_owned())
         }
-        text => Ok(Place::At(PathBuf::from(&*at_home(text)?))),
+        text => Ok(ControlPlace::At(PathBuf::from(&*at_home(text)?))),
     }
 }
 
@@ -92,7 +92,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
 
 /// Serves on sockets where a proxy lets no forward lead; where they are is told.
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
-    let states = bound.states();
+    let states = bound.endpoint_states();
     let control = bound.serve(proxy.handle(), actions)?;
     for (what, address, trouble) in states {
         match (address.as_tcp(), trouble) {

@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Show it all on a stand-in VM with a web server: exposed on TCP and on a Unix socket until Ctrl-C
 #[derive(Args, Debug)]
-pub(super) struct Demo {
+pub(super) struct DemoArgs {
     /// TCP port of 127.0.0.1 to expose the guest's web server on; 0 is chosen
     #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = crate::app::values::number(0..=u16::MAX))]
     port: u16,
@@ -39,7 +39,7 @@ pub(super) struct Demo {
     options: ProxyOptions,
 }
 
-impl Demo {
+impl DemoArgs {
     pub(super) fn run(self) -> Outcome {
         let signals = EndSignals::take()?;
         let mut temporary = std::env::temp_dir();

@@ -12,7 +12,7 @@ use super::outcome::{Failure, Outcome};
 use crate::address::Port;
 #[cfg(unix)]
 use crate::app::doctor::Asked;
-use crate::app::doctor::{Check, Plan, Verdict, examine};
+use crate::app::doctor::{Check, DoctorPlan, Verdict, examine};
 use crate::app::escape;
 use crate::app::values::parse_port;
 
@@ -27,7 +27,7 @@ Examples:
   hvsock doctor --vm ./linux-state --port 22 --port 0x50 --host-port 5000
   hvsock doctor --vm docker --json | jq -r '.checks[] | .name + \": \" + .verdict'"
 )]
-pub(super) struct Doctor {
+pub(super) struct DoctorArgs {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR,
     /// vsock://CID or vsock-mux:///PATH; on Windows a Hyper-V VM's name or id
     #[arg(long, value_name = "VM", add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
@@ -57,9 +57,9 @@ pub(super) struct Doctor {
     json: bool,
 }
 
-impl Doctor {
+impl DoctorArgs {
     pub(super) fn run(self) -> Outcome {
-        let checks = examine(&Plan {
+        let checks = examine(&DoctorPlan {
             vm: self.vm,
             ports: self.port,
             host_ports: self.host_port,

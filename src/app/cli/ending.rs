@@ -9,7 +9,7 @@ use super::console::complain;
 use super::manager::Manager;
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
-use super::signals::{Asked, EndSignals};
+use super::signals::{EndSignals, SignalRequest};
 use crate::address::Address;
 use crate::app::log;
 use crate::app::lossy_writer::{Patience, set_patience};
@@ -22,7 +22,7 @@ use crate::thread::start_thread;
 /// enough.
 pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignals) -> Outcome {
     let grace = options.grace();
-    let end = End {
+    let end = ProcessEnd {
         grace: move || grace,
         exit_idle: options.exit_idle(),
     };
@@ -30,7 +30,7 @@ pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignal
 }
 
 /// How a process comes to its end.
-pub(super) struct End<G> {
+pub(super) struct ProcessEnd<G> {
     /// Returns how long connections may take to finish; it is called when the end begins.
     pub(super) grace: G,
     /// How long there may be no connection before it ends. `None`: for ever.
@@ -129,7 +129,7 @@ fn end_when_idle(
 pub(super) fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,
-    end: End<impl Fn() -> Duration + Clone + Send + 'static>,
+    end: ProcessEnd<impl Fn() -> Duration + Clone + Send + 'static>,
     reload: impl Fn() + Send + 'static,
 ) -> Outcome {
     let closer = signals.closer();
@@ -146,11 +146,11 @@ pub(super) fn run_until_told(
     let grace = end.grace;
     let hear = move || {
         let _speaking = speaking;
-        let end = |asked: &Asked| {
-            if *asked == Asked::Reload {
+        let end = |asked: &SignalRequest| {
+            if *asked == SignalRequest::Reload {
                 reload();
             }
-            *asked == Asked::End
+            *asked == SignalRequest::End
         };
         for (count, _) in signals.asked().filter(end).enumerate() {
             if count == 0 {

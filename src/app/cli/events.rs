@@ -19,19 +19,19 @@ use crate::app::{control, escape, output};
 Examples:
   hvsock events
   hvsock events | jq -c 'select(.event == \"connection_closed\")'")]
-pub(super) struct Events {
+pub(super) struct EventsArgs {
     #[command(flatten)]
     which: Which,
 }
 
-impl Events {
+impl EventsArgs {
     pub(super) fn run(self) -> Outcome {
         let mut failure = None;
         let print = |line: &str| {
             let printed = output::print(format!("{}\n", escape::json(line)).as_bytes());
             printed.map_err(|e| failure = Some(e)).is_ok()
         };
-        control::follow(&self.which.path(), "/v1/events", print)?;
+        control::follow_events(&self.which.path(), "/v1/events", print)?;
         match failure {
             // A reader that has gone, as `head` does, has seen enough.
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(

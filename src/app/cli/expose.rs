@@ -4,7 +4,7 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 
 use super::arguments;
-use super::carrying::{Wanted, carry};
+use super::carrying::{WantedRules, carry};
 use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
@@ -24,7 +24,7 @@ use crate::proxy::ForwardStatus;
   hvsock expose --vm ./linux-state -L 0:0x50 -R 5000:5000 -R 5001:/run/a.sock
   hvsock expose --vm vsock-mux:///run/fc.sock -L 2222:22 -R 5000:127.0.0.1:8080
   hvsock expose --vm \"My VM\" -L //./pipe/docker_vm:2375      (Windows)")]
-pub(super) struct Expose {
+pub(super) struct ExposeArgs {
     /// The VM: its state directory, the name of one that can be found, or hyperkit:///STATE/DIR;
     /// vsock://CID for a guest of this Linux host; vsock-mux:///PATH for one of Firecracker or its
     /// kin; on Windows a Hyper-V VM's name or id
@@ -44,7 +44,7 @@ pub(super) struct Expose {
     options: ProxyOptions,
 }
 
-impl Expose {
+impl ExposeArgs {
     pub(super) fn log(&self) -> LogOptions {
         self.options.log().clone()
     }
@@ -57,7 +57,7 @@ impl Expose {
         }
         let (rules, later) = rules_of_vm_to_come(&self.vm, &self.local, &self.remote)?;
         let signals = EndSignals::take()?;
-        let wanted = Wanted { rules, later };
+        let wanted = WantedRules { rules, later };
         carry(&self.options, self.patience, wanted, describe, signals)
     }
 }

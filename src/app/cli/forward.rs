@@ -4,7 +4,7 @@ use clap::Args;
 use clap_complete::ArgValueCompleter;
 
 use super::arguments::{self, Addresses};
-use super::carrying::{Wanted, carry};
+use super::carrying::{WantedRules, carry};
 use super::complete;
 use super::kept::KeepTrying;
 use super::options::ProxyOptions;
@@ -38,7 +38,7 @@ Examples:
   hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state
   hvsock forward hyperkit://:5000/path/to/state tcp://localhost:5000
   hvsock forward vsock://:22 'exec:/usr/sbin/sshd?arg=-i'")]
-pub(super) struct Forward {
+pub(super) struct ForwardArgs {
     /// Pairs of an address to listen on and the address that its connections go to; both may have a
     /// range of ports, as tcp://127.0.0.1:8000-8010 has
     #[arg(value_name = "LISTEN CONNECT", required = true, num_args = 2.., add = ArgValueCompleter::new(complete::address), value_parser = arguments::addresses())]
@@ -49,7 +49,7 @@ pub(super) struct Forward {
     options: ProxyOptions,
 }
 
-impl Forward {
+impl ForwardArgs {
     pub(super) fn log(&self) -> LogOptions {
         self.options.log().clone()
     }
@@ -58,7 +58,7 @@ impl Forward {
         let rules = rules_of(&self.addresses)?.concat();
         let signals = EndSignals::take()?;
         let describe = |it: &ForwardStatus| format!("{} -> {}", it.listen, it.rule.connect);
-        let wanted = Wanted { rules, later: None };
+        let wanted = WantedRules { rules, later: None };
         carry(&self.options, self.patience, wanted, describe, signals)
     }
 }

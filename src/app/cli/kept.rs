@@ -27,14 +27,14 @@ pub(super) struct KeepTrying {
 pub(super) type Describe = fn(&ForwardStatus) -> String;
 
 /// The rules of a command line, of which some may wait for what they need.
-pub(super) struct Kept {
+pub(super) struct KeptRules {
     reconciler: Reconciler,
     /// Locked while something is tried again.
-    wanted: Mutex<Wanted>,
+    wanted: Mutex<RetriedRules>,
     describe: Describe,
 }
 
-struct Wanted {
+struct RetriedRules {
     rules: Vec<Rule>,
     /// What they will be, while their VM isn't there.
     later: Option<Later>,
@@ -60,7 +60,7 @@ impl KeepTrying {
         mut config: ProxyConfig,
         later: Option<Later>,
         describe: Describe,
-    ) -> Result<(Proxy, Option<Kept>), Failure> {
+    ) -> Result<(Proxy, Option<KeptRules>), Failure> {
         if !self.keep_trying && later.is_none() {
             return Ok((start(config)?, None));
         }
@@ -73,24 +73,24 @@ impl KeepTrying {
         if let Some(why) = reconciler.failure().filter(|_| !self.keep_trying) {
             return Err(Failure::Failed(why));
         }
-        let kept = Kept {
+        let kept = KeptRules {
             reconciler,
-            wanted: Mutex::new(Wanted { rules, later }),
+            wanted: Mutex::new(RetriedRules { rules, later }),
             describe,
         };
         Ok((proxy, Some(kept)))
     }
 }
 
-impl Kept {
+impl KeptRules {
     /// Returns the forwards that can't be had now.
     #[cfg(unix)]
-    pub(super) fn shown(&self) -> Vec<crate::app::control::Forward> {
+    pub(super) fn shown(&self) -> Vec<crate::app::control::ForwardInfo> {
         self.reconciler.shown()
     }
 
     /// Tries again what could not be had, until what is returned is dropped.
-    pub(super) fn keep_trying(self: Arc<Kept>) -> std::io::Result<RetryThread> {
+    pub(super) fn keep_trying(self: Arc<KeptRules>) -> std::io::Result<RetryThread> {
         let again = move || {
             if self.reconciler.handle().is_stopping() {
                 return;

@@ -86,47 +86,47 @@ struct Arguments {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    Expose(expose::Expose),
-    Forward(forward::Forward),
-    Run(run::Run),
-    Check(run::Check),
+    Expose(expose::ExposeArgs),
+    Forward(forward::ForwardArgs),
+    Run(run::RunArgs),
+    Check(run::CheckArgs),
     #[cfg(unix)]
-    Status(control::Status),
+    Status(control::StatusArgs),
     #[cfg(unix)]
-    Ps(ps::Ps),
+    Ps(ps::PsArgs),
     #[cfg(unix)]
-    Connections(connections::Connections),
+    Connections(connections::ConnectionsArgs),
     #[cfg(unix)]
-    Close(connections::Close),
+    Close(connections::CloseArgs),
     #[cfg(unix)]
-    Top(top::Top),
+    Top(top::TopArgs),
     #[cfg(unix)]
-    Events(events::Events),
+    Events(events::EventsArgs),
     #[cfg(unix)]
-    Add(control::Add),
+    Add(control::AddArgs),
     #[cfg(unix)]
-    Remove(control::Remove),
+    Remove(control::RemoveArgs),
     #[cfg(unix)]
-    Reload(control::Reload),
+    Reload(control::ReloadArgs),
     #[cfg(unix)]
-    Upgrade(control::Upgrade),
+    Upgrade(control::UpgradeArgs),
     #[cfg(unix)]
-    Stop(stop::Stop),
-    Cat(cat::Cat),
-    Stress(stress::Stress),
+    Stop(stop::StopArgs),
+    Cat(cat::CatArgs),
+    Stress(stress::StressArgs),
     #[cfg(unix)]
-    Syslog(syslog::Syslog),
-    Vms(vms::Vms),
-    Doctor(doctor::Doctor),
-    Register(services::Register),
-    Unregister(services::Unregister),
-    Services(services::Services),
+    Syslog(syslog::SyslogArgs),
+    Vms(vms::VmsArgs),
+    Doctor(doctor::DoctorArgs),
+    Register(services::RegisterArgs),
+    Unregister(services::UnregisterArgs),
+    Services(services::ServicesArgs),
     #[cfg(unix)]
-    Simulate(simulate::Simulate),
+    Simulate(simulate::SimulateArgs),
     #[cfg(unix)]
-    Demo(demo::Demo),
-    Completions(completions::Completions),
-    Man(man::Man),
+    Demo(demo::DemoArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 impl Command {
@@ -172,7 +172,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(e) => {
-            let e = usage::mend(e, &words);
+            let e = usage::reword_error(e, &words);
             // Help and version go to standard output with code 0, the rest to standard error with
             // code 2.
             if let Err(why) = e.print()

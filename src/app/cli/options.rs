@@ -27,7 +27,7 @@ use crate::sys;
 
 /// One end of a connection: a URI, or a port of a VM.
 #[derive(Args, Debug)]
-pub(super) struct Peer {
+pub(super) struct PeerArgs {
     /// Where to connect or listen; with --vm a vsock port alone
     #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
@@ -41,7 +41,7 @@ pub(super) struct Peer {
 /// How often a VM that isn't there yet is looked for.
 const LOOK_FOR_VM: Duration = Duration::from_millis(200);
 
-impl Peer {
+impl PeerArgs {
     /// Returns its address. A VM that can't be found is looked for until `deadline`.
     pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
         let Some(vm) = &self.vm else {

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::table;
-use crate::app::control::{self, Connection, Status, ask_status, read};
+use crate::app::control::{self, ConnectionInfo, Status, ask_status, read};
 
 /// How long such a process may take to answer.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -75,7 +75,7 @@ pub(super) fn left_behind(status: &Status) -> Vec<String> {
 pub(super) fn owner(status: &Status, id: u64) -> Option<u32> {
     let has_it = |old: &Status| {
         let path = control::find_own_path(old.pid);
-        let all = control::get::<Vec<Connection>>(&path, "/v1/connections");
+        let all = control::get::<Vec<ConnectionInfo>>(&path, "/v1/connections");
         all.is_ok_and(|all| all.iter().any(|it| it.id == id))
     };
     let mut old = predecessors(status).into_iter();

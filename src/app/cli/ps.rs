@@ -21,7 +21,7 @@ Examples:
   hvsock ps --all
   hvsock ps --json | jq '.[] | select(.status.live > 0) | .pid'"
 )]
-pub(super) struct Ps {
+pub(super) struct PsArgs {
     /// Show all forwards of each, and where it is controlled
     #[arg(long, conflicts_with = "json")]
     all: bool,
@@ -40,7 +40,7 @@ struct Shown {
     lines: Vec<String>,
 }
 
-impl Ps {
+impl PsArgs {
     pub(super) fn run(self) -> Outcome {
         let found = find()?;
         if self.json {

@@ -29,14 +29,14 @@ pub(super) struct Reconciler {
     ours: Mutex<HashSet<ForwardId>>,
     /// What is wanted and could not be had, in the order in which it is wanted. Never locked for
     /// long.
-    pending: Mutex<Vec<Pending>>,
+    pending: Mutex<Vec<PendingForward>>,
 }
 
 /// A forward that is wanted and isn't carried.
 #[derive(Clone, Debug)]
 // Elsewhere there is no control socket to show it.
 #[cfg_attr(not(unix), allow(dead_code))]
-pub(super) struct Pending {
+pub(super) struct PendingForward {
     rule: Rule,
     /// What it waits for is expected to be missing at times. Otherwise it should be there.
     waits: bool,
@@ -70,7 +70,7 @@ impl Reconciler {
         &self.handle
     }
 
-    fn pending(&self) -> MutexGuard<'_, Vec<Pending>> {
+    fn pending(&self) -> MutexGuard<'_, Vec<PendingForward>> {
         lock(&self.pending)
     }
 
@@ -109,9 +109,9 @@ impl Reconciler {
 
     /// The forwards that are wanted and can't be had now.
     #[cfg(unix)]
-    pub(super) fn shown(&self) -> Vec<crate::app::control::Forward> {
-        let forward = |it: &Pending| {
-            crate::app::control::Forward::pending(&it.rule, it.waits, &it.why, it.since)
+    pub(super) fn shown(&self) -> Vec<crate::app::control::ForwardInfo> {
+        let forward = |it: &PendingForward| {
+            crate::app::control::ForwardInfo::pending(&it.rule, it.waits, &it.why, it.since)
         };
         self.pending().iter().map(forward).collect()
     }
@@ -159,8 +159,11 @@ impl Reconciler {
             summary: Summary::default(),
             pending: Vec::new(),
         };
-        let before: HashMap<_, &Pending> = before.iter().map(|it| (wish(&it.rule), it)).collect();
-        let is_pending = |rule: &Rule| before.get(&wish(rule)).copied();
+        let before: HashMap<_, &PendingForward> = before
+            .iter()
+            .map(|it| (identity_of_wish(&it.rule), it))
+            .collect();
+        let is_pending = |rule: &Rule| before.get(&identity_of_wish(rule)).copied();
         for step in plan(&existing, wanted) {
             match (&step, occasion) {
                 // Somebody has removed it by hand.
@@ -181,8 +184,10 @@ impl Reconciler {
         summary.join_moves();
         // The first of those that are the same.
         let places = wanted.iter().enumerate().rev();
-        let places: HashMap<_, usize> = places.map(|(at, rule)| (wish(rule), at)).collect();
-        pending.sort_by_key(|it| places.get(&wish(&it.rule)).copied());
+        let places: HashMap<_, usize> = places
+            .map(|(at, rule)| (identity_of_wish(rule), at))
+            .collect();
+        pending.sort_by_key(|it| places.get(&identity_of_wish(&it.rule)).copied());
         for it in &mut pending {
             if let Some(was) = is_pending(&it.rule) {
                 it.since = was.since;
@@ -198,13 +203,13 @@ impl Reconciler {
 }
 
 /// What is the same of rules that are the same wish.
-fn wish(rule: &Rule) -> (&Option<String>, &Address) {
+fn identity_of_wish(rule: &Rule) -> (&Option<String>, &Address) {
     (&rule.name, &rule.listen)
 }
 
 /// The names, and why those can't be had.
-fn failed(pending: &[Pending]) -> Vec<Failed> {
-    let failed = |it: &Pending| Failed {
+fn failed(pending: &[PendingForward]) -> Vec<Failed> {
+    let failed = |it: &PendingForward| Failed {
         name: name_of(&it.rule),
         why: it.why.clone(),
         retried: it.retried,
@@ -228,7 +233,7 @@ struct Change<'a> {
     #[cfg(unix)]
     occupants: Occupants,
     summary: Summary,
-    pending: Vec<Pending>,
+    pending: Vec<PendingForward>,
 }
 
 impl Change<'_> {
@@ -271,7 +276,7 @@ impl Change<'_> {
     }
 
     fn is_pending(&mut self, rule: Rule, why: String) {
-        self.pending.push(Pending {
+        self.pending.push(PendingForward {
             rule,
             waits: false,
             error: why.clone(),
@@ -379,7 +384,7 @@ impl Change<'_> {
     fn note_removed(&mut self, id: ForwardId) {
         let rule = self.rules[&id];
         let name = name_of(rule);
-        let danger = danger(&name, &rule.listen);
+        let danger = describe_danger(&name, &rule.listen);
         let danger = danger.filter(|_| !has_keeper(self.handle));
         self.summary.warnings.extend(danger);
         self.summary.removed.push(name);
@@ -400,7 +405,7 @@ fn has_keeper(handle: &Handle) -> bool {
 }
 
 /// What is dangerous about a forward's being removed, if there is no keeper.
-pub(super) fn danger(name: &str, listen: &Address) -> Option<String> {
+pub(super) fn describe_danger(name: &str, listen: &Address) -> Option<String> {
     let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();
     Some(format!(

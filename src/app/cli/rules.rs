@@ -9,7 +9,7 @@ use super::arguments::Addresses;
 use super::console::complain;
 use super::options::no_vm;
 use super::outcome::{Failure, Outcome};
-use super::spec::{Local, Locals, Remote, Remotes};
+use super::spec::{LocalForward, Locals, Remote, Remotes};
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, HyperkitVm};
 use crate::app::ranges::pair;
@@ -118,8 +118,8 @@ fn find_missing(name: &str, places: &Places) -> Option<HyperkitVm> {
 }
 
 fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Vec<Rule>> {
-    let local_rule = |it: &Local| {
-        let Local { listen, guest_port } = it;
+    let local_rule = |it: &LocalForward| {
+        let LocalForward { listen, guest_port } = it;
         Rule::new(listen.clone(), vm.guest_port(*guest_port)).absolute()
     };
     let remote_rule = |it: &Remote| {

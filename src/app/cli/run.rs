@@ -21,9 +21,9 @@ use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
 #[cfg(unix)]
-use super::ending::{End, end_without_what_hangs, run_until_told, tell_manager_of_end};
+use super::ending::{ProcessEnd, end_without_what_hangs, run_until_told, tell_manager_of_end};
 #[cfg(not(unix))]
-use super::ending::{End, run_until_told};
+use super::ending::{ProcessEnd, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -31,14 +31,14 @@ use super::outcome::{Failure, Outcome};
 #[cfg(unix)]
 use super::predecessor;
 use super::reconciler::RetryThread;
-use super::running::{self, Doors, NotStarted, Running};
+use super::running::{self, ControlSockets, NotStarted, Running};
 use super::signals::EndSignals;
 use super::summary::Summary;
 #[cfg(unix)]
 use crate::app::config::STANDARD_INPUT;
 use crate::app::config::{Config, Problems, display_name};
 #[cfg(unix)]
-use crate::app::control::{Actions, Problem, Started, Succession};
+use crate::app::control::{Actions, ApiProblem, Started, Succession};
 use crate::app::log::LogOptions;
 use crate::error::counted;
 #[cfg(unix)]
@@ -72,7 +72,7 @@ touched, live connections stay, and a file with a mistake in it changes nothing.
 
 `hvsock upgrade` has it replaced by another version of the program, and no client is refused meanwhile."
 )]
-pub(super) struct Run {
+pub(super) struct RunArgs {
     /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
@@ -95,13 +95,13 @@ pub(super) struct Run {
 /// Say all that is wrong with such a file, or what it would forward
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLE)]
-pub(super) struct Check {
+pub(super) struct CheckArgs {
     /// The file, in TOML; - is standard input
     #[arg(value_name = "CONFIG", value_hint = ValueHint::FilePath)]
     file: PathBuf,
 }
 
-impl Check {
+impl CheckArgs {
     pub(super) fn run(self) -> Outcome {
         let (config, wanted) =
             Config::read(&self.file, &Places::from_env()).map_err(|e| show(&e))?;
@@ -118,7 +118,7 @@ impl Check {
     }
 }
 
-impl Run {
+impl RunArgs {
     pub(super) fn log(&self) -> LogOptions {
         self.log.clone()
     }
@@ -145,15 +145,15 @@ impl Run {
         {
             predecessor::tell_why_not(&why.lines());
         }
-        let (proxy, running, doors) = started.map_err(|e| match e {
+        let (proxy, running, sockets) = started.map_err(|e| match e {
             NotStarted::File(problems) => show(&problems),
             NotStarted::Failed(why) => why,
         })?;
         let running = Arc::new(running);
         #[cfg(unix)]
-        let _control = control(&running, doors, &proxy, program)?;
+        let _control = control(&running, sockets, &proxy, program)?;
         #[cfg(not(unix))]
-        let Doors = doors;
+        let ControlSockets = sockets;
         running.describe(&[]).iter().for_each(say);
         running.troubles().iter().for_each(complain);
         let [retrying, reloading, asked] = [(); 3].map(|()| Arc::clone(&running));
@@ -164,7 +164,7 @@ impl Run {
                 let _ = reload(&reloading);
             },
         )?;
-        let end = End {
+        let end = ProcessEnd {
             exit_idle: asked.exit_idle(),
             grace: move || asked.grace(),
         };
@@ -201,14 +201,14 @@ fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
 /// # Errors
 /// Why it can't be started, with its path; that there is no file which it could read.
 #[cfg(unix)]
-fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<Started, Problem> {
+fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<Started, ApiProblem> {
     if file == Path::new(STANDARD_INPUT) {
         let why = "what is carried came from standard input, and can't be read again";
         let remedy = "give it to a new one: `hvsock run - --take-over <CONFIG`";
-        return Err(Problem::new(409, why).with_remedy(remedy));
+        return Err(ApiProblem::new(409, why).with_remedy(remedy));
     }
     let fail = |why: &dyn std::fmt::Display| {
-        let problem = Problem::new(500, format!("the program can't be started: {why}"));
+        let problem = ApiProblem::new(500, format!("the program can't be started: {why}"));
         problem.with_remedy("install it there, and ask again")
     };
     let program = program.as_ref().map_err(|e| fail(e))?;
@@ -246,7 +246,7 @@ fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
 #[cfg(unix)]
 fn control(
     running: &Arc<Running>,
-    doors: Doors,
+    sockets: ControlSockets,
     proxy: &Proxy,
     program: std::io::Result<PathBuf>,
 ) -> crate::Result<crate::app::control::Control> {
@@ -271,10 +271,9 @@ fn control(
         pending: Box::new(move || pending.pending()),
         stopping: tell_manager_of_end,
         reload: Some(Box::new(move || match reload(&read) {
-            Ok(summary) => {
-                serde_json::to_value(summary.report()).map_err(|e| Problem::new(500, e.to_string()))
-            }
-            Err(problems) => Err(Problem::new(
+            Ok(summary) => serde_json::to_value(summary.report())
+                .map_err(|e| ApiProblem::new(500, e.to_string())),
+            Err(problems) => Err(ApiProblem::new(
                 400,
                 format!("{}; all stays as it was\n{problems}", problems.summary()),
             )),
@@ -283,7 +282,7 @@ fn control(
         grace: Box::new(move || grace.grace()),
         allows_exec: Box::new(move || exec.allows_exec()),
     };
-    super::control_socket::serve(doors, proxy, actions)
+    super::control_socket::serve(sockets, proxy, actions)
 }
 
 fn show(problems: &Problems) -> Failure {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tracing::{error, info, warn};
 
 use crate::address::{Address, AnyVm, HyperkitVm};
-use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, Wanted, display_name};
+use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, WantedState, display_name};
 #[cfg(unix)]
 use crate::app::control;
 use crate::app::guest_control::GuestControl;
@@ -45,11 +45,11 @@ pub(super) struct Running {
     config: Mutex<Arc<Config>>,
     /// Locked while the file is read and what it says is done: that may take for ever, as a disk
     /// does. So it is for those alone who do that.
-    state: Mutex<State>,
+    state: Mutex<RunningState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct RunningState {
     /// VMs that have limits of their own.
     limits: Vec<VmLimits>,
     /// VMs whose directory is missing.
@@ -87,16 +87,16 @@ impl<E: Into<Failure>> From<E> for NotStarted {
 
 /// The sockets by which it can be looked at and changed.
 #[cfg(unix)]
-pub(super) type Doors = control::Bound;
+pub(super) type ControlSockets = control::Bound;
 #[cfg(not(unix))]
 #[derive(Debug)]
-pub(super) struct Doors;
+pub(super) struct ControlSockets;
 
 #[cfg(unix)]
-fn door_options(config: &Config) -> control::Options {
+fn control_options(config: &Config) -> control::Options {
     let path = config.control.clone();
     control::Options {
-        control: path.map_or(control::Place::Nowhere, control::Place::At),
+        control: path.map_or(control::ControlPlace::Nowhere, control::ControlPlace::At),
         guest_control: config.guest_control.clone(),
         metrics: config.metrics.clone(),
         unavailable: control::Unavailable::IsTriedAgain,
@@ -104,18 +104,22 @@ fn door_options(config: &Config) -> control::Options {
 }
 
 #[cfg(unix)]
-fn open_doors(file: &Path, config: &Config, proxy: &mut ProxyConfig) -> crate::Result<Doors> {
+fn bind_control_sockets(
+    file: &Path,
+    config: &Config,
+    proxy: &mut ProxyConfig,
+) -> crate::Result<ControlSockets> {
     let bound =
-        control::bind(&door_options(config)).map_err(|e| match (e.kind(), &config.control) {
+        control::bind(&control_options(config)).map_err(|e| match (e.kind(), &config.control) {
             (std::io::ErrorKind::AddrInUse, Some(path)) => e.with_remedy(in_place_of(path, file)),
             _ => e,
         })?;
-    Ok(forbid(bound, proxy))
+    Ok(forbid_own_sockets(bound, proxy))
 }
 
 /// Lets no forward of the proxy lead to the sockets.
 #[cfg(unix)]
-fn forbid(bound: Doors, proxy: &mut ProxyConfig) -> Doors {
+fn forbid_own_sockets(bound: ControlSockets, proxy: &mut ProxyConfig) -> ControlSockets {
     proxy.forbidden = bound.addresses();
     proxy.other_descriptors = bound.descriptors();
     proxy.observer = Some(bound.observer());
@@ -155,13 +159,17 @@ fn not_taken_over(why: &control::Unanswered) -> Failure {
 }
 
 #[cfg(not(unix))]
-fn open_doors(_: &Path, config: &Config, _: &mut ProxyConfig) -> crate::Result<Doors> {
+fn bind_control_sockets(
+    _: &Path,
+    config: &Config,
+    _: &mut ProxyConfig,
+) -> crate::Result<ControlSockets> {
     if config.control.is_some() || config.metrics.is_some() {
         super::console::complain(
             "control and metrics are for Unix systems: they are not served here",
         );
     }
-    Ok(Doors)
+    Ok(ControlSockets)
 }
 
 /// A proxy that starts with no forward, and gets them as when the file is read again: one that
@@ -186,20 +194,20 @@ impl Running {
     pub(super) fn start(
         file: &Path,
         configure: impl FnOnce(&mut ProxyConfig),
-    ) -> Result<(Proxy, Running, Doors), NotStarted> {
+    ) -> Result<(Proxy, Running, ControlSockets), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let mut proxy = empty_proxy(&config);
         configure(&mut proxy);
         let always_logs_access = proxy.access_log;
         proxy.access_log |= config.access_log;
-        let doors = open_doors(file, &config, &mut proxy)
+        let sockets = bind_control_sockets(file, &config, &mut proxy)
             .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
         let proxy = on_passed_sockets(proxy)?;
         all_are_wanted(&proxy.listeners, &wanted.rules)?;
         let proxy = Proxy::start(proxy)?;
         let running = Running::new(file, config, &proxy, always_logs_access);
         running.apply(&mut running.state(), wanted, Occasion::Asked);
-        Ok((proxy, running, doors))
+        Ok((proxy, running, sockets))
     }
 
     /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one
@@ -213,7 +221,7 @@ impl Running {
     pub(super) fn take_over(
         file: &Path,
         configure: impl FnOnce(&mut ProxyConfig),
-    ) -> Result<(Proxy, Running, Doors), NotStarted> {
+    ) -> Result<(Proxy, Running, ControlSockets), NotStarted> {
         let (config, wanted) = Config::read(file, &Places::from_env()).map_err(NotStarted::File)?;
         let Some(path) = &config.control else {
             let why = "control = \"off\": an hvsock that is to be taken over is asked by its control socket";
@@ -227,10 +235,10 @@ impl Running {
         let always_logs_access = proxy.access_log;
         proxy.access_log |= config.access_log;
         let mut predecessor = control::Predecessor::ask(path).map_err(fail)?;
-        let doors = control::take(&door_options(&config), &mut predecessor)
+        let sockets = control::take(&control_options(&config), &mut predecessor)
             .map_err(|e| Failure::Failed(format!("{}: {e}", display_name(file))))?;
-        let doors = forbid(doors, &mut proxy);
-        let added = predecessor.added();
+        let sockets = forbid_own_sockets(sockets, &mut proxy);
+        let added = predecessor.added_rules();
         let rules: Vec<Rule> = wanted.rules.iter().chain(&added).cloned().collect();
         proxy.listeners = predecessor.take_listeners(&rules);
         let proxy = Proxy::start(proxy)?;
@@ -246,19 +254,21 @@ impl Running {
                 failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
-        doors.note_added(&predecessor, running.handle());
-        let left = predecessor.left();
+        sockets.note_added(&predecessor, running.handle());
+        let left = predecessor.untaken_addresses();
         for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
             running.handle().start_keeper(&vm.state_dir);
         }
-        let agreed = predecessor.agree(running.handle()).map_err(|e| {
-            let pid = old.pid;
-            Failure::Failed(format!(
-                "process {pid} has not handed over: {e}; it goes on"
-            ))
-        })?;
+        let agreed = predecessor
+            .agree_on_sockets(running.handle())
+            .map_err(|e| {
+                let pid = old.pid;
+                Failure::Failed(format!(
+                    "process {pid} has not handed over: {e}; it goes on"
+                ))
+            })?;
         running.handle().admit_clients();
-        agreed.finish(running.handle(), old.pid, doors.inherited(), failed);
+        agreed.finish(running.handle(), old.pid, sockets.inherited(), failed);
         running.predecessor = Some(old.pid);
         let stays = match super::predecessor::find(old.pid).map(|old| old.live) {
             None | Some(0) => String::new(),
@@ -278,7 +288,7 @@ impl Running {
                 display_name(file)
             ));
         }
-        Ok((proxy, running, doors))
+        Ok((proxy, running, sockets))
     }
 
     fn new(file: &Path, config: Config, proxy: &Proxy, always_logs_access: bool) -> Running {
@@ -327,13 +337,13 @@ impl Running {
         self.config().allow_exec
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, RunningState> {
         lock(&self.state)
     }
 
     /// The forwards that the file asks for and that can't be had now.
     #[cfg(unix)]
-    pub(super) fn pending(&self) -> Vec<crate::app::control::Forward> {
+    pub(super) fn pending(&self) -> Vec<crate::app::control::ForwardInfo> {
         self.reconciler.shown()
     }
 
@@ -353,7 +363,7 @@ impl Running {
 
     /// What could not be had so far, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
-        let mut told: Vec<String> = self.state().missing.iter().map(absence).collect();
+        let mut told: Vec<String> = self.state().missing.iter().map(describe_missing).collect();
         told.extend(failures(&self.reconciler.failed()));
         told
     }
@@ -484,7 +494,7 @@ impl Running {
     }
 
     /// Makes the proxy carry what is wanted.
-    fn apply(&self, state: &mut State, wanted: Wanted, occasion: Occasion) -> Summary {
+    fn apply(&self, state: &mut RunningState, wanted: WantedState, occasion: Occasion) -> Summary {
         let limited: HashSet<&AnyVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
             if !limited.contains(&old.vm) {
@@ -503,14 +513,14 @@ impl Running {
         state.limits = wanted.limits;
         let known: HashSet<&Missing> = state.missing.iter().collect();
         let new = wanted.missing.iter().filter(|it| !known.contains(it));
-        summary.warnings.extend(new.map(absence));
+        summary.warnings.extend(new.map(describe_missing));
         state.missing = wanted.missing;
         summary
     }
 }
 
 /// What is said of a VM that is not there yet.
-pub(super) fn absence(missing: &Missing) -> String {
+pub(super) fn describe_missing(missing: &Missing) -> String {
     let Missing { name, why, .. } = missing;
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
 }

@@ -22,7 +22,7 @@ Examples:
   hvsock register 5000
   hvsock register 3049197C-9A4E-4FBF-9367-97F792F16994 --name \"My service\""
 )]
-pub(super) struct Register {
+pub(super) struct RegisterArgs {
     /// The service's GUID, or the vsock port that a Linux guest dials
     #[arg(value_name = "GUID|PORT", value_parser = parse_service)]
     service: ServiceId,
@@ -34,7 +34,7 @@ pub(super) struct Register {
 /// Let Hyper-V guests dial a service no longer (Windows, as Administrator)
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  hvsock unregister 5000")]
-pub(super) struct Unregister {
+pub(super) struct UnregisterArgs {
     /// The service's GUID, or its vsock port
     #[arg(value_name = "GUID|PORT", value_parser = parse_service)]
     service: ServiceId,
@@ -48,9 +48,9 @@ pub(super) struct Unregister {
 Example:
   hvsock services"
 )]
-pub(super) struct Services {}
+pub(super) struct ServicesArgs {}
 
-impl Register {
+impl RegisterArgs {
     pub(super) fn run(self) -> Outcome {
         say(register(self.service, self.name.as_deref())?);
         Ok(())
@@ -68,7 +68,7 @@ pub(super) fn register(id: ServiceId, name: Option<&str>) -> Result<String, Fail
     })
 }
 
-impl Unregister {
+impl UnregisterArgs {
     pub(super) fn run(self) -> Outcome {
         let Service { id, name } = services::unregister(self.service).map_err(failure)?;
         say(format_args!("unregistered {}, {name:?}", Named(id)));
@@ -76,7 +76,7 @@ impl Unregister {
     }
 }
 
-impl Services {
+impl ServicesArgs {
     pub(super) fn run(self) -> Outcome {
         let services = services::list().map_err(failure)?;
         if services.is_empty() {

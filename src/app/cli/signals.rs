@@ -22,7 +22,7 @@ pub(super) struct EndSignals {
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asked {
+pub(super) enum SignalRequest {
     End,
     // Windows has no signal for it.
     #[cfg_attr(windows, allow(dead_code))]
@@ -68,18 +68,20 @@ impl EndSignals {
 
     /// Returns an item for each signal that asks for the end, until it is closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
-        self.asked().filter(|asked| *asked == Asked::End).map(drop)
+        self.asked()
+            .filter(|asked| *asked == SignalRequest::End)
+            .map(drop)
     }
 
     /// Returns what each signal asks for, as [`each`](EndSignals::each) does.
-    pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
+    pub(super) fn asked(&mut self) -> impl Iterator<Item = SignalRequest> + '_ {
         let reload = self.reload;
         let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
             true => {
                 log::reopen();
-                Asked::Reload
+                SignalRequest::Reload
             }
-            false => Asked::End,
+            false => SignalRequest::End,
         };
         self.system.forever().map(asked)
     }
@@ -157,8 +159,8 @@ impl EndSignals {
         EndSignals::take()
     }
 
-    pub(super) fn asked(&mut self) -> impl Iterator<Item = Asked> + '_ {
-        self.each().map(|()| Asked::End)
+    pub(super) fn asked(&mut self) -> impl Iterator<Item = SignalRequest> + '_ {
+        self.each().map(|()| SignalRequest::End)
     }
 
     pub(super) fn closer(&self) -> Closer {

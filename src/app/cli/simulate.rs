@@ -43,7 +43,7 @@ Examples:
   hvsock simulate /tmp/vm --guest 19=endless --dial 5000=20/s --strict
   hvsock simulate --vsock-mux /tmp/vm.sock --guest 80=http"
 )]
-pub(super) struct Simulate {
+pub(super) struct SimulateArgs {
     /// The state directory, made if it doesn't exist in the one above it; its path has at most 85
     /// bytes
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath, required_unless_present = "vsock_mux", conflicts_with = "vsock_mux")]
@@ -107,7 +107,7 @@ impl FromStr for Guest {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Guest, String> {
-        let (port, service) = split(text, "80=http")?;
+        let (port, service) = split_port(text, "80=http")?;
         let service = match service {
             "echo" => Service::Echo,
             "discard" => Service::Discard,
@@ -136,7 +136,7 @@ impl FromStr for GuestDial {
     type Err = String;
 
     fn from_str(text: &str) -> Result<GuestDial, String> {
-        let (port, dial) = split(text, "5000=tcp://127.0.0.1:0")?;
+        let (port, dial) = split_port(text, "5000=tcp://127.0.0.1:0")?;
         let dial = match dial.strip_suffix("/s").map(str::parse) {
             Some(Ok(per_second)) => Dial::Paced(per_second),
             Some(Err(_)) => {
@@ -160,7 +160,7 @@ fn parse_cid(text: &str) -> Result<u32, String> {
     }
 }
 
-fn split<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
+fn split_port<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String> {
     let (port, rest) = text
         .split_once('=')
         .ok_or_else(|| format!("no = in it; a right one: {right}"))?;
@@ -196,7 +196,7 @@ fn resolve(tcp: &TcpAddress) -> Result<SocketAddr, String> {
         .ok_or_else(|| format!("{name} has no address"))
 }
 
-impl Simulate {
+impl SimulateArgs {
     pub(super) fn run(self) -> Outcome {
         let place = match (&self.directory, &self.vsock_mux) {
             (Some(place), _) | (None, Some(place)) => place,

@@ -9,14 +9,14 @@ use crate::app::values::{local_address, parse_port};
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the
 /// guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Local {
+pub(super) struct LocalForward {
     pub(super) listen: Address,
     pub(super) guest_port: Port,
 }
 
-/// The [`Local`]s of one `-L`: several, if it has ranges of ports.
+/// The [`LocalForward`]s of one `-L`: several, if it has ranges of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Locals(pub(super) Vec<Local>);
+pub(super) struct Locals(pub(super) Vec<LocalForward>);
 
 /// The [`Remote`]s of one `-R`: several, if it has ranges of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl FromStr for Locals {
             ));
         }
         let pairs = pair_ports(listen, port)?.into_iter();
-        let locals = pairs.map(|(listen, port)| Local::of(&listen, &port));
+        let locals = pairs.map(|(listen, port)| LocalForward::of(&listen, &port));
         locals.collect::<Result<_, _>>().map(Locals)
     }
 }
@@ -91,8 +91,8 @@ pub(super) struct Remote {
     pub(super) target: Address,
 }
 
-impl Local {
-    fn of(listen: &str, port: &str) -> Result<Local, String> {
+impl LocalForward {
+    fn of(listen: &str, port: &str) -> Result<LocalForward, String> {
         let guest_port =
             parse_port(port).map_err(|e| format!("the guest's {e}; a right one: 8080:80"))?;
         if let Some((host, _)) = listen.split_once(':')
@@ -123,7 +123,7 @@ impl Local {
                 _ => why,
             }
         })?;
-        Ok(Local { listen, guest_port })
+        Ok(LocalForward { listen, guest_port })
     }
 }
 

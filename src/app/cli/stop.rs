@@ -35,7 +35,7 @@ Examples:
   hvsock stop --keeper            its keeper, too
   hvsock stop docker --keeper     keepers of that VM whose hvsock has ended"
 )]
-pub(super) struct Stop {
+pub(super) struct StopArgs {
     /// A VM (its state directory, the name of one that can be found, or hyperkit:///STATE/DIR): end
     /// its keepers whose hvsock has ended, and no hvsock
     #[arg(value_name = "VM", requires = "keeper", conflicts_with_all = ["grace", "control"], add = ArgValueCompleter::new(complete::vm), value_parser = super::arguments::vm())]
@@ -58,7 +58,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
-impl Stop {
+impl StopArgs {
     pub(super) fn run(self) -> Outcome {
         if let Some(vm) = &self.vm {
             return end_orphans(vm);
@@ -78,7 +78,7 @@ impl Stop {
         let directories = before.vms().into_iter();
         for (directory, keeper) in keepers_in(directories.map(|vm| PathBuf::from(&vm.directory))) {
             if keeper.proxy == before.pid {
-                end(&directory, &keeper)?;
+                end_keeper(&directory, &keeper)?;
             }
         }
         Ok(())
@@ -155,7 +155,7 @@ fn end_orphans(vm: &str) -> Outcome {
     }
     let (orphans, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|it| it.proxy_ended);
     for keeper in &orphans {
-        end(&directory, keeper)?;
+        end_keeper(&directory, keeper)?;
     }
     for keeper in &others {
         complain(format_args!(
@@ -170,7 +170,7 @@ fn end_orphans(vm: &str) -> Outcome {
 }
 
 /// Ends a keeper, and says what that risks.
-fn end(directory: &Path, keeper: &KeeperStatus) -> Outcome {
+fn end_keeper(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     let pid = keeper.pid;
     keepers::end(directory, pid)
         .map_err(|e| Failure::Failed(format!("keeper {pid} can't be ended: {e}")))?;

@@ -9,12 +9,12 @@ use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use super::console::{complain, print_text, say};
 use super::ending::end_without_what_hangs;
-use super::options::Peer;
+use super::options::PeerArgs;
 use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
 use crate::address::Address;
 use crate::app::serve::{self, LOOK, Stop};
-use crate::app::stress::{self, Load, MOST_PARALLEL, Plan, Progress, Report};
+use crate::app::stress::{self, Load, MOST_PARALLEL, StressPlan, StressProgress, StressReport};
 use crate::app::values::{number, parse_mode, parse_some_time, parse_time};
 use crate::error::counted;
 use crate::listener::lasting::LastingListener;
@@ -33,9 +33,9 @@ Examples:
   hvsock stress -n 10 --size 64M hyperkit://:5000/path/to/state
   hvsock stress --bench up -p 4 tcp://127.0.0.1:5000"
 )]
-pub(super) struct Stress {
+pub(super) struct StressArgs {
     #[command(flatten)]
-    peer: Peer,
+    peer: PeerArgs,
     /// Serve such clients until SIGINT or SIGTERM
     #[arg(short = 's', long, conflicts_with_all = CLIENT_OPTIONS)]
     server: bool,
@@ -117,7 +117,7 @@ const ROUND_TRIPS: u64 = 10_000;
 /// How long clients may take to end when the server is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
-impl Stress {
+impl StressArgs {
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
         let signals = EndSignals::take()?;
@@ -126,9 +126,9 @@ impl Stress {
         let address = self.peer.address(Instant::now())?;
         if self.server {
             let mut listener = LastingListener::bind(&address, self.mode)?;
-            heed(signals, stop.clone(), GRACE)?;
+            stop_on_signals(signals, stop.clone(), GRACE)?;
             say(format_args!("serving on {}", listener.address()));
-            let plan = serve::Plan {
+            let plan = serve::ServePlan {
                 in_all: None,
                 grace: GRACE,
             };
@@ -136,7 +136,7 @@ impl Stress {
             return Ok(());
         }
         let plan = self.plan(address)?;
-        heed(signals, stop.clone(), plan.timeout)?;
+        stop_on_signals(signals, stop.clone(), plan.timeout)?;
         let report = watch(&plan, &stop);
         let printed = print_text(&report);
         match report.verdict() {
@@ -145,7 +145,7 @@ impl Stress {
         }
     }
 
-    fn plan(self, address: Address) -> Result<Plan, Failure> {
+    fn plan(self, address: Address) -> Result<StressPlan, Failure> {
         let parallel = usize::from(self.parallel);
         if address.transport().vm.needs_pacing && parallel > MOST_PARALLEL {
             return Err(Failure::Usage(format!(
@@ -179,7 +179,7 @@ impl Stress {
             None => 100,
             Some(_) => u64::from(self.parallel),
         };
-        Ok(Plan {
+        Ok(StressPlan {
             address,
             load,
             connections: self.connections.unwrap_or(connections),
@@ -199,7 +199,7 @@ impl Stress {
 ///
 /// # Errors
 /// Returns why no thread can be started that waits for them.
-fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
+fn stop_on_signals(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
     let wait = move || {
         for (count, ()) in signals.each().enumerate() {
             // The reader of the report may have stopped.
@@ -213,7 +213,7 @@ fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
                     "stopping: connections under way have {seconds} s; once more to cut them off"
                 ));
             }
-            stop.ask();
+            stop.request_end();
         }
     };
     start_thread("hvsock-signals", "to wait for signals", wait)?;
@@ -221,8 +221,8 @@ fn heed(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
 }
 
 /// Runs it, with a bar on standard error if that is a terminal.
-fn watch(plan: &Plan, stop: &Stop) -> Report {
-    let progress = Progress::default();
+fn watch(plan: &StressPlan, stop: &Stop) -> StressReport {
+    let progress = StressProgress::default();
     let over = AtomicBool::new(false);
     let bar = match plan.verbose {
         true => ProgressBar::hidden(),

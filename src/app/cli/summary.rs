@@ -87,9 +87,9 @@ impl Summary {
 
     /// Returns what the control socket tells of it.
     #[cfg(unix)]
-    pub(super) fn report(&self) -> Report {
+    pub(super) fn report(&self) -> SummaryReport {
         let failed = self.failed.iter();
-        Report {
+        SummaryReport {
             added: self.added.clone(),
             changed: self.changed.clone(),
             removed: self.removed.clone(),
@@ -114,7 +114,7 @@ impl Summary {
 /// A [`Summary`] as the control socket tells it.
 #[cfg(unix)]
 #[derive(Debug, serde::Deserialize, serde::Serialize)]
-pub(super) struct Report {
+pub(super) struct SummaryReport {
     added: Vec<String>,
     changed: Vec<String>,
     removed: Vec<String>,
@@ -128,7 +128,7 @@ pub(super) struct Report {
 }
 
 #[cfg(unix)]
-impl Report {
+impl SummaryReport {
     /// Returns what has changed, line by line.
     pub(super) fn changes(&self) -> Vec<String> {
         let named = [

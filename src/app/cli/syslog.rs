@@ -26,7 +26,7 @@ use crate::app::values::parse_mode;
 Example, in a guest:
   hvsock syslog /dev/log vsock://host:514"
 )]
-pub(super) struct Syslog {
+pub(super) struct SyslogArgs {
     /// The datagram socket that programs write to
     #[arg(value_name = "PATH")]
     path: PathBuf,
@@ -40,7 +40,7 @@ pub(super) struct Syslog {
     log: LogOptions,
 }
 
-impl Syslog {
+impl SyslogArgs {
     pub(super) fn log(&self) -> LogOptions {
         self.log.clone()
     }
@@ -50,7 +50,7 @@ impl Syslog {
         let signals = EndSignals::take()?;
         let log = Log::bind(&self.path, self.mode)?;
         let stopper = stop.clone();
-        signals.call_at_each(move || stopper.ask())?;
+        signals.call_at_each(move || stopper.request_end())?;
         say(format_args!("{} -> {}", self.path.display(), self.target));
         match carry(log, &self.target, &stop)? {
             0 => Ok(()),

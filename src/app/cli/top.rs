@@ -15,12 +15,12 @@ use crate::app::top;
     after_help = "Keys: ? tells of all of them. q, Esc or Ctrl-C ends it; the arrows choose a connection, k \
 closes it, s sorts, / shows those that have a text in them."
 )]
-pub(super) struct Top {
+pub(super) struct TopArgs {
     #[command(flatten)]
     which: Which,
 }
 
-impl Top {
+impl TopArgs {
     pub(super) fn run(self) -> Outcome {
         if env::var_os("TERM").is_some_and(|term| term == "dumb") {
             let why = "top can't draw on this terminal (TERM=dumb): there is `hvsock status`";

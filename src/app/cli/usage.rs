@@ -48,7 +48,7 @@ const VERBOSE: &str = "the variable HVSOCK_LOG=debug has it say more";
 
 /// Says in an error of clap what is to be written, and not what clap takes for likely: that the
 /// word was to be a value, or a command that is spelled alike.
-pub(super) fn mend(mut error: Error, words: &[String]) -> Error {
+pub(super) fn reword_error(mut error: Error, words: &[String]) -> Error {
     let tip = match error.kind() {
         ErrorKind::UnknownArgument => {
             let word = text(&error, ContextKind::InvalidArg);

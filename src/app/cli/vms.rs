@@ -25,11 +25,11 @@ Examples:
   hvsock vms
   hvsock expose --vm docker -L 2375:2375     with a NAME of the list"
 )]
-pub(super) struct Vms {}
+pub(super) struct VmsArgs {}
 
 const HEADINGS: [&str; 4] = ["NAME", "KEPT BY", "STATE", "WHERE"];
 
-impl Vms {
+impl VmsArgs {
     pub(super) fn run(self) -> Outcome {
         if cfg!(windows) {
             hyper_v()?;

@@ -4,15 +4,15 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use super::forward::{Forward, Read};
+use super::forward::{ForwardSection, Read};
 use super::problems::Line;
-use super::vms::Vm;
+use super::vms::VmSection;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
 use crate::proxy::{Candidate, Rule, RuleIndex, describe_loop, leads_to};
 
 /// Where the program itself listens, and the key that says so.
-pub(super) type Door = (&'static str, Address);
+pub(super) type OwnAddress = (&'static str, Address);
 
 /// Where a forward listens: its name, the line that says so, and the address.
 struct Claim<'a> {
@@ -24,8 +24,8 @@ struct Claim<'a> {
 /// Says which VMs and forwards have a name that another has: in an included file, or as one port of
 /// a range.
 pub(super) fn find_namesakes(
-    vms: &[Vm],
-    forwards: &[Forward],
+    vms: &[VmSection],
+    forwards: &[ForwardSection],
     complain: &mut dyn FnMut(Line, String),
 ) {
     let vms = vms.iter().map(|vm| ("vm", &vm.name, &vm.line, None));
@@ -57,9 +57,9 @@ pub(super) fn find_namesakes(
 /// Says which rules can't be carried beside each other, and which come out where it is controlled
 /// from, or looked at. Of forwards that could be read in part it is known where they listen.
 pub(super) fn find(
-    rules: &[(&Forward, Rule)],
+    rules: &[(&ForwardSection, Rule)],
     parts: &[Read],
-    doors: &[Door],
+    own_addresses: &[OwnAddress],
     complain: &mut dyn FnMut(Line, String),
 ) {
     let of_rules = rules.iter().map(|(forward, rule)| Claim {
@@ -95,16 +95,16 @@ pub(super) fn find(
     for (forward, rule) in rules {
         let name = &forward.name;
         let listen = &rule.listen;
-        for (key, door) in doors {
-            if door.collides(listen) {
+        for (key, own) in own_addresses {
+            if own.collides(listen) {
                 let text = format!(
-                    "[forward.{name}]: {key} is at {door} already; choose another address for one of them"
+                    "[forward.{name}]: {key} is at {own} already; choose another address for one of them"
                 );
                 complain(forward.listen_line.clone(), text);
             }
-            if leads_to(&rule.connect, door) {
+            if leads_to(&rule.connect, own) {
                 let text = format!(
-                    "[forward.{name}]: {} leads to this hvsock's own {key} ({door}), where no forward may lead; choose another target",
+                    "[forward.{name}]: {} leads to this hvsock's own {key} ({own}), where no forward may lead; choose another target",
                     rule.connect
                 );
                 complain(forward.connect_line.clone(), text);
@@ -114,7 +114,10 @@ pub(super) fn find(
 }
 
 /// Says which rules certainly lead back to themselves, of each loop once.
-pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(Line, String)) {
+pub(super) fn find_loops(
+    rules: &[&(&ForwardSection, Rule)],
+    complain: &mut dyn FnMut(Line, String),
+) {
     let mut index = RuleIndex::default();
     for (id, (_, rule)) in (0..).zip(rules) {
         index.insert(id, rule);
@@ -135,17 +138,19 @@ pub(super) fn find_loops(rules: &[&(&Forward, Rule)], complain: &mut dyn FnMut(L
 }
 
 /// Returns where the program itself listens.
-pub(super) fn doors(
+pub(super) fn own_addresses(
     control: Option<&Path>,
     guest_control: Option<&Address>,
     metrics: Option<&Address>,
-) -> Vec<Door> {
+) -> Vec<OwnAddress> {
     let control = control.map(|path| UnixAddress::Path(path.to_owned()).into());
-    let doors = [
+    let own_addresses = [
         ("control", control),
         ("guest-control", guest_control.cloned()),
         ("metrics", metrics.cloned()),
     ];
-    let doors = doors.into_iter();
-    doors.filter_map(|(key, door)| Some((key, door?))).collect()
+    let own_addresses = own_addresses.into_iter();
+    own_addresses
+        .filter_map(|(key, own)| Some((key, own?)))
+        .collect()
 }

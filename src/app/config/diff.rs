@@ -39,7 +39,7 @@ pub(crate) enum Step<I> {
 
 /// What there is for a rule that is wanted.
 #[derive(Clone, Copy)]
-enum Found<'a, I> {
+enum ExistingMatch<'a, I> {
     Nothing,
     /// The forward that listens there.
     Holder(&'a Existing<I>),
@@ -74,16 +74,19 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
         }
         None
     };
-    let mut matches: Vec<(&Rule, Found<'_, I>)> = Vec::new();
+    let mut matches: Vec<(&Rule, ExistingMatch<'_, I>)> = Vec::new();
     for rule in wanted {
         let holder = take(holders.get_mut(&place_of(rule)));
-        matches.push((rule, holder.map_or(Found::Nothing, Found::Holder)));
+        matches.push((
+            rule,
+            holder.map_or(ExistingMatch::Nothing, ExistingMatch::Holder),
+        ));
     }
     for (rule, found) in &mut matches {
-        if let (Found::Nothing, Some(name)) = (&found, &rule.name)
+        if let (ExistingMatch::Nothing, Some(name)) = (&found, &rule.name)
             && let Some(namesake) = take(namesakes.get_mut(name.as_str()))
         {
-            *found = Found::Namesake(namesake);
+            *found = ExistingMatch::Namesake(namesake);
         }
     }
     let names: HashSet<&String> = wanted.iter().filter_map(|it| it.name.as_ref()).collect();
@@ -94,7 +97,7 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
         .map(|(it, _)| Step::Remove(it.id))
         .collect();
     for (held, found) in &matches {
-        if let Found::Holder(holder) = found
+        if let ExistingMatch::Holder(holder) = found
             && let Some(name) = &holder.rule.name
             && held.name.as_ref() != Some(name)
             && names.contains(name)
@@ -103,15 +106,15 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
         }
     }
     let moves = matches.iter().filter_map(|(rule, found)| match found {
-        Found::Namesake(it) => Some((*it, *rule)),
+        ExistingMatch::Namesake(it) => Some((*it, *rule)),
         _ => None,
     });
     steps.extend(order(moves.collect()));
     steps.extend(matches.into_iter().filter_map(|(rule, found)| match found {
-        Found::Holder(it) if it.rule == *rule => Some(Step::Keep(it.id)),
-        Found::Holder(it) => Some(Step::Replace(it.id, rule.clone())),
-        Found::Namesake(_) => None,
-        Found::Nothing => Some(Step::Add(rule.clone())),
+        ExistingMatch::Holder(it) if it.rule == *rule => Some(Step::Keep(it.id)),
+        ExistingMatch::Holder(it) => Some(Step::Replace(it.id, rule.clone())),
+        ExistingMatch::Namesake(_) => None,
+        ExistingMatch::Nothing => Some(Step::Add(rule.clone())),
     }));
     steps
 }

@@ -11,33 +11,33 @@ use crate::proxy::Rule;
 
 /// One end of a forward.
 #[derive(Clone, Debug)]
-enum End {
+enum ForwardEnd {
     At(Address),
     /// A port of the forward's VM, or of the host as that VM's guest dials it.
     Vm(Port),
 }
 
-impl End {
+impl ForwardEnd {
     /// Returns what the forward of a range is called that listens here.
     fn name_of(&self, range: &str) -> String {
         match self {
-            End::At(address) => name_of(range, address),
-            End::Vm(port) => format!("{range}-{}", port.0),
+            ForwardEnd::At(address) => name_of(range, address),
+            ForwardEnd::Vm(port) => format!("{range}-{}", port.0),
         }
     }
 }
 
 /// `[forward.NAME]`.
 #[derive(Clone, Debug)]
-pub(super) struct Forward {
+pub(super) struct ForwardSection {
     pub(super) name: String,
     /// The name of its section, if that is one of a range.
     pub(super) range: Option<String>,
     /// Where it says where to listen, and where to connect to.
     pub(super) listen_line: Line,
     pub(super) connect_line: Line,
-    listen: End,
-    connect: End,
+    listen: ForwardEnd,
+    connect: ForwardEnd,
     /// As the file calls it, and the line in which it does.
     vm: Option<(String, Line)>,
     pub(super) options: RuleOptions,
@@ -53,10 +53,10 @@ pub(super) struct Read {
     /// As it calls its VM, and the line in which it does.
     pub(super) vm: Option<(String, Line)>,
     /// One, or one for each port of a range; none if it was not whole, which was said then.
-    pub(super) forwards: Vec<Forward>,
+    pub(super) forwards: Vec<ForwardSection>,
 }
 
-impl Forward {
+impl ForwardSection {
     /// Reads a section: one forward, or one for each port of a range, whose name has the port it
     /// listens on behind it.
     pub(super) fn read(name: String, mut section: Section<'_, '_>, defaults: &RuleOptions) -> Read {
@@ -68,10 +68,14 @@ impl Forward {
         let listen = section.take("listen", values::listen_addresses);
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
-        let ends = ends(&section);
+        let ends = check_ends(&section);
         let (listens_at, its_vm) = (listen.clone(), vm.clone());
-        let at = |all: Vec<Address>| all.into_iter().map(End::At).collect::<Vec<End>>();
-        let of_vm = |all: Vec<Port>| all.into_iter().map(End::Vm).collect();
+        let at = |all: Vec<Address>| {
+            all.into_iter()
+                .map(ForwardEnd::At)
+                .collect::<Vec<ForwardEnd>>()
+        };
+        let of_vm = |all: Vec<Port>| all.into_iter().map(ForwardEnd::Vm).collect();
         let listen = listen.map(at).or(guest_dials.map(of_vm));
         let connect = connect.map(at).or(port.map(of_vm));
         let line_of = |keys: [&str; 2]| {
@@ -102,7 +106,7 @@ impl Forward {
         };
         section.finish();
         let is_range = pairs.len() > 1;
-        let forwards = pairs.into_iter().map(|(listen, connect)| Forward {
+        let forwards = pairs.into_iter().map(|(listen, connect)| ForwardSection {
             name: match is_range {
                 true => listen.name_of(&read.name),
                 false => read.name.clone(),
@@ -131,21 +135,21 @@ impl Forward {
 
     /// Whether it holds its clients while its VM isn't there.
     pub(super) fn waits_for_vm(&self) -> bool {
-        matches!(self.connect, End::Vm(_)) && self.options.wait.is_some()
+        matches!(self.connect, ForwardEnd::Vm(_)) && self.options.wait.is_some()
     }
 
     /// The rule, with the VM where it was found.
     pub(super) fn rule(&self, vm: Option<&VmPlace>) -> Option<Rule> {
         let listen = match &self.listen {
-            End::At(address) => address.clone(),
-            End::Vm(port) => vm?.host_port(*port),
+            ForwardEnd::At(address) => address.clone(),
+            ForwardEnd::Vm(port) => vm?.host_port(*port),
         };
         let connect = match &self.connect {
-            End::At(address) => address.clone(),
-            End::Vm(port) => vm?.guest_port(*port),
+            ForwardEnd::At(address) => address.clone(),
+            ForwardEnd::Vm(port) => vm?.guest_port(*port),
         };
         let mut rule = Rule::new(listen, connect).absolute();
-        if let End::Vm(_) = &self.listen {
+        if let ForwardEnd::Vm(_) = &self.listen {
             rule.from = vm?.sources();
         }
         let mut rule = self.options.applied_to(rule);
@@ -155,7 +159,7 @@ impl Forward {
 }
 
 /// Whether the section has one end to listen on and one to connect to; if not, it is said.
-fn ends(section: &Section<'_, '_>) -> bool {
+fn check_ends(section: &Section<'_, '_>) -> bool {
     let has = |key| section.has(key);
     let meant = |key| has(key) || section.is_meant(key);
     let mut sound = true;

@@ -51,13 +51,13 @@ use crate::hyperkit::Places;
 use crate::proxy::{Rule, VmLimits, check_rule};
 
 pub(crate) use diff::{Existing, Step, plan};
-use forward::{Forward, Read};
+use forward::{ForwardSection, Read};
 use parsing::parse_table;
 use problems::{Line, Weight};
 pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
-use section::{Section, Source};
+use section::{ConfigText, Section};
 pub(crate) use vms::Missing;
-use vms::{Found, Vm};
+use vms::{FoundVms, VmSection};
 
 /// What the file says. Reading it has found that it can be carried out, as far as can be known
 /// without trying.
@@ -83,8 +83,8 @@ pub(crate) struct Config {
     /// Whether forwards to programs may be added there.
     #[cfg_attr(not(unix), allow(dead_code))]
     pub(crate) allow_exec: bool,
-    vms: Vec<Vm>,
-    forwards: Vec<Forward>,
+    vms: Vec<VmSection>,
+    forwards: Vec<ForwardSection>,
     /// Forwards that could be read in part. Of a file without mistakes there are none.
     parts: Vec<Read>,
 }
@@ -126,7 +126,7 @@ fn usual_control() -> Option<PathBuf> {
 
 /// What is to be carried, now that it is known where the VMs are.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Wanted {
+pub(crate) struct WantedState {
     /// In the order of the file; each has a name.
     pub(crate) rules: Vec<Rule>,
     pub(crate) limits: Vec<VmLimits>,
@@ -174,12 +174,16 @@ fn unreadable(error: &io::Error) -> String {
 
 /// A file that is included, and what it says.
 struct Included {
-    source: Source,
+    source: ConfigText,
     text: String,
 }
 
 /// Reads the files that `include` names; what is wrong with it is said.
-fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) -> Vec<Included> {
+fn read_included(
+    root: &mut Section<'_, '_>,
+    source: &ConfigText,
+    directory: &Path,
+) -> Vec<Included> {
     let patterns = root.take("include", values::texts).unwrap_or_default();
     let line = root.line_of("include");
     let mut files: Vec<PathBuf> = Vec::new();
@@ -193,7 +197,7 @@ fn read_included(root: &mut Section<'_, '_>, source: &Source, directory: &Path) 
     files.dedup();
     let read = |file: PathBuf| match read_text(&file) {
         Ok(text) => Some(Included {
-            source: Source::new(&text, Some(&file)),
+            source: ConfigText::new(&text, Some(&file)),
             text,
         }),
         Err(e) => {
@@ -210,7 +214,7 @@ impl Config {
     ///
     /// # Errors
     /// All that is wrong with it, and what may be: [`Problems`] with a mistake.
-    pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, Wanted), Problems> {
+    pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, WantedState), Problems> {
         let text = read_text(file).map_err(|e| Problems::of(file, unreadable(&e)))?;
         let directory = file.parent().unwrap_or(Path::new(""));
         Config::parse(&text, directory, places).map_err(|list| Problems::new(file, list))
@@ -221,8 +225,8 @@ impl Config {
         text: &str,
         directory: &Path,
         places: &Places,
-    ) -> Result<(Config, Wanted), Vec<Problem>> {
-        let source = Source::new(text, None);
+    ) -> Result<(Config, WantedState), Vec<Problem>> {
+        let source = ConfigText::new(text, None);
         if text.trim().is_empty() {
             // Most often it is being written just now; a file to carry nothing is of no use.
             source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
@@ -297,19 +301,19 @@ impl Config {
         }
         let mut vms = Vec::new();
         for (name, section) in root.named("vm") {
-            vms.push(Vm::read(name, section));
+            vms.push(VmSection::read(name, section));
         }
         let mut read = Vec::new();
         for (name, section) in root.named("forward") {
-            read.push(Forward::read(name, section, &defaults));
+            read.push(ForwardSection::read(name, section, &defaults));
         }
         root.finish();
         for mut other in included {
             for (name, section) in other.named("vm") {
-                vms.push(Vm::read(name, section));
+                vms.push(VmSection::read(name, section));
             }
             for (name, section) in other.named("forward") {
-                read.push(Forward::read(name, section, &defaults));
+                read.push(ForwardSection::read(name, section, &defaults));
             }
             other.finish();
         }
@@ -329,7 +333,7 @@ impl Config {
         });
         for (section, (vm, line)) in named.chain(named_in_parts) {
             if known.insert(vm.to_owned()) {
-                vms.push(Vm::undeclared(vm, section, line.clone()));
+                vms.push(VmSection::undeclared(vm, section, line.clone()));
             }
         }
         Config {
@@ -350,12 +354,12 @@ impl Config {
     }
 
     /// Returns the VMs that have a section, and that no forward names.
-    fn unused_vms(&self) -> impl Iterator<Item = &Vm> {
+    fn unused_vms(&self) -> impl Iterator<Item = &VmSection> {
         let of_parts = self.parts.iter();
         let of_parts = of_parts.filter_map(|it| Some(it.vm.as_ref()?.0.as_str()));
         let of_forwards = self.forwards.iter().filter_map(|it| Some(it.vm()?.0));
         let used: HashSet<&str> = of_parts.chain(of_forwards).collect();
-        let unused = move |vm: &&Vm| vm.declared && !used.contains(vm.name.as_str());
+        let unused = move |vm: &&VmSection| vm.declared && !used.contains(vm.name.as_str());
         self.vms.iter().filter(unused)
     }
 
@@ -363,7 +367,7 @@ impl Config {
     ///
     /// # Errors
     /// As those of [`read`](Config::read), without lines.
-    pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<Wanted, Problems> {
+    pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<WantedState, Problems> {
         let mut problems = Vec::new();
         let wanted = self.wanted(places, &mut |line, text| {
             problems.push(Problem {
@@ -388,24 +392,24 @@ impl Config {
     }
 
     /// Looks for the VMs, and for what can't work.
-    fn wanted(&self, places: &Places, complain: &mut dyn FnMut(Line, String)) -> Wanted {
+    fn wanted(&self, places: &Places, complain: &mut dyn FnMut(Line, String)) -> WantedState {
         conflicts::find_namesakes(&self.vms, &self.forwards, complain);
-        let Found { vms, missing } = vms::find(&self.vms, places, complain);
-        let mut wanted = Wanted {
+        let FoundVms { vms, missing } = vms::find(&self.vms, places, complain);
+        let mut wanted = WantedState {
             limits: vms
                 .iter()
                 .filter_map(|(vm, place)| vm.limits(place))
                 .collect(),
             missing,
-            ..Wanted::default()
+            ..WantedState::default()
         };
         // The first of a name.
         let mut places: HashMap<&str, &VmPlace> = HashMap::new();
         for (vm, place) in &vms {
             places.entry(&vm.name).or_insert(place);
         }
-        let mut of_vm: HashMap<&str, Vec<&Forward>> = HashMap::new();
-        let mut seen: Vec<(&Forward, Rule)> = Vec::new();
+        let mut of_vm: HashMap<&str, Vec<&ForwardSection>> = HashMap::new();
+        let mut seen: Vec<(&ForwardSection, Rule)> = Vec::new();
         let mut refused: HashSet<&str> = HashSet::new();
         for forward in &self.forwards {
             let place = forward.vm().map(|(name, _)| {
@@ -437,7 +441,7 @@ impl Config {
         conflicts::find(
             &seen,
             &self.parts,
-            &conflicts::doors(
+            &conflicts::own_addresses(
                 self.control.as_deref(),
                 self.guest_control.as_ref().map(|it| &it.address),
                 self.metrics.as_ref(),

@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 
-use super::forward::Forward;
+use super::forward::ForwardSection;
 use super::problems::{Problem, Weight};
-use super::{Config, Wanted};
+use super::{Config, WantedState};
 #[cfg(unix)]
 use crate::address::Address;
 #[cfg(unix)]
@@ -18,7 +18,7 @@ use crate::app::slow::give_up_if_slow;
 impl Config {
     /// Looks at what is needed. Where a disk hangs it is given up: what is on others is carried all
     /// the same.
-    pub(super) fn needs(&self, wanted: &Wanted) -> Vec<Problem> {
+    pub(super) fn needs(&self, wanted: &WantedState) -> Vec<Problem> {
         let (config, wanted) = (self.clone(), wanted.clone());
         let looked = give_up_if_slow(move || config.look_at_needs(&wanted));
         looked.unwrap_or_else(|why| {
@@ -31,10 +31,10 @@ impl Config {
     }
 
     /// Returns what is needed and isn't there, as notes; and as mistakes what can never be.
-    fn look_at_needs(&self, wanted: &Wanted) -> Vec<Problem> {
+    fn look_at_needs(&self, wanted: &WantedState) -> Vec<Problem> {
         let mut problems = Vec::new();
         let forwards = self.forwards.iter().map(|it| (it.name.as_str(), it));
-        let forwards: HashMap<&str, &Forward> = forwards.collect();
+        let forwards: HashMap<&str, &ForwardSection> = forwards.collect();
         for missing in &wanted.missing {
             let vm = self.vms.iter().find(|vm| vm.name == missing.name);
             let nearest = nearest(&missing.vm.state_dir);

@@ -7,7 +7,7 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use super::problems::Problem;
-use super::section::Source;
+use super::section::ConfigText;
 
 /// What the parser says of a key, or of a section's name, that is there already.
 const DUPLICATE: &str = "duplicate key";
@@ -50,7 +50,7 @@ impl Parsed<'_> {
 }
 
 /// Parses a file; what is no TOML in it is said.
-pub(super) fn parse_table<'t>(source: &Source, text: &'t str) -> Parsed<'t> {
+pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut told = HashSet::new();
     let mut broken = Vec::new();
@@ -79,7 +79,7 @@ pub(super) fn parse_table<'t>(source: &Source, text: &'t str) -> Parsed<'t> {
 
 /// Says of what is there already where it is. Of a section that is, the keys are as well, which is
 /// not said: it is in `told`, by where it begins.
-fn say_duplicate(source: &Source, text: &str, span: Range<usize>, told: &mut HashSet<usize>) {
+fn say_duplicate(source: &ConfigText, text: &str, span: Range<usize>, told: &mut HashSet<usize>) {
     let section = headers(text).take_while(|(at, _)| *at <= span.start).last();
     if let Some((begin, title)) = &section
         && let Some((first, _)) = headers(text).find(|(_, other)| other == title)

@@ -34,7 +34,7 @@ pub(super) const TOP_KEYS: [&str; 10] = [
 
 /// The text, and what is wrong with it so far.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(super) struct ConfigText {
     /// `None`: the file that was named; else one that it includes.
     file: Option<Arc<Path>>,
     /// Where the lines end.
@@ -42,9 +42,9 @@ pub(super) struct Source {
     problems: RefCell<Vec<Problem>>,
 }
 
-impl Source {
-    pub(super) fn new(text: &str, file: Option<&Path>) -> Source {
-        Source {
+impl ConfigText {
+    pub(super) fn new(text: &str, file: Option<&Path>) -> ConfigText {
+        ConfigText {
             file: file.map(Arc::from),
             ends: text.match_indices('\n').map(|(at, _)| at).collect(),
             problems: RefCell::default(),
@@ -87,7 +87,7 @@ impl Source {
 /// A table of the file: keys are taken out by name, and what is left is unknown.
 #[derive(Debug)]
 pub(super) struct Section<'a, 'i> {
-    source: &'a Source,
+    source: &'a ConfigText,
     /// As people write it: `[vm.docker]`; empty for the whole file.
     title: String,
     table: &'a DeTable<'i>,
@@ -96,7 +96,7 @@ pub(super) struct Section<'a, 'i> {
 }
 
 impl<'a, 'i> Section<'a, 'i> {
-    pub(super) fn root(source: &'a Source, table: &'a DeTable<'i>) -> Section<'a, 'i> {
+    pub(super) fn root(source: &'a ConfigText, table: &'a DeTable<'i>) -> Section<'a, 'i> {
         Section {
             source,
             title: String::new(),
@@ -196,7 +196,7 @@ impl<'a, 'i> Section<'a, 'i> {
         let kind = key.get_ref();
         let right = format!("[{kind}.NAME]");
         if let DeValue::Array(entries) = value.get_ref() {
-            return self.listed(key, entries, &right);
+            return self.refuse_listed_tables(key, entries, &right);
         }
         let Some(all) = self.section(key, value, format!("[{kind}]"), &right) else {
             return Vec::new();
@@ -205,7 +205,7 @@ impl<'a, 'i> Section<'a, 'i> {
         entries.sort_by_key(|(key, _)| key.span().start);
         let mut named = Vec::new();
         for (name, value) in entries {
-            let title = format!("[{kind}.{}]", bare(name.get_ref()));
+            let title = format!("[{kind}.{}]", quote_key(name.get_ref()));
             if let Err(why) = check_name(name.get_ref()) {
                 let line = self.source.line(name.span());
                 self.source.complain(line, format!("{title}: {why}"));
@@ -219,7 +219,7 @@ impl<'a, 'i> Section<'a, 'i> {
     /// Says that tables are listed that should be named, as in `[[vm]]`, and takes them all the
     /// same: what else is wrong with them is to be said, too. Each is named by its key `name`, or
     /// by its number.
-    fn listed(
+    fn refuse_listed_tables(
         &self,
         key: &Spanned<Cow<'i, str>>,
         entries: &'a [Spanned<DeValue<'i>>],
@@ -244,14 +244,14 @@ impl<'a, 'i> Section<'a, 'i> {
                 let name = inner.get_ref();
                 if matches!(value.get_ref(), DeValue::Table(_)) {
                     known.push(name.to_string().into());
-                    let title = format!("[{kind}.{}]", bare(name));
+                    let title = format!("[{kind}.{}]", quote_key(name));
                     let section = self.section(inner, value, title, right);
                     sections.extend(section.map(|it| (name.to_string(), it)));
                 }
             }
             let section = Section {
                 source: self.source,
-                title: format!("[[{kind}]] {}", bare(&name)),
+                title: format!("[[{kind}]] {}", quote_key(&name)),
                 table,
                 known,
                 line: self.source.line(first.map_or(entry.span(), |at| at..at)),
@@ -309,14 +309,16 @@ impl<'a, 'i> Section<'a, 'i> {
                 None => format!("known there: {}", self.known.join(", ")),
             };
             let line = self.source.line(key.span());
-            self.source
-                .complain(line, format!("unknown key {}{place}; {remedy}", bare(name)));
+            self.source.complain(
+                line,
+                format!("unknown key {}{place}; {remedy}", quote_key(name)),
+            );
         }
     }
 }
 
 /// A key as the file has it: in quotes where it must be.
-fn bare(key: &str) -> String {
+fn quote_key(key: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     match !key.is_empty() && key.chars().all(plain) {
         true => key.to_owned(),

@@ -14,7 +14,7 @@ fn places() -> Places {
     }
 }
 
-fn right(text: &str) -> (Config, Wanted) {
+fn right(text: &str) -> (Config, WantedState) {
     Config::parse(text, Path::new(""), &places()).unwrap()
 }
 

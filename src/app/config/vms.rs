@@ -16,7 +16,7 @@ use crate::proxy::{Limits, VmLimits};
 
 /// `[vm.NAME]`.
 #[derive(Clone, Debug)]
-pub(super) struct Vm {
+pub(super) struct VmSection {
     pub(super) name: String,
     pub(super) line: Line,
     /// The section that says so, and the key if it has one: `[forward.web] vm`.
@@ -44,13 +44,13 @@ pub(crate) struct Missing {
 
 /// The VMs and where they are; those that can't be found are left out.
 #[derive(Debug)]
-pub(super) struct Found<'a> {
-    pub(super) vms: Vec<(&'a Vm, VmPlace)>,
+pub(super) struct FoundVms<'a> {
+    pub(super) vms: Vec<(&'a VmSection, VmPlace)>,
     pub(super) missing: Vec<Missing>,
 }
 
-impl Vm {
-    pub(super) fn read(name: String, mut section: Section<'_, '_>) -> Vm {
+impl VmSection {
+    pub(super) fn read(name: String, mut section: Section<'_, '_>) -> VmSection {
         let read =
             |value: &_| values::text(value).and_then(|at| Ok(values::at_home(&at)?.into_owned()));
         let given = section.take("at", read);
@@ -65,7 +65,7 @@ impl Vm {
         let key = if section.has("at") { " at" } else { "" };
         let unanswered_line = section.line_of("unanswered");
         section.finish();
-        Vm {
+        VmSection {
             place: format!("[vm.{name}]{key}"),
             name,
             line,
@@ -79,8 +79,8 @@ impl Vm {
     }
 
     /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
-    pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> Vm {
-        Vm {
+    pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> VmSection {
+        VmSection {
             place: format!("[forward.{forward}] vm"),
             name: name.to_owned(),
             line: line.clone(),
@@ -114,13 +114,13 @@ impl Vm {
 
 /// Looks for VMs.
 pub(super) fn find<'a>(
-    vms: &'a [Vm],
+    vms: &'a [VmSection],
     places: &Places,
     complain: &mut dyn FnMut(Line, String),
-) -> Found<'a> {
-    let mut found: Vec<(&Vm, VmPlace)> = Vec::new();
+) -> FoundVms<'a> {
+    let mut found: Vec<(&VmSection, VmPlace)> = Vec::new();
     let mut missing = Vec::new();
-    let mut known: HashMap<AnyVm, &Vm> = HashMap::new();
+    let mut known: HashMap<AnyVm, &VmSection> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
             continue;
@@ -171,7 +171,7 @@ pub(super) fn find<'a>(
         }
         found.push((vm, place));
     }
-    Found {
+    FoundVms {
         vms: found,
         missing,
     }

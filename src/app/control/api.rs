@@ -27,22 +27,22 @@ use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
 use super::added::{Added, AddedForwards};
-use super::endpoint::{Endpoint, Service};
+use super::endpoint::{ServedInterface, ServiceEndpoint};
 use super::events::Events;
 use super::handover::give::{Finishing, Successor};
 use super::handover::{self, FailedForwards};
-use super::http::{JSON, Request, Response, lines, response};
+use super::http::{HttpRequest, JSON, Response, lines, response};
 use super::inherited::Inherited;
 use super::metrics;
-use super::model::{Connection, Ended, Forward, RuleBody, Status, read_rules};
-use super::problem::Problem;
+use super::model::{ConnectionInfo, EndedInfo, ForwardInfo, RuleBody, Status, read_rules};
+use super::problem::ApiProblem;
 
 /// What the server needs of its program.
 pub(crate) struct Actions {
     /// The options of a rule that says none.
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
-    pub(crate) pending: Box<dyn Fn() -> Vec<Forward> + Send + Sync>,
+    pub(crate) pending: Box<dyn Fn() -> Vec<ForwardInfo> + Send + Sync>,
     /// Tells that the end was asked for here, how many connections there are then, and how long
     /// they may take.
     pub(crate) stopping: fn(usize, Duration),
@@ -59,7 +59,7 @@ pub(crate) struct Actions {
 
 /// See [`Actions::reload`].
 pub(crate) type Reload =
-    Box<dyn Fn() -> std::result::Result<serde_json::Value, Problem> + Send + Sync>;
+    Box<dyn Fn() -> std::result::Result<serde_json::Value, ApiProblem> + Send + Sync>;
 
 /// How another process takes the place of this one.
 pub(crate) struct Succession {
@@ -70,7 +70,7 @@ pub(crate) struct Succession {
     /// Calls its argument while that file is not read, with the forwards for which it asks.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
-    pub(crate) start: Box<dyn Fn() -> Result<Started, Problem> + Send + Sync>,
+    pub(crate) start: Box<dyn Fn() -> Result<Started, ApiProblem> + Send + Sync>,
     /// Ends this one, since that process has all its listeners.
     pub(crate) end: Box<dyn Fn(u32) + Send + Sync>,
 }
@@ -111,7 +111,7 @@ pub(super) struct Api {
     handle: Handle,
     actions: Actions,
     /// Where it is asked.
-    endpoints: Vec<Arc<Endpoint>>,
+    endpoints: Vec<Arc<ServiceEndpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
     added: AddedForwards,
@@ -161,17 +161,17 @@ const UPGRADE: Duration = Duration::from_secs(9);
 /// How often it is looked whether that has happened.
 const LOOK: Duration = Duration::from_millis(10);
 
-type Answer = Result<(u16, String), Problem>;
+type ApiResult = Result<(u16, String), ApiProblem>;
 
-fn json(status: u16, body: &impl Serialize) -> Answer {
+fn json(status: u16, body: &impl Serialize) -> ApiResult {
     match serde_json::to_string_pretty(body) {
         Ok(text) => Ok((status, text + "\n")),
-        Err(e) => Err(Problem::new(500, format!("the answer is no JSON: {e}"))),
+        Err(e) => Err(ApiProblem::new(500, format!("the answer is no JSON: {e}"))),
     }
 }
 
 /// Returns whether a call concerns the process and not what it carries.
-fn is_for_this_machine(request: &Request) -> bool {
+fn is_for_this_machine(request: &HttpRequest) -> bool {
     matches!(
         request.path.as_str(),
         "/v1/stop" | "/v1/upgrade" | "/v1/take-over"
@@ -182,7 +182,7 @@ impl Api {
     pub(super) fn new(
         handle: Handle,
         actions: Actions,
-        endpoints: Vec<Arc<Endpoint>>,
+        endpoints: Vec<Arc<ServiceEndpoint>>,
         events: Arc<Events>,
     ) -> Api {
         let lane = |count| Arc::new(Semaphore::new(count));
@@ -216,8 +216,12 @@ impl Api {
 
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon
     /// it is never done: who asked would have given up.
-    pub(super) async fn answer(self: Arc<Api>, service: Service, request: Request) -> Response {
-        if service != Service::Metrics
+    pub(super) async fn answer(
+        self: Arc<Api>,
+        service: ServedInterface,
+        request: HttpRequest,
+    ) -> Response {
+        if service != ServedInterface::Metrics
             && request.method == "GET"
             && request.path == EVENTS
             && request.query.is_empty()
@@ -226,13 +230,13 @@ impl Api {
             return lines(self.events.read(&self.handle));
         }
         let lane = match (service, request.method.as_str(), request.path.as_str()) {
-            (Service::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
+            (ServedInterface::Metrics, ..) | (_, "GET", _) => &self.lanes.looks,
             (_, _, "/v1/stop") => &self.lanes.stops,
             (_, _, "/v1/upgrade") => &self.lanes.upgrades,
             _ => &self.lanes.changes,
         };
         let Ok(turn) = timeout(TURN, Arc::clone(lane).acquire_owned()).await else {
-            let problem = Problem::new(503, "another call is under way, and takes long");
+            let problem = ApiProblem::new(503, "another call is under way, and takes long");
             return problem.with_remedy("try again later").response();
         };
         let api = Arc::clone(&self);
@@ -240,36 +244,42 @@ impl Api {
             // Until it is done, whoever waits for it.
             let _turn = turn;
             match service {
-                Service::GuestControl if is_for_this_machine(&request) => Problem::new(
+                ServedInterface::GuestControl if is_for_this_machine(&request) => ApiProblem::new(
                     403,
                     "guests can't end this process, or have another take its place",
                 )
                 .response(),
-                Service::Control | Service::GuestControl => api.answer_all(&request),
-                Service::Metrics => api.answer_metrics(&request),
+                ServedInterface::Control | ServedInterface::GuestControl => {
+                    api.answer_all(&request)
+                }
+                ServedInterface::Metrics => api.answer_metrics(&request),
             }
         };
         let answered = spawn_blocking(call).await;
-        answered.unwrap_or_else(|e| Problem::new(500, format!("the call failed: {e}")).response())
+        answered
+            .unwrap_or_else(|e| ApiProblem::new(500, format!("the call failed: {e}")).response())
     }
 
-    fn answer_all(self: &Arc<Api>, request: &Request) -> Response {
+    fn answer_all(self: &Arc<Api>, request: &HttpRequest) -> Response {
         let path = request.path.as_str();
         let (method, query) = (request.method.as_str(), request.query.as_slice());
         let answer = match (method, path) {
             (_, "/metrics") => return self.answer_metrics(request),
-            ("GET", "/v1/status") => none(query).and_then(|()| json(200, &self.status())),
-            ("GET", "/v1/forwards") => none(query).and_then(|()| json(200, &self.forwards())),
-            ("GET", "/v1/connections") => {
-                none(query).and_then(|()| json(200, &Connection::all(&self.handle.connections())))
+            ("GET", "/v1/status") => refuse_query(query).and_then(|()| json(200, &self.status())),
+            ("GET", "/v1/forwards") => {
+                refuse_query(query).and_then(|()| json(200, &self.forwards()))
             }
-            ("GET", ENDED) => none(query).and_then(|()| json(200, &self.ended())),
-            ("POST", "/v1/forwards") => none(query).and_then(|()| self.add(&request.body)),
-            ("POST", "/v1/reload") => none(query).and_then(|()| self.reload()),
-            ("POST", "/v1/take-over") => none(query).and_then(|()| self.take_over(&request.body)),
-            ("POST", "/v1/upgrade") => none(query).and_then(|()| self.upgrade()),
+            ("GET", "/v1/connections") => refuse_query(query)
+                .and_then(|()| json(200, &ConnectionInfo::all(&self.handle.connections()))),
+            ("GET", ENDED) => refuse_query(query).and_then(|()| json(200, &self.ended())),
+            ("POST", "/v1/forwards") => refuse_query(query).and_then(|()| self.add(&request.body)),
+            ("POST", "/v1/reload") => refuse_query(query).and_then(|()| self.reload()),
+            ("POST", "/v1/take-over") => {
+                refuse_query(query).and_then(|()| self.take_over(&request.body))
+            }
+            ("POST", "/v1/upgrade") => refuse_query(query).and_then(|()| self.upgrade()),
             ("POST", "/v1/stop") => self.grace(query).and_then(|grace| self.stop(grace)),
-            ("GET", EVENTS) => none(query).and_then(|()| Err(no_such_call(path))),
+            ("GET", EVENTS) => refuse_query(query).and_then(|()| Err(no_such_call(path))),
             (_, "/v1/status" | "/v1/connections" | ENDED | EVENTS) => return wrong_method("GET"),
             (_, "/v1/forwards") => return wrong_method("GET, POST"),
             (_, "/v1/reload" | "/v1/stop" | "/v1/take-over" | "/v1/upgrade") => {
@@ -278,12 +288,11 @@ impl Api {
             _ if path.starts_with(CONNECTIONS) && method != "DELETE" => {
                 return wrong_method("DELETE");
             }
-            _ if path.starts_with(CONNECTIONS) => {
-                none(query).and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by))
-            }
+            _ if path.starts_with(CONNECTIONS) => refuse_query(query)
+                .and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by)),
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
-                (Some(name), "GET") => none(query)
+                (Some(name), "GET") => refuse_query(query)
                     .and_then(|()| self.forward(name))
                     .and_then(|found| json(200, &found)),
                 (Some(name), "DELETE") => {
@@ -299,13 +308,13 @@ impl Api {
     }
 
     /// Answers as if there were nothing but the metrics.
-    fn answer_metrics(&self, request: &Request) -> Response {
+    fn answer_metrics(&self, request: &HttpRequest) -> Response {
         match (request.method.as_str(), request.path.as_str()) {
             ("GET", "/metrics") => {
                 response(200, metrics::CONTENT_TYPE, metrics::text(self.status()))
             }
             (_, "/metrics") => wrong_method("GET"),
-            (_, path) => Problem::new(404, format!("there is no {path} here"))
+            (_, path) => ApiProblem::new(404, format!("there is no {path} here"))
                 .with_remedy("there is /metrics")
                 .response(),
         }
@@ -341,54 +350,58 @@ impl Api {
         }
     }
 
-    fn ended(&self) -> Vec<Ended> {
-        let own = self.handle.ended().iter().map(Ended::from).collect();
-        self.inherited.and(own)
+    fn ended(&self) -> Vec<EndedInfo> {
+        let own = self.handle.ended().iter().map(EndedInfo::from).collect();
+        self.inherited.merge_with(own)
     }
 
     /// Returns whether a connection is among the last that have ended in this process.
     fn has_ended(&self, number: u64) -> bool {
         let ended = self.handle.ended();
-        ended.iter().map(Ended::from).any(|it| it.id == number)
+        ended.iter().map(EndedInfo::from).any(|it| it.id == number)
     }
 
-    fn forwards(&self) -> Vec<Forward> {
+    fn forwards(&self) -> Vec<ForwardInfo> {
         // First: one that is carried at last just now has its row. It, and one that can't be
         // changed, have one only.
         let mut pending = (self.actions.pending)();
         let carried = self.handle.forwards();
-        let is_carried = |it: &Forward| {
+        let is_carried = |it: &ForwardInfo| {
             let same = |other: &ForwardStatus| {
                 other.rule.name == it.name && other.rule.listen.to_string() == it.listen
             };
             carried.iter().any(same)
         };
         pending.retain(|it| !is_carried(it));
-        carried.iter().map(Forward::from).chain(pending).collect()
+        carried
+            .iter()
+            .map(ForwardInfo::from)
+            .chain(pending)
+            .collect()
     }
 
-    fn forward(&self, name: &str) -> Result<Forward, Problem> {
+    fn forward(&self, name: &str) -> Result<ForwardInfo, ApiProblem> {
         let pending = self.pending(name);
-        let carried = self.find(name).map(|it| Forward::from(&it));
+        let carried = self.find(name).map(|it| ForwardInfo::from(&it));
         carried.or_else(|e| pending.ok_or(e))
     }
 
     /// The forward of that name, or of that address, that is wanted and can't be had now.
-    fn pending(&self, name: &str) -> Option<Forward> {
+    fn pending(&self, name: &str) -> Option<ForwardInfo> {
         let mut pending = (self.actions.pending)().into_iter();
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
     /// The forward of that name, or else that listens there, or else that has this id, or else the
     /// only one that listens on this TCP port.
-    fn find(&self, name: &str) -> Result<ForwardStatus, Problem> {
+    fn find(&self, name: &str) -> Result<ForwardStatus, ApiProblem> {
         Api::find_in(&self.handle.forwards(), name).cloned()
     }
 
     fn find_in<'a>(
         forwards: &'a [ForwardStatus],
         name: &str,
-    ) -> Result<&'a ForwardStatus, Problem> {
+    ) -> Result<&'a ForwardStatus, ApiProblem> {
         let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
         let address = name.parse::<Address>().ok();
         let there = |it: &ForwardStatus| {
@@ -417,18 +430,18 @@ impl Api {
         match index {
             Some(index) => Ok(&forwards[index]),
             None => {
-                let problem = Problem::new(404, format!("there is no forward {name:?}"));
+                let problem = ApiProblem::new(404, format!("there is no forward {name:?}"));
                 Err(problem.with_remedy("`hvsock status` lists those that there are"))
             }
         }
     }
 
     /// Adds a forward, or those of a range: all of them, or none.
-    fn add(&self, body: &[u8]) -> Answer {
+    fn add(&self, body: &[u8]) -> ApiResult {
         let usual = (self.actions.options)();
         let rules = read_rules(body, usual.clone())?;
         if let Some(finding) = rules.iter().find_map(|it| look_at_access(it, &usual)) {
-            return Err(refuse(finding));
+            return Err(problem_of_finding(finding));
         }
         let forwards = self.handle.forwards();
         let asked = rules.len();
@@ -456,7 +469,7 @@ impl Api {
                         // That it is gone already is as good.
                         let _ = self.handle.remove(id, Duration::ZERO);
                     }
-                    let mut problem = Problem::from(e);
+                    let mut problem = ApiProblem::from(e);
                     if asked > 1 {
                         let all = counted(asked as u64, "forward");
                         problem.error += &format!(" (so that none of the {all} is added)");
@@ -472,12 +485,15 @@ impl Api {
             if new.contains(id) {
                 info!("added {}", describe(added));
             }
-            Some(Forward::from(added))
+            Some(ForwardInfo::from(added))
         });
-        let added: Vec<Forward> = added.collect();
+        let added: Vec<ForwardInfo> = added.collect();
         let status = if new.is_empty() { 200 } else { 201 };
         match &added[..] {
-            [] => Err(Problem::new(409, "it was removed at once by somebody else")),
+            [] => Err(ApiProblem::new(
+                409,
+                "it was removed at once by somebody else",
+            )),
             [one] if asked == 1 => json(status, one),
             all => json(status, &all),
         }
@@ -493,9 +509,9 @@ impl Api {
         &self,
         forwards: &'a [ForwardStatus],
         name: &str,
-        none: Problem,
-    ) -> Result<Vec<&'a ForwardStatus>, Problem> {
-        let addresses = expand(name).map_err(|why| Problem::new(400, why))?;
+        none: ApiProblem,
+    ) -> Result<Vec<&'a ForwardStatus>, ApiProblem> {
+        let addresses = expand(name).map_err(|why| ApiProblem::new(400, why))?;
         if addresses.len() > 1 {
             let found = addresses
                 .iter()
@@ -543,7 +559,7 @@ impl Api {
         &self,
         rule: &Rule,
         forwards: &[ForwardStatus],
-    ) -> Result<Option<ForwardId>, Problem> {
+    ) -> Result<Option<ForwardId>, ApiProblem> {
         let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
         let there = |it: &&ForwardStatus| it.listen == rule.listen;
         let same = forwards.iter().find(named);
@@ -554,7 +570,8 @@ impl Api {
             }
             let name = label(there);
             let differs = RuleBody::from(&there.rule).difference(&RuleBody::from(rule));
-            let problem = Problem::new(409, format!("another forward is there, {name}: {differs}"));
+            let problem =
+                ApiProblem::new(409, format!("another forward is there, {name}: {differs}"));
             return Err(problem
                 .with_remedy("remove that one first, or take another name and another address"));
         }
@@ -564,26 +581,26 @@ impl Api {
                 rule.connect
             );
             let remedy = "write allow-exec = true in the file of `hvsock run`, or start it with --allow-exec";
-            return Err(Problem::new(403, why).with_remedy(remedy));
+            return Err(ApiProblem::new(403, why).with_remedy(remedy));
         }
         Ok(None)
     }
 
     /// Removes a forward, or those of a range that are there.
-    fn remove(&self, name: &str, grace: Duration) -> Answer {
+    fn remove(&self, name: &str, grace: Duration) -> ApiResult {
         let pending = self.pending(name);
         let forwards = self.handle.forwards();
         let none = match Api::find_in(&forwards, name) {
             Ok(found) => {
                 self.handle.remove(found.id, grace)?;
                 info!("removed {}", describe(found));
-                return json(200, &Forward::from(found));
+                return json(200, &ForwardInfo::from(found));
             }
             Err(none) => none,
         };
         if let Some(it) = pending {
             let why = it.why.unwrap_or(it.state);
-            let problem = Problem::new(409, format!("{name:?} isn't carried: {why}"));
+            let problem = ApiProblem::new(409, format!("{name:?} isn't carried: {why}"));
             return Err(problem.with_remedy(match self.actions.reload {
                 Some(_) => "the file asks for it: take it out there, and reload",
                 None => "it was asked for at the start, and is tried again",
@@ -594,14 +611,14 @@ impl Api {
             self.handle.remove(found.id, grace)?;
             info!("removed {}", describe(found));
         }
-        let removed: Vec<Forward> = range.into_iter().map(Forward::from).collect();
+        let removed: Vec<ForwardInfo> = range.into_iter().map(ForwardInfo::from).collect();
         json(200, &removed)
     }
 
-    fn close(&self, id: &str, asked_by: Option<u32>) -> Answer {
+    fn close(&self, id: &str, asked_by: Option<u32>) -> ApiResult {
         let remedy = "`hvsock connections` lists those that there are";
         let number = id.parse().map_err(|_| {
-            let problem = Problem::new(404, format!("there is no connection {id:?}"));
+            let problem = ApiProblem::new(404, format!("there is no connection {id:?}"));
             problem.with_remedy(remedy)
         })?;
         let closed = self
@@ -609,16 +626,16 @@ impl Api {
             .close(ConnectionId(number))
             .map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound if self.has_ended(number) => {
-                    Problem::new(404, format!("connection {number} has ended"))
+                    ApiProblem::new(404, format!("connection {number} has ended"))
                         .with_remedy("`hvsock connections --ended` says why")
                 }
                 io::ErrorKind::NotFound => {
-                    Problem::new(404, format!("there is no connection {number}"))
+                    ApiProblem::new(404, format!("there is no connection {number}"))
                         .with_remedy(remedy)
                 }
                 _ => e.into(),
             })?;
-        let closed = Connection::all(&[closed]);
+        let closed = ConnectionInfo::all(&[closed]);
         for it in &closed {
             let status = self.status();
             info!(
@@ -634,18 +651,18 @@ impl Api {
         json(200, &closed.first())
     }
 
-    fn reload(&self) -> Answer {
+    fn reload(&self) -> ApiResult {
         let Some(reload) = &self.actions.reload else {
-            let problem = Problem::new(409, "there is no file to read again");
+            let problem = ApiProblem::new(409, "there is no file to read again");
             return Err(problem.with_remedy("`hvsock run CONFIG` has one"));
         };
         json(200, &reload()?)
     }
 
     /// What a process needs that is to take over, or why none can.
-    fn succession(&self) -> Result<&Succession, Problem> {
+    fn succession(&self) -> Result<&Succession, ApiProblem> {
         let Some(succession) = &self.actions.succession else {
-            let problem = Problem::new(
+            let problem = ApiProblem::new(
                 409,
                 "it was started without a file, and no other can take over from it",
             );
@@ -653,31 +670,31 @@ impl Api {
                 .with_remedy("`hvsock run CONFIG` has one; stop this one, and start another"));
         };
         match self.handle.is_stopping() {
-            true => Err(Problem::new(503, "it is stopping")),
+            true => Err(ApiProblem::new(503, "it is stopping")),
             false => Ok(succession),
         }
     }
 
     /// Begins to hand over to the process that asks for it.
-    fn take_over(self: &Arc<Api>, body: &[u8]) -> Answer {
+    fn take_over(self: &Arc<Api>, body: &[u8]) -> ApiResult {
         self.succession()?;
-        let asked: handover::Request = serde_json::from_slice(body)
-            .map_err(|e| Problem::new(400, format!("that says nobody who takes over: {e}")))?;
+        let asked: handover::TakeOverRequest = serde_json::from_slice(body)
+            .map_err(|e| ApiProblem::new(400, format!("that says nobody who takes over: {e}")))?;
         if asked.protocol != handover::PROTOCOL {
             let (theirs, ours) = (asked.protocol, handover::PROTOCOL);
             let why = format!("it hands over by version {ours} of the protocol, not by {theirs}");
-            let problem = Problem::new(409, why);
+            let problem = ApiProblem::new(409, why);
             return Err(problem.with_remedy("stop this hvsock, and start the other one"));
         }
         let successor = Successor::connect(&asked.socket)
-            .map_err(|e| Problem::new(400, format!("{}: {e}", asked.socket)))?;
+            .map_err(|e| ApiProblem::new(400, format!("{}: {e}", asked.socket)))?;
         let api = Arc::clone(self);
         // The other can't take anything before it has its answer.
         let hand_over = move || api.hand_over(successor, asked.pid);
         thread::Builder::new()
             .name("hvsock-handover".to_owned())
             .spawn(hand_over)
-            .map_err(|e| Problem::new(500, format!("there can be no thread: {e}")))?;
+            .map_err(|e| ApiProblem::new(500, format!("there can be no thread: {e}")))?;
         json(202, &serde_json::json!({"pid": std::process::id()}))
     }
 
@@ -757,13 +774,13 @@ impl Api {
     }
 
     /// Starts another process, and answers when it has taken over.
-    fn upgrade(&self) -> Answer {
+    fn upgrade(&self) -> ApiResult {
         let succession = self.succession()?;
         let fail = |why: String, remedy: &str| {
             // Whoever reads the log later is to know as well.
             warn!("the upgrade has failed: {why}; going on as before");
             let remedy = format!("this one goes on as before; {remedy}");
-            Problem::new(500, why).with_remedy(remedy)
+            ApiProblem::new(500, why).with_remedy(remedy)
         };
         let mut started = (succession.start)().map_err(|problem| {
             warn!("the upgrade has failed: {problem}; going on as before");
@@ -791,7 +808,7 @@ impl Api {
                         lines += "\n";
                         lines += line;
                     }
-                    return Err(Problem::new(500, lines));
+                    return Err(ApiProblem::new(500, lines));
                 }
                 let why = format!("the new process {pid} has ended before it took over: {status}");
                 return Err(fail(
@@ -827,7 +844,7 @@ impl Api {
         state.successor != Some(pid)
     }
 
-    fn stop(&self, grace: Duration) -> Answer {
+    fn stop(&self, grace: Duration) -> ApiResult {
         info!("stopping, as was asked for");
         self.handle.stop(grace);
         let live = self.handle.live();
@@ -837,13 +854,13 @@ impl Api {
     }
 
     /// How long connections that are there may take, as the query says.
-    fn grace(&self, query: &[(String, String)]) -> Result<Duration, Problem> {
+    fn grace(&self, query: &[(String, String)]) -> Result<Duration, ApiProblem> {
         let mut grace = (self.actions.grace)();
         for (key, value) in query {
             if key != "grace" {
-                return Err(unknown(key));
+                return Err(unknown_key(key));
             }
-            let wrong = |why| Problem::new(400, format!("grace: {why}"));
+            let wrong = |why| ApiProblem::new(400, format!("grace: {why}"));
             grace = parse_time(value).map_err(wrong)?;
         }
         Ok(grace)
@@ -858,22 +875,22 @@ const ENDED: &str = "/v1/connections/ended";
 const EVENTS: &str = "/v1/events";
 
 /// Says in the log what the targets of rules lack now, and refuses a target that can never work.
-fn look_at_targets_of(rules: &[Rule]) -> Result<(), Problem> {
+fn look_at_targets_of(rules: &[Rule]) -> Result<(), ApiProblem> {
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         warn!("the targets were not looked at: {why}");
         Vec::new()
     });
     for finding in findings {
         match finding.weight {
-            Weight::Mistake => return Err(refuse(finding)),
+            Weight::Mistake => return Err(problem_of_finding(finding)),
             Weight::Note => warn!("{finding}"),
         }
     }
     Ok(())
 }
 
-fn refuse(finding: Finding) -> Problem {
-    Problem::new(400, finding.what).with_remedy(finding.remedy)
+fn problem_of_finding(finding: Finding) -> ApiProblem {
+    ApiProblem::new(400, finding.what).with_remedy(finding.remedy)
 }
 
 /// Returns a forward on a line: its name, if it has one, and both its ends.
@@ -891,27 +908,27 @@ fn label(forward: &ForwardStatus) -> String {
     }
 }
 
-fn none(query: &[(String, String)]) -> Result<(), Problem> {
+fn refuse_query(query: &[(String, String)]) -> Result<(), ApiProblem> {
     match query.first() {
         None => Ok(()),
-        Some((key, _)) => Err(unknown(key)),
+        Some((key, _)) => Err(unknown_key(key)),
     }
 }
 
-fn unknown(key: &str) -> Problem {
-    Problem::new(400, format!("nothing is called {key:?} here"))
+fn unknown_key(key: &str) -> ApiProblem {
+    ApiProblem::new(400, format!("nothing is called {key:?} here"))
 }
 
 const CALLS: &str = "there are GET /v1/status, GET and POST /v1/forwards, GET and DELETE /v1/forwards/NAME, \
     GET /v1/events, GET /v1/connections, GET /v1/connections/ended, DELETE /v1/connections/ID, POST /v1/reload, POST /v1/take-over, POST /v1/upgrade, POST /v1/stop, \
     GET /metrics";
 
-fn no_such_call(path: &str) -> Problem {
-    Problem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)
+fn no_such_call(path: &str) -> ApiProblem {
+    ApiProblem::new(404, format!("there is no {path:?} here")).with_remedy(CALLS)
 }
 
 fn wrong_method(allow: &'static str) -> Response {
-    let mut response = Problem::new(405, format!("that takes {allow}")).response();
+    let mut response = ApiProblem::new(405, format!("that takes {allow}")).response();
     let allow = HeaderValue::from_static(allow);
     response.headers_mut().insert(ALLOW, allow);
     response

@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use super::http::Io;
 use super::model::Status;
 use super::place;
-use super::problem::Problem;
+use super::problem::ApiProblem;
 use crate::app::{escape, processes};
 use crate::dial;
 use crate::error::{Error, Operation, counted};
@@ -46,12 +46,12 @@ pub(crate) enum Unanswered {
     /// Whoever is there may be anybody, and was asked nothing.
     Untrusted(Error),
     /// It refused.
-    Refused(Problem),
+    Refused(ApiProblem),
 }
 
 /// Returns how an hvsock that may be meant is named, with where the first of its forwards listens,
 /// if it says so in time.
-fn candidate(process: u32) -> String {
+fn describe_candidate(process: u32) -> String {
     /// One that is stopped never answers.
     const PATIENCE: Duration = Duration::from_secs(1);
     let answer = ask_status(&place::own_path(process), PATIENCE).ok();
@@ -94,7 +94,7 @@ impl std::fmt::Display for Unanswered {
                 let is_usual = |it: &std::path::PathBuf| place::address(it).to_string() == place;
                 if own.len() > 1 && place::usual_paths().iter().any(is_usual) {
                     let hvsocks = counted(own.len() as u64, "hvsock");
-                    let each: Vec<_> = own.into_iter().map(candidate).collect();
+                    let each: Vec<_> = own.into_iter().map(describe_candidate).collect();
                     let each = each.join(" or ");
                     return write!(f, "{hvsocks} run: say which with {each}");
                 }
@@ -132,7 +132,7 @@ pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<S
     let (status, answer) = exchange(path, method, call, body, PATIENCE)?;
     match status {
         200..=299 => Ok(answer),
-        status => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        status => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -143,13 +143,13 @@ pub(crate) fn get<T: DeserializeOwned>(path: &Path, call: &str) -> Result<T, Una
 
 /// Asks for what happens from now on, and passes each line of it on until the server ends, or
 /// `pass_on` returns false.
-pub(crate) fn follow(
+pub(crate) fn follow_events(
     path: &Path,
     call: &str,
     mut pass_on: impl FnMut(&str) -> bool,
 ) -> Result<(), Unanswered> {
     let end = Instant::now() + PATIENCE;
-    let refused = talk(path, "GET", call, "", PATIENCE, async |answer| {
+    let refused = send_and_read(path, "GET", call, "", PATIENCE, async |answer| {
         let left = end.saturating_duration_since(Instant::now());
         let answer = timeout(left, answer).await.map_err(io::Error::from)??;
         let status = answer.status().as_u16();
@@ -159,7 +159,8 @@ pub(crate) fn follow(
         let mut body = answer.into_body();
         let mut rest = Vec::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|_| broken("what it tells was cut short: has it ended?"))?;
+            let frame =
+                frame.map_err(|_| broken_answer("what it tells was cut short: has it ended?"))?;
             rest.extend(frame.into_data().unwrap_or_default());
             while let Some(len) = rest.iter().position(|byte| *byte == b'\n') {
                 let line = rest.drain(..=len).collect::<Vec<u8>>();
@@ -172,7 +173,7 @@ pub(crate) fn follow(
     })?;
     match refused {
         None => Ok(()),
-        Some((status, answer)) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        Some((status, answer)) => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -180,7 +181,7 @@ pub(crate) fn follow(
 pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unanswered> {
     match exchange(path, "GET", "/v1/status", "", patience)? {
         (200..=299, answer) => Ok(answer),
-        (status, answer) => Err(Unanswered::Refused(Problem::of_answer(status, &answer))),
+        (status, answer) => Err(Unanswered::Refused(ApiProblem::of_answer(status, &answer))),
     }
 }
 
@@ -193,13 +194,13 @@ pub(crate) fn read<T: DeserializeOwned>(answer: &str) -> Result<T, Unanswered> {
     });
     read.map_err(|e| {
         let why = format!("the answer can't be understood: {e}");
-        let problem = Problem::new(500, why);
+        let problem = ApiProblem::new(500, why);
         Unanswered::Refused(problem.with_remedy("is it an hvsock of the same version?"))
     })
 }
 
 /// A name as it stands in a path.
-pub(crate) fn segment(name: &str) -> String {
+pub(crate) fn encode_segment(name: &str) -> String {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_');
     utf8_percent_encode(name, KEPT).to_string()
 }
@@ -221,7 +222,7 @@ fn exchange(
     patience: Duration,
 ) -> Result<(u16, String), Unanswered> {
     let end = Instant::now() + patience;
-    talk(path, method, call, body, patience, async |answer| {
+    send_and_read(path, method, call, body, patience, async |answer| {
         let whole = async {
             let answer = answer.await?;
             let status = answer.status().as_u16();
@@ -232,16 +233,16 @@ fn exchange(
     })
 }
 
-type Answer = Response<Incoming>;
+type HttpAnswer = Response<Incoming>;
 
 /// Connects to the server, if it is this user's, sends a request, and has its answer read.
-fn talk<T>(
+fn send_and_read<T>(
     path: &Path,
     method: &str,
     call: &str,
     body: &str,
     patience: Duration,
-    read: impl AsyncFnOnce(Pin<Box<dyn Future<Output = io::Result<Answer>>>>) -> io::Result<T>,
+    read: impl AsyncFnOnce(Pin<Box<dyn Future<Output = io::Result<HttpAnswer>>>>) -> io::Result<T>,
 ) -> Result<T, Unanswered> {
     let address = place::address(path);
     place::check(path).map_err(Unanswered::Untrusted)?;
@@ -278,7 +279,7 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
 }
 
 /// Sends a request, and returns its answer as soon as that begins.
-async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<Answer> {
+async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<HttpAnswer> {
     let stream = std::os::unix::net::UnixStream::from(socket);
     stream.set_nonblocking(true)?;
     let io = Io::new(UnixStream::from_std(stream)?);
@@ -288,19 +289,19 @@ async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<Answer> {
     sender.send_request(request).await.map_err(no_answer)
 }
 
-fn broken(why: &str) -> io::Error {
+fn broken_answer(why: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why)
 }
 
 /// Reads an answer to its end.
-async fn read_text(answer: Answer) -> io::Result<String> {
+async fn read_text(answer: HttpAnswer) -> io::Result<String> {
     let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
     let body = body.map_err(|e| match e.is::<LengthLimitError>() {
-        true => broken("the answer has more than 16 MiB"),
-        false => broken("the answer was cut short"),
+        true => broken_answer("the answer has more than 16 MiB"),
+        false => broken_answer("the answer was cut short"),
     })?;
     let body = String::from_utf8(body.to_bytes().into());
-    body.map_err(|_| broken("the answer is no UTF-8"))
+    body.map_err(|_| broken_answer("the answer is no UTF-8"))
 }
 
 /// Says why there is no answer.
@@ -318,12 +319,12 @@ fn no_answer(error: hyper::Error) -> io::Error {
     }
 }
 
-impl Problem {
+impl ApiProblem {
     /// What an error's answer says.
-    fn of_answer(status: u16, answer: &str) -> Problem {
+    fn of_answer(status: u16, answer: &str) -> ApiProblem {
         let json: Value = serde_json::from_str(answer).unwrap_or_default();
         let text = |key: &str| json.get(key).and_then(|it| it.as_str()).map(str::to_owned);
-        Problem {
+        ApiProblem {
             status,
             // All that is wrong with a file has many lines.
             error: text("error").map_or_else(

@@ -31,11 +31,11 @@ pub(super) fn most_clients(demand: Demand) -> usize {
 
 /// A client that is being served.
 #[derive(Debug)]
-pub(super) struct Client(Mutex<(Phase, Instant)>);
+pub(super) struct ServedClient(Mutex<(ClientPhase, Instant)>);
 
 /// How far a client is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Phase {
+pub(super) enum ClientPhase {
     /// Its request is awaited.
     Asking,
     /// It is to take its answer and go.
@@ -44,20 +44,20 @@ pub(super) enum Phase {
     Waiting,
 }
 
-impl Client {
-    pub(super) fn new() -> Client {
-        Client(Mutex::new((Phase::Asking, Instant::now())))
+impl ServedClient {
+    pub(super) fn new() -> ServedClient {
+        ServedClient(Mutex::new((ClientPhase::Asking, Instant::now())))
     }
 
-    pub(super) fn begins(&self, phase: Phase) {
+    pub(super) fn enter_phase(&self, phase: ClientPhase) {
         *lock(&self.0) = (phase, Instant::now());
     }
 
-    fn state(&self) -> (Phase, Instant) {
+    fn state(&self) -> (ClientPhase, Instant) {
         *lock(&self.0)
     }
 
-    pub(super) fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> ClientPhase {
         self.state().0
     }
 
@@ -66,8 +66,8 @@ impl Client {
         loop {
             let (phase, since) = self.state();
             let left = match phase {
-                Phase::Waiting => most,
-                Phase::Asking | Phase::Hearing => most.saturating_sub(since.elapsed()),
+                ClientPhase::Waiting => most,
+                ClientPhase::Asking | ClientPhase::Hearing => most.saturating_sub(since.elapsed()),
             };
             if left.is_zero() {
                 return;
@@ -80,21 +80,21 @@ impl Client {
     /// those whom we do.
     fn right_to_stay(&self) -> (bool, Instant) {
         let (phase, since) = self.state();
-        (phase == Phase::Waiting, since)
+        (phase == ClientPhase::Waiting, since)
     }
 }
 
 /// The clients of one socket.
 #[derive(Debug)]
-pub(super) struct Clients {
+pub(super) struct SocketClients {
     pub(super) tasks: JoinSet<()>,
-    served: Vec<(Arc<Client>, AbortHandle)>,
+    served: Vec<(Arc<ServedClient>, AbortHandle)>,
     most: usize,
 }
 
-impl Clients {
-    pub(super) fn new(demand: Demand) -> Clients {
-        Clients {
+impl SocketClients {
+    pub(super) fn new(demand: Demand) -> SocketClients {
+        SocketClients {
             tasks: JoinSet::new(),
             served: Vec::new(),
             most: most_clients(demand),
@@ -104,7 +104,7 @@ impl Clients {
     /// Takes in a client, and puts one out for it if there are too many.
     pub(super) fn admit(
         &mut self,
-        client: &Arc<Client>,
+        client: &Arc<ServedClient>,
         task: impl Future<Output = ()> + Send + 'static,
     ) {
         while self.tasks.try_join_next().is_some() {}
@@ -127,7 +127,7 @@ impl Clients {
 
     pub(super) fn put_out_who_has_not_asked(&mut self) {
         for (client, task) in &self.served {
-            if client.phase() == Phase::Asking {
+            if client.phase() == ClientPhase::Asking {
                 task.abort();
             }
         }
@@ -143,27 +143,27 @@ mod tests {
     fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         runtime.unwrap().block_on(async {
-            let mut clients = Clients::new(Demand::Asked);
+            let mut clients = SocketClients::new(Demand::Asked);
             clients.most = 3;
-            let come = |clients: &mut Clients, phase| {
-                let client = Arc::new(Client::new());
-                client.begins(phase);
+            let come = |clients: &mut SocketClients, phase| {
+                let client = Arc::new(ServedClient::new());
+                client.enter_phase(phase);
                 clients.admit(&client, std::future::pending());
                 client
             };
-            let is_there = |clients: &Clients, client| {
+            let is_there = |clients: &SocketClients, client| {
                 let mut all = clients.served.iter();
                 all.any(|(it, _)| Arc::ptr_eq(it, client))
             };
-            let served = come(&mut clients, Phase::Waiting);
-            let silent = come(&mut clients, Phase::Asking);
-            let hearing = come(&mut clients, Phase::Hearing);
-            let second = come(&mut clients, Phase::Waiting);
+            let served = come(&mut clients, ClientPhase::Waiting);
+            let silent = come(&mut clients, ClientPhase::Asking);
+            let hearing = come(&mut clients, ClientPhase::Hearing);
+            let second = come(&mut clients, ClientPhase::Waiting);
             assert!(!is_there(&clients, &silent) && is_there(&clients, &hearing));
-            let third = come(&mut clients, Phase::Waiting);
+            let third = come(&mut clients, ClientPhase::Waiting);
             assert!(!is_there(&clients, &hearing) && is_there(&clients, &served));
             // All wait for us: the one for whom it has been longest.
-            let last = come(&mut clients, Phase::Asking);
+            let last = come(&mut clients, ClientPhase::Asking);
             assert!(!is_there(&clients, &served));
             for client in [&second, &third, &last] {
                 assert!(is_there(&clients, client));
@@ -171,7 +171,7 @@ mod tests {
             // Who has been served makes room by that.
             clients.served[0].1.abort();
             tokio::task::yield_now().await;
-            come(&mut clients, Phase::Asking);
+            come(&mut clients, ClientPhase::Asking);
             assert!(is_there(&clients, &last) && clients.served.len() == 3);
         });
     }
@@ -181,15 +181,15 @@ mod tests {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_time().build().unwrap();
         runtime.block_on(async {
-            let (client, most) = (Client::new(), Duration::from_millis(5));
+            let (client, most) = (ServedClient::new(), Duration::from_millis(5));
             let patience = Duration::from_secs(20);
             tokio::time::timeout(patience, client.keeps_waiting(most))
                 .await
                 .unwrap();
-            client.begins(Phase::Waiting);
+            client.enter_phase(ClientPhase::Waiting);
             let waits = tokio::time::timeout(20 * most, client.keeps_waiting(most));
             waits.await.unwrap_err();
-            client.begins(Phase::Hearing);
+            client.enter_phase(ClientPhase::Hearing);
             tokio::time::timeout(patience, client.keeps_waiting(most))
                 .await
                 .unwrap();

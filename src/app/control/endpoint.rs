@@ -17,7 +17,7 @@ use super::place;
 
 /// What is served on a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Service {
+pub(super) enum ServedInterface {
     /// Everything, to this user.
     Control,
     /// What concerns forwards and connections, to guests.
@@ -36,8 +36,8 @@ pub(super) enum Demand {
 
 /// Where a service is to be, and how it is there.
 #[derive(Debug)]
-pub(super) struct Endpoint {
-    pub(super) service: Service,
+pub(super) struct ServiceEndpoint {
+    pub(super) service: ServedInterface,
     pub(super) demand: Demand,
     /// With the port that was chosen, if one was to be.
     pub(super) address: Address,
@@ -52,9 +52,14 @@ pub(super) struct Endpoint {
     closed: Condvar,
 }
 
-impl Endpoint {
-    fn new(service: Service, demand: Demand, address: Address, asked: &Address) -> Endpoint {
-        Endpoint {
+impl ServiceEndpoint {
+    fn new(
+        service: ServedInterface,
+        demand: Demand,
+        address: Address,
+        asked: &Address,
+    ) -> ServiceEndpoint {
+        ServiceEndpoint {
             service,
             demand,
             address,
@@ -124,9 +129,9 @@ impl Endpoint {
         let is_new = before.as_ref().is_none_or(|before| before.why != why);
         *trouble = Some(Unserved {
             service: match self.service {
-                Service::Control => "control".to_owned(),
-                Service::GuestControl => "guest-control".to_owned(),
-                Service::Metrics => "metrics".to_owned(),
+                ServedInterface::Control => "control".to_owned(),
+                ServedInterface::GuestControl => "guest-control".to_owned(),
+                ServedInterface::Metrics => "metrics".to_owned(),
             },
             address: self.address.to_string(),
             why,
@@ -146,8 +151,8 @@ impl Endpoint {
     }
 }
 
-fn bind(service: Service, address: &Address) -> Result<Listener> {
-    if let (Service::Control, Some(path)) = (service, address.unix_path()) {
+fn bind(service: ServedInterface, address: &Address) -> Result<Listener> {
+    if let (ServedInterface::Control, Some(path)) = (service, address.unix_path()) {
         place::prepare(path)?;
     }
     Listener::bind(address, DEFAULT_MODE.into())
@@ -155,17 +160,17 @@ fn bind(service: Service, address: &Address) -> Result<Listener> {
 
 /// An endpoint, and the socket that listens there, if it could be bound.
 #[derive(Debug)]
-pub(super) struct Door {
-    pub(super) endpoint: Arc<Endpoint>,
+pub(super) struct BoundEndpoint {
+    pub(super) endpoint: Arc<ServiceEndpoint>,
     pub(super) listener: Option<Arc<Listener>>,
     /// Where clients may come from; from anywhere, if it is empty.
     pub(super) from: Vec<Source>,
 }
 
-impl Door {
+impl BoundEndpoint {
     /// Returns it, for clients from there alone, if any is named.
-    pub(super) fn admitting(self, from: &[Source]) -> Door {
-        Door {
+    pub(super) fn limited_to(self, from: &[Source]) -> BoundEndpoint {
+        BoundEndpoint {
             from: from.to_vec(),
             ..self
         }
@@ -175,26 +180,34 @@ impl Door {
     ///
     /// # Errors
     /// As those of [`Listener::bind`], and that others could get at the control socket.
-    pub(super) fn open(service: Service, address: &Address, demand: Demand) -> Result<Door> {
+    pub(super) fn open(
+        service: ServedInterface,
+        address: &Address,
+        demand: Demand,
+    ) -> Result<BoundEndpoint> {
         let listener = bind(service, address)?;
         let bound = listener.bound(address);
-        Ok(Door::listening(
-            Endpoint::new(service, demand, bound, address),
+        Ok(BoundEndpoint::listening(
+            ServiceEndpoint::new(service, demand, bound, address),
             listener,
         ))
     }
 
     /// One whose socket listens already: another hvsock hands it over.
-    pub(super) fn handed(service: Service, asked: &Address, socket: listener::Listener) -> Door {
+    pub(super) fn from_predecessor(
+        service: ServedInterface,
+        asked: &Address,
+        socket: listener::Listener,
+    ) -> BoundEndpoint {
         let bound = socket.address().clone();
-        let endpoint = Endpoint::new(service, Demand::Asked, bound, asked);
-        Door::listening(endpoint, socket.into_nonblocking())
+        let endpoint = ServiceEndpoint::new(service, Demand::Asked, bound, asked);
+        BoundEndpoint::listening(endpoint, socket.into_nonblocking())
     }
 
-    fn listening(endpoint: Endpoint, listener: Listener) -> Door {
+    fn listening(endpoint: ServiceEndpoint, listener: Listener) -> BoundEndpoint {
         let listener = Arc::new(listener);
         endpoint.note_listener(&listener);
-        Door {
+        BoundEndpoint {
             endpoint: Arc::new(endpoint),
             listener: Some(listener),
             from: Vec::new(),
@@ -202,10 +215,14 @@ impl Door {
     }
 
     /// One that can't be opened yet, for that reason.
-    pub(super) fn closed(service: Service, address: &Address, error: &Error) -> Door {
-        let endpoint = Endpoint::new(service, Demand::Asked, address.clone(), address);
+    pub(super) fn without_listener(
+        service: ServedInterface,
+        address: &Address,
+        error: &Error,
+    ) -> BoundEndpoint {
+        let endpoint = ServiceEndpoint::new(service, Demand::Asked, address.clone(), address);
         endpoint.mark_unserved(error.to_string());
-        Door {
+        BoundEndpoint {
             endpoint: Arc::new(endpoint),
             listener: None,
             from: Vec::new(),

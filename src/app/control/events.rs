@@ -21,7 +21,7 @@ use crate::name::PeerProcess;
 use crate::proxy::{Event, ForwardStatus, Handle, Observer, What};
 use crate::time::unix;
 
-use super::model::{Forward, ProgramFailed, address_of, refusal_of};
+use super::model::{ForwardInfo, ProgramFailed, address_of, refusal_of};
 
 /// The most events that wait for a reader; each has some 200 bytes.
 const QUEUE: usize = 4096;
@@ -34,26 +34,26 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// A line.
 #[derive(Clone, Debug, Serialize)]
-struct Line {
+struct EventLine {
     #[serde(with = "unix")]
     time: SystemTime,
     #[serde(flatten)]
-    what: Told,
+    what: ReportedEvent,
 }
 
 /// What happened.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-enum Told {
+enum ReportedEvent {
     /// The first line.
     Watching {
         version: &'static str,
         pid: u32,
     },
-    ForwardUp(Place),
+    ForwardUp(EventForward),
     ForwardDown {
         #[serde(flatten)]
-        place: Place,
+        place: EventForward,
         why: String,
     },
     VmUp {
@@ -65,16 +65,16 @@ enum Told {
     VmRestarted {
         vm: String,
     },
-    ConnectionAccepted(Client),
-    ConnectionConnected(Client),
+    ConnectionAccepted(EventClient),
+    ConnectionConnected(EventClient),
     ConnectionRefused {
         #[serde(flatten)]
-        client: Client,
+        client: EventClient,
         error: String,
     },
     ConnectionClosed {
         #[serde(flatten)]
-        client: Client,
+        client: EventClient,
         sent: u64,
         received: u64,
         seconds: f64,
@@ -92,7 +92,7 @@ enum Told {
 
 /// A forward.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Place {
+struct EventForward {
     forward: u64,
     name: Option<String>,
     listen: String,
@@ -101,41 +101,41 @@ struct Place {
 
 /// A connection, and who is at its other end.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Client {
+struct EventClient {
     connection: u64,
     forward: u64,
     peer: Option<String>,
-    process: Option<Process>,
+    process: Option<EventProcess>,
 }
 
 /// As the status has it, without the program, which only a file tells.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-struct Process {
+struct EventProcess {
     pid: Option<u32>,
     user: u32,
 }
 
-impl From<PeerProcess> for Process {
-    fn from(process: PeerProcess) -> Process {
-        Process {
+impl From<PeerProcess> for EventProcess {
+    fn from(process: PeerProcess) -> EventProcess {
+        EventProcess {
             pid: process.id,
             user: process.user,
         }
     }
 }
 
-impl Told {
-    fn of(event: &Event<'_>) -> Option<Told> {
-        let client = Client {
+impl ReportedEvent {
+    fn of(event: &Event<'_>) -> Option<ReportedEvent> {
+        let client = EventClient {
             connection: event.connection.into(),
             forward: event.forward.into(),
             peer: address_of(event.peer),
-            process: event.process.map(Process::from),
+            process: event.process.map(EventProcess::from),
         };
         Some(match event.what {
-            What::Accepted => Told::ConnectionAccepted(client),
-            What::Connected => Told::ConnectionConnected(client),
-            What::Refused(error) => Told::ConnectionRefused {
+            What::Accepted => ReportedEvent::ConnectionAccepted(client),
+            What::Connected => ReportedEvent::ConnectionConnected(client),
+            What::Refused(error) => ReportedEvent::ConnectionRefused {
                 client,
                 error: error.to_string(),
             },
@@ -144,7 +144,7 @@ impl Told {
                 received,
                 age,
                 why,
-            } => Told::ConnectionClosed {
+            } => ReportedEvent::ConnectionClosed {
                 client,
                 sent,
                 received,
@@ -160,7 +160,7 @@ impl Told {
 /// A reader's queue, and how many events found it full.
 #[derive(Debug)]
 struct Reader {
-    queue: Sender<Line>,
+    queue: Sender<EventLine>,
     dropped: Arc<AtomicU64>,
 }
 
@@ -182,15 +182,15 @@ impl Events {
         let events = Arc::clone(self);
         Observer::new(move |event| {
             if events.count.load(Ordering::Relaxed) > 0
-                && let Some(told) = Told::of(event)
+                && let Some(told) = ReportedEvent::of(event)
             {
                 events.send(told);
             }
         })
     }
 
-    fn send(&self, what: Told) {
-        let line = Line {
+    fn send(&self, what: ReportedEvent) {
+        let line = EventLine {
             time: SystemTime::now(),
             what,
         };
@@ -239,18 +239,18 @@ impl Events {
 /// Writes a reader's lines until it has gone or the events end.
 async fn write_lines(
     handle: &Handle,
-    mut events: Receiver<Line>,
+    mut events: Receiver<EventLine>,
     dropped: &AtomicU64,
     to: &Sender<Bytes>,
 ) {
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut seen = Seen::default();
-    let watching = Told::Watching {
+    let watching = ReportedEvent::Watching {
         version: env!("CARGO_PKG_VERSION"),
         pid: std::process::id(),
     };
-    let now = |what| Line {
+    let now = |what| EventLine {
         time: SystemTime::now(),
         what,
     };
@@ -259,7 +259,7 @@ async fn write_lines(
     loop {
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            lines.push(now(Told::Dropped { count: lost }));
+            lines.push(now(ReportedEvent::Dropped { count: lost }));
         }
         for line in lines.drain(..) {
             // It is made of texts and numbers.
@@ -294,18 +294,18 @@ async fn write_lines(
 /// The forwards and VMs as a reader has been told of them.
 #[derive(Debug, Default)]
 struct Seen {
-    forwards: HashMap<u64, (Place, bool)>,
+    forwards: HashMap<u64, (EventForward, bool)>,
     vms: HashMap<String, (bool, u64)>,
 }
 
 impl Seen {
     /// Returns what is new.
-    fn compare(&mut self, forwards: &[ForwardStatus]) -> Vec<Told> {
+    fn compare(&mut self, forwards: &[ForwardStatus]) -> Vec<ReportedEvent> {
         let mut news = Vec::new();
         let mut gone = std::mem::take(&mut self.forwards);
         for status in forwards {
-            let forward = Forward::from(status);
-            let place = Place {
+            let forward = ForwardInfo::from(status);
+            let place = EventForward {
                 forward: status.id.into(),
                 name: forward.name,
                 listen: forward.listen,
@@ -316,8 +316,8 @@ impl Seen {
             let now = (place.clone(), is_up);
             if before.as_ref() != Some(&now) {
                 news.push(match is_up {
-                    true => Told::ForwardUp(place),
-                    false => Told::ForwardDown {
+                    true => ReportedEvent::ForwardUp(place),
+                    false => ReportedEvent::ForwardDown {
                         place,
                         why: forward
                             .why
@@ -335,15 +335,15 @@ impl Seen {
                 let vm = vm.directory;
                 news.extend(match before {
                     Some(before) if before == now => None,
-                    Some((true, _)) if is_up => Some(Told::VmRestarted { vm }),
-                    _ if is_up => Some(Told::VmUp { vm }),
+                    Some((true, _)) if is_up => Some(ReportedEvent::VmRestarted { vm }),
+                    _ if is_up => Some(ReportedEvent::VmUp { vm }),
                     Some((false, _)) => None,
-                    _ => Some(Told::VmGone { vm }),
+                    _ => Some(ReportedEvent::VmGone { vm }),
                 });
             }
         }
         let removed = gone.into_values().filter(|(_, was_up)| *was_up);
-        news.extend(removed.map(|(place, _)| Told::ForwardDown {
+        news.extend(removed.map(|(place, _)| ReportedEvent::ForwardDown {
             place,
             why: "removed".to_owned(),
         }));

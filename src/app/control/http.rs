@@ -24,8 +24,8 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc::Receiver;
 use tokio::time::{sleep, timeout};
 
-use super::clients::{Client, Phase};
-use super::problem::Problem;
+use super::clients::{ClientPhase, ServedClient};
+use super::problem::ApiProblem;
 use crate::sys;
 
 /// The longest request line and headers.
@@ -44,7 +44,7 @@ const MOST_LINGERING: u64 = 1024 * 1024;
 
 /// What a client asks.
 #[derive(Debug, Default)]
-pub(super) struct Request {
+pub(super) struct HttpRequest {
     pub(super) method: Method,
     /// Decoded.
     pub(super) path: String,
@@ -118,7 +118,7 @@ fn answer(status: u16, content_type: &'static str, content: Content) -> Response
     response
 }
 
-impl Problem {
+impl ApiProblem {
     /// Returns it as an answer.
     pub(super) fn response(&self) -> Response {
         let mut body = serde_json::json!({"error": self.error});
@@ -132,8 +132,8 @@ impl Problem {
 /// Answers a client's request as `answer` does. A client that breaks off needs no answer.
 pub(super) async fn serve<F: Future<Output = Response>>(
     stream: UnixStream,
-    client: &Client,
-    answer: impl Fn(Request) -> F,
+    client: &ServedClient,
+    answer: impl Fn(HttpRequest) -> F,
 ) {
     let stream = Arc::new(stream);
     let is_asked = Arc::new(AtomicBool::new(false));
@@ -146,13 +146,13 @@ pub(super) async fn serve<F: Future<Output = Response>>(
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Ok(request) => {
-                client.begins(Phase::Waiting);
+                client.enter_phase(ClientPhase::Waiting);
                 answer(request).await
             }
             Err(problem) => problem.response(),
         };
         match response.body() {
-            Content::Text(_) => client.begins(Phase::Hearing),
+            Content::Text(_) => client.enter_phase(ClientPhase::Hearing),
             // It waits for what happens, however long nothing does.
             Content::Lines(_) => follows.store(true, Ordering::Relaxed),
         }
@@ -179,7 +179,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             Err(_) => return,
         },
         () = client.keeps_waiting(REQUEST) => match client.phase() {
-            Phase::Asking => Some(Problem::new(408, "the request took too long to come")),
+            ClientPhase::Asking => Some(ApiProblem::new(408, "the request took too long to come")),
             _ => return,
         },
         // Only a write would show that it has gone, and perhaps nothing is to be written.
@@ -189,7 +189,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
         return;
     };
     if let Some(problem) = refusal {
-        client.begins(Phase::Hearing);
+        client.enter_phase(ClientPhase::Hearing);
         let answer = to_text(&problem.response());
         let told = timeout(REQUEST, stream.write_all(answer.as_bytes())).await;
         if !matches!(told, Ok(Ok(()))) {
@@ -214,13 +214,13 @@ async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
 }
 
 /// Says what is wrong with what hyper takes for no request.
-fn refusal(error: &hyper::Error) -> Problem {
+fn refusal(error: &hyper::Error) -> ApiProblem {
     match error.is_parse_too_large() {
         true => {
             let bounds = format!("{MOST_HEAD} bytes, or than {MOST_HEADERS} headers");
-            Problem::new(431, format!("the request's head has more than {bounds}"))
+            ApiProblem::new(431, format!("the request's head has more than {bounds}"))
         }
-        false => Problem::new(400, format!("that is no HTTP request: {error}")),
+        false => ApiProblem::new(400, format!("that is no HTTP request: {error}")),
     }
 }
 
@@ -241,14 +241,14 @@ fn to_text(response: &Response) -> String {
 ///
 /// # Errors
 /// If its client breaks off.
-async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<Request, Problem>> {
+async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<HttpRequest, ApiProblem>> {
     let (path, query) = match check(&request) {
         Ok(target) => target,
         Err(problem) => return Ok(Err(problem)),
     };
     let (head, body) = request.into_parts();
     let body = body.collect().await.map_err(io::Error::other)?;
-    Ok(Ok(Request {
+    Ok(Ok(HttpRequest {
         method: head.method,
         path,
         query,
@@ -258,27 +258,27 @@ async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<Request, P
 }
 
 /// Refuses what is not even read.
-fn check(request: &hyper::Request<Incoming>) -> Result<Target, Problem> {
+fn check(request: &hyper::Request<Incoming>) -> Result<RequestTarget, ApiProblem> {
     if request.headers().contains_key(TRANSFER_ENCODING) {
-        let problem = Problem::new(501, "a body in pieces is not taken");
+        let problem = ApiProblem::new(501, "a body in pieces is not taken");
         return Err(problem.with_remedy("send it at once, with a Content-Length"));
     }
     if request.body().size_hint().lower() > MOST_BODY {
         let why = format!("the body has more than {MOST_BODY} bytes");
-        return Err(Problem::new(413, why));
+        return Err(ApiProblem::new(413, why));
     }
     parse_target(request.uri())
 }
 
-type Target = (String, Vec<(String, String)>);
+type RequestTarget = (String, Vec<(String, String)>);
 
-fn parse_target(target: &hyper::Uri) -> Result<Target, Problem> {
+fn parse_target(target: &hyper::Uri) -> Result<RequestTarget, ApiProblem> {
     if target.authority().is_some() || !target.path().starts_with('/') {
-        return Err(Problem::new(400, "the path does not begin with /"));
+        return Err(ApiProblem::new(400, "the path does not begin with /"));
     }
     let decode = |text: &str| match percent_decode_str(text).decode_utf8() {
         Ok(text) => Ok(text.into_owned()),
-        Err(_) => Err(Problem::new(400, format!("{text:?} is no UTF-8"))),
+        Err(_) => Err(ApiProblem::new(400, format!("{text:?} is no UTF-8"))),
     };
     let mut query = Vec::new();
     let pairs = target.query().unwrap_or_default().split('&');
@@ -361,11 +361,11 @@ mod tests {
     /// one.
     fn ask(sent: impl AsRef<[u8]>, pace: usize) -> String {
         let (answer, client) = (
-            async |it: Request| {
+            async |it: HttpRequest| {
                 let text = format!("{} {} {:?} {:?}", it.method, it.path, it.query, it.body);
                 Response::new(Content::Text(text))
             },
-            Client::new(),
+            ServedClient::new(),
         );
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_all().build().unwrap();

@@ -3,18 +3,18 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use super::model::Ended;
+use super::model::EndedInfo;
 use crate::engine::ended::MOST_REMEMBERED;
 use crate::lock::lock;
 
 /// The connections, in the order in which they were heard of: as many as a proxy remembers of its
 /// own, and no more together with these. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Inherited(Arc<Mutex<VecDeque<Ended>>>);
+pub(crate) struct Inherited(Arc<Mutex<VecDeque<EndedInfo>>>);
 
 impl Inherited {
     /// Adds one of that process, unless it has said that it is another one's.
-    pub(super) fn note(&self, mut ended: Ended, process: u32) {
+    pub(super) fn add_ended(&self, mut ended: EndedInfo, process: u32) {
         ended.carried_by.get_or_insert(process);
         let mut all = lock(&self.0);
         if all.len() >= MOST_REMEMBERED {
@@ -24,7 +24,7 @@ impl Inherited {
     }
 
     /// Returns the last of these and of this process' own, in the order in which they have ended.
-    pub(super) fn and(&self, own: Vec<Ended>) -> Vec<Ended> {
+    pub(super) fn merge_with(&self, own: Vec<EndedInfo>) -> Vec<EndedInfo> {
         let mut all = own;
         let inherited = lock(&self.0);
         all.extend(inherited.iter().cloned());

@@ -10,7 +10,7 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::model::{Forward, Status, Vm, refusals_by_reason};
+use super::model::{ForwardInfo, Status, VmInfo, refusals_by_reason};
 use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, VmStatus};
 use crate::sys;
@@ -161,7 +161,7 @@ impl Families<'_, '_> {
         )
     }
 
-    fn of_forwards(&mut self, forwards: &[Forward]) -> fmt::Result {
+    fn of_forwards(&mut self, forwards: &[ForwardInfo]) -> fmt::Result {
         let mut each = |name, help, of: fn(&Counters) -> Value| {
             let samples = forwards.iter().map(|it| (labels(it), of(&it.counters)));
             self.family(name, help, samples)
@@ -214,9 +214,9 @@ impl Families<'_, '_> {
         self.family("hvsock_forward_listening", help, listening)
     }
 
-    fn of_vms(&mut self, vms: &[&Vm]) -> fmt::Result {
+    fn of_vms(&mut self, vms: &[&VmInfo]) -> fmt::Result {
         let mut each = |name, help, of: fn(&VmStatus) -> Option<Value>| {
-            let sample = |vm: &&Vm| Some(([("vm", vm.directory.clone())], of(&vm.status)?));
+            let sample = |vm: &&VmInfo| Some(([("vm", vm.directory.clone())], of(&vm.status)?));
             self.family(name, help, vms.iter().filter_map(sample))
         };
         each(
@@ -282,7 +282,7 @@ impl Families<'_, '_> {
 
 const NO_LABELS: [(&str, &str); 0] = [];
 
-fn labels(forward: &Forward) -> [(&'static str, &str); 3] {
+fn labels(forward: &ForwardInfo) -> [(&'static str, &str); 3] {
     [
         ("name", forward.name.as_deref().unwrap_or("")),
         ("listen", &forward.listen),

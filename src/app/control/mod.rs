@@ -14,13 +14,13 @@
 //! | call | what it does | answers |
 //! |---|---|---|
 //! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
-//! | `GET /v1/forwards` | the forwards | an array of [`Forward`] |
+//! | `GET /v1/forwards` | the forwards | an array of [`ForwardInfo`] |
 //! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out; where they have ranges of ports, one for each port, or none | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another; of a range an array |
 //! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
 //! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was; of a range an array of those that were there |
 //! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`Connection`] |
-//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`Ended`] |
+//! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionInfo`] |
+//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`EndedInfo`] |
 //! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
 //! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
 //! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
@@ -73,21 +73,22 @@ use crate::error::{Error, Result};
 use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Started, Succession};
-pub(crate) use client::{Unanswered, ask, ask_status, follow, get, read, segment};
+pub(crate) use client::{Unanswered, ask, ask_status, encode_segment, follow_events, get, read};
 pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(test)]
-pub(crate) use model::Process;
+pub(crate) use model::ProcessInfo;
 pub(crate) use model::{
-    Connection, Ended, Forward, Status, Vm, age, reason_in_words, refusals_by_reason,
+    ConnectionInfo, EndedInfo, ForwardInfo, Status, VmInfo, age, reason_in_words,
+    refusals_by_reason,
 };
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
-pub(crate) use problem::Problem;
+pub(crate) use problem::ApiProblem;
 
 use added::AddedForwards;
 use api::Api;
 use clients::most_clients;
-use endpoint::{Demand, Door, Service};
+use endpoint::{BoundEndpoint, Demand, ServedInterface};
 use events::Events;
 use handover::Use;
 pub(crate) use inherited::Inherited;
@@ -95,7 +96,7 @@ use server::Server;
 
 /// Where the control socket is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum ControlPlace {
     /// There is none.
     #[default]
     Nowhere,
@@ -108,7 +109,7 @@ pub(crate) enum Place {
 /// Which sockets there are to be.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    pub(crate) control: Place,
+    pub(crate) control: ControlPlace,
     /// Where guests may control it, and which.
     pub(crate) guest_control: Option<GuestControl>,
     /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
@@ -128,8 +129,8 @@ pub(crate) enum Unavailable {
 /// Sockets on which nobody is served yet: who connects waits. Dropped, they are gone.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    doors: Vec<Door>,
-    /// Why there is no control socket at a [place](Place::Own) that nobody has asked for.
+    sockets: Vec<BoundEndpoint>,
+    /// Why there is no control socket at a [place](ControlPlace::Own) that nobody has asked for.
     missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
@@ -143,12 +144,12 @@ pub(crate) struct Bound {
 pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
     open(options, |service, address| {
         let used_for = match service {
-            Service::Control => Use::Control,
-            Service::GuestControl => Use::GuestControl,
-            Service::Metrics => Use::Metrics,
+            ServedInterface::Control => Use::Control,
+            ServedInterface::GuestControl => Use::GuestControl,
+            ServedInterface::Metrics => Use::Metrics,
         };
-        let socket = from.take_door(used_for, address)?;
-        Some(Door::handed(service, address, socket))
+        let socket = from.take_endpoint(used_for, address)?;
+        Some(BoundEndpoint::from_predecessor(service, address, socket))
     })
 }
 
@@ -164,18 +165,18 @@ pub(crate) fn bind(options: &Options) -> Result<Bound> {
 
 fn open(
     options: &Options,
-    mut take: impl FnMut(Service, &Address) -> Option<Door>,
+    mut take: impl FnMut(ServedInterface, &Address) -> Option<BoundEndpoint>,
 ) -> Result<Bound> {
-    let (mut doors, mut missing) = (Vec::new(), None);
+    let (mut sockets, mut missing) = (Vec::new(), None);
     let mut open = |service, address: &Address| match take(service, address) {
-        Some(door) => Ok(door),
-        None => Door::open(service, address, Demand::Asked),
+        Some(bound) => Ok(bound),
+        None => BoundEndpoint::open(service, address, Demand::Asked),
     };
-    if options.control == Place::Own {
+    if options.control == ControlPlace::Own {
         place::remove_stale();
         let address = place::address(&place::own_path(std::process::id()));
-        match Door::open(Service::Control, &address, Demand::OwnAccord) {
-            Ok(door) => doors.push(door),
+        match BoundEndpoint::open(ServedInterface::Control, &address, Demand::OwnAccord) {
+            Ok(bound) => sockets.push(bound),
             Err(e) => {
                 let e = match e.remedy() {
                     Some(_) => e,
@@ -185,16 +186,16 @@ fn open(
             }
         }
     }
-    if let Place::At(path) = &options.control {
+    if let ControlPlace::At(path) = &options.control {
         let address = place::address(path);
-        doors.push(match open(Service::Control, &address) {
+        sockets.push(match open(ServedInterface::Control, &address) {
             Err(e) if e.kind() == ErrorKind::AddrInUse => {
                 return Err(e.with_remedy(
                     "another hvsock runs (`hvsock status` shows it): give this one --control PATH with a path of its own",
                 ));
             }
             Err(e) if options.unavailable == Unavailable::IsTriedAgain => {
-                Door::closed(Service::Control, &address, &e)
+                BoundEndpoint::without_listener(ServedInterface::Control, &address, &e)
             }
             opened => opened?,
         });
@@ -202,21 +203,21 @@ fn open(
     let of_guests = options.guest_control.as_ref();
     let metrics = options.metrics.as_ref();
     let others = [
-        of_guests.map(|it| (Service::GuestControl, &it.address, &it.from[..])),
-        metrics.map(|address| (Service::Metrics, address, &[][..])),
+        of_guests.map(|it| (ServedInterface::GuestControl, &it.address, &it.from[..])),
+        metrics.map(|address| (ServedInterface::Metrics, address, &[][..])),
     ];
     for (service, address, from) in others.into_iter().flatten() {
         // No forward may lead there: of a port that is yet to be chosen nobody can say so.
         let waits =
             options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
-        let door = match open(service, address) {
-            Err(e) if waits => Door::closed(service, address, &e),
+        let bound = match open(service, address) {
+            Err(e) if waits => BoundEndpoint::without_listener(service, address, &e),
             opened => opened?,
         };
-        doors.push(door.admitting(from));
+        sockets.push(bound.limited_to(from));
     }
     Ok(Bound {
-        doors,
+        sockets,
         missing,
         events: Arc::default(),
         inherited: Inherited::default(),
@@ -227,7 +228,7 @@ fn open(
 impl Bound {
     /// Returns whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
-        self.doors.is_empty()
+        self.sockets.is_empty()
     }
 
     /// Returns a warning of the control socket that can't be had, for when the process goes on
@@ -241,7 +242,10 @@ impl Bound {
 
     /// Returns how many descriptors they and their clients need.
     pub(crate) fn descriptors(&self) -> usize {
-        let clients = self.doors.iter().map(|it| most_clients(it.endpoint.demand));
+        let clients = self
+            .sockets
+            .iter()
+            .map(|it| most_clients(it.endpoint.demand));
         server::descriptors(clients)
     }
 
@@ -252,7 +256,7 @@ impl Bound {
 
     /// Where they are, or are to be. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
-        self.doors
+        self.sockets
             .iter()
             .map(|it| it.endpoint.address.clone())
             .collect()
@@ -260,16 +264,16 @@ impl Bound {
 
     /// Where those are that were asked for, in words and as an address, and why nobody can be
     /// served there, if so.
-    pub(crate) fn states(&self) -> Vec<(&'static str, Address, Option<String>)> {
-        let why = |it: &Door| it.endpoint.trouble().map(|trouble| trouble.why);
-        let is_asked = |it: &&Door| it.endpoint.demand == Demand::Asked;
-        let doors = self.doors.iter().filter(is_asked);
-        doors
+    pub(crate) fn endpoint_states(&self) -> Vec<(&'static str, Address, Option<String>)> {
+        let why = |it: &BoundEndpoint| it.endpoint.trouble().map(|trouble| trouble.why);
+        let is_asked = |it: &&BoundEndpoint| it.endpoint.demand == Demand::Asked;
+        let sockets = self.sockets.iter().filter(is_asked);
+        sockets
             .map(|it| {
                 let what = match it.endpoint.service {
-                    Service::Control => "controlled at",
-                    Service::GuestControl => "controlled by guests at",
-                    Service::Metrics => "metrics at",
+                    ServedInterface::Control => "controlled at",
+                    ServedInterface::GuestControl => "controlled by guests at",
+                    ServedInterface::Metrics => "metrics at",
                 };
                 (what, it.endpoint.address.clone(), why(it))
             })
@@ -281,11 +285,11 @@ impl Bound {
     /// # Errors
     /// If there can be no thread.
     pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
-        let endpoints = self.doors.iter();
+        let endpoints = self.sockets.iter();
         let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
         let api = Api::new(handle, actions, endpoints, self.events);
         let api = Arc::new(api.with_inherited(self.inherited, self.added));
-        let server = Server::start(self.doors, Arc::clone(&api))?;
+        let server = Server::start(self.sockets, Arc::clone(&api))?;
         Ok(Control {
             api,
             _server: server,

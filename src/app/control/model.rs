@@ -21,7 +21,7 @@ use crate::proxy::{
 };
 use crate::time::{unix, unix_option};
 
-use super::problem::Problem;
+use super::problem::ApiProblem;
 
 /// All there is to see at a glance.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,7 +47,7 @@ pub(crate) struct Status {
     /// Bytes that were delivered, by what has carried them.
     #[serde(default)]
     pub(crate) carried: CarriedBytes,
-    pub(crate) forwards: Vec<Forward>,
+    pub(crate) forwards: Vec<ForwardInfo>,
     /// The process that keeps VMs whole when this one is gone; `null` if there is to be none.
     #[serde(default)]
     pub(crate) keeper: Option<LinkStatus>,
@@ -69,7 +69,7 @@ pub(crate) struct Unserved {
 
 /// A forward.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Forward {
+pub(crate) struct ForwardInfo {
     /// `null` of one that isn't carried (yet).
     pub(crate) id: Option<u64>,
     pub(crate) name: Option<String>,
@@ -88,7 +88,7 @@ pub(crate) struct Forward {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
     /// The hyperkit VM that it leads to, or else the one that dials it.
-    pub(crate) vm: Option<Vm>,
+    pub(crate) vm: Option<VmInfo>,
     /// Why the last client that could not be carried was refused.
     pub(crate) last_error: Option<LastError>,
     pub(crate) counters: Counters,
@@ -98,7 +98,7 @@ pub(crate) struct Forward {
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Vm {
+pub(crate) struct VmInfo {
     /// What `--vm` takes for it: the state directory of a hyperkit VM, the URI of another.
     pub(crate) directory: String,
     #[serde(flatten)]
@@ -120,14 +120,14 @@ pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 7
 
 /// A connection that is carried now.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct Connection {
+pub(crate) struct ConnectionInfo {
     pub(crate) id: u64,
     /// The forward's id, which may have been removed.
     pub(crate) forward: u64,
     /// The peer's address; `null` if it has none, as clients of Unix sockets.
     pub(crate) peer: Option<String>,
     /// The process that made the peer; `null` if it is no Unix socket.
-    pub(crate) process: Option<Process>,
+    pub(crate) process: Option<ProcessInfo>,
     /// `dialling`, `held`, `open`, `half_closed_by_client`, `half_closed_by_server` or `closing`.
     pub(crate) state: ConnectionState,
     pub(crate) sent: u64,
@@ -142,7 +142,7 @@ pub(crate) struct Connection {
 
 /// A connection that has ended.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct Ended {
+pub(crate) struct EndedInfo {
     pub(crate) id: u64,
     /// The process that carried it, if that was another one, which was taken over from: the ids are
     /// that one's.
@@ -157,7 +157,7 @@ pub(crate) struct Ended {
     /// The peer's address; `null` if it had none, as clients of Unix sockets.
     pub(crate) peer: Option<String>,
     /// The process that made the peer, without its program: it may be another one's number now.
-    pub(crate) process: Option<Process>,
+    pub(crate) process: Option<ProcessInfo>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
     /// The time from its beginning to its end.
@@ -205,9 +205,9 @@ impl ProgramFailed {
     }
 }
 
-impl From<&EndedConnection> for Ended {
-    fn from(ended: &EndedConnection) -> Ended {
-        Ended {
+impl From<&EndedConnection> for EndedInfo {
+    fn from(ended: &EndedConnection) -> EndedInfo {
+        EndedInfo {
             id: ended.id.into(),
             carried_by: None,
             forward: ended.forward.into(),
@@ -215,7 +215,7 @@ impl From<&EndedConnection> for Ended {
             listen: ended.rule.listen.to_string(),
             connect: ended.rule.connect.to_string(),
             peer: address_of(ended.peer),
-            process: ended.process.map(|process| Process {
+            process: ended.process.map(|process| ProcessInfo {
                 pid: process.id,
                 program: None,
                 user: process.user,
@@ -232,7 +232,7 @@ impl From<&EndedConnection> for Ended {
     }
 }
 
-impl Ended {
+impl EndedInfo {
     /// Returns the forward's name, or where it listened.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
@@ -290,7 +290,7 @@ pub(super) fn address_of(peer: SocketName) -> Option<String> {
 
 /// The process at the other end of a Unix socket.
 #[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct Process {
+pub(crate) struct ProcessInfo {
     pub(crate) pid: Option<u32>,
     /// What it runs now.
     pub(crate) program: Option<String>,
@@ -298,16 +298,16 @@ pub(crate) struct Process {
     pub(crate) user: u32,
 }
 
-impl Connection {
+impl ConnectionInfo {
     /// Returns connections as they are told, each with the program of its process: that is looked
     /// up here, once for each process, and not by the proxy's workers.
-    pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<Connection> {
+    pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<ConnectionInfo> {
         let mut programs = HashMap::new();
-        let told = statuses.iter().map(|status| Connection {
+        let told = statuses.iter().map(|status| ConnectionInfo {
             id: status.id.into(),
             forward: status.forward.into(),
             peer: address_of(status.peer),
-            process: status.process.map(|process| Process {
+            process: status.process.map(|process| ProcessInfo {
                 pid: process.id,
                 program: programs
                     .entry(process)
@@ -344,7 +344,7 @@ impl Connection {
     }
 }
 
-fn peer_in_words(peer: Option<&String>, process: Option<&Process>) -> String {
+fn peer_in_words(peer: Option<&String>, process: Option<&ProcessInfo>) -> String {
     match (peer, process) {
         (Some(peer), _) => peer.clone(),
         (None, Some(process)) => process.to_string(),
@@ -353,7 +353,7 @@ fn peer_in_words(peer: Option<&String>, process: Option<&Process>) -> String {
 }
 
 /// Writes `curl (pid 123, uid 501)`.
-impl fmt::Display for Process {
+impl fmt::Display for ProcessInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let user = self.user;
         match (&self.program, self.pid) {
@@ -387,24 +387,24 @@ impl From<&Rule> for RuleBody {
 }
 
 /// Reads the rule of one forward; what is left out is as in `usual`.
-pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, Problem> {
+pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, ApiProblem> {
     let mut rules = read_rules(body, usual)?;
     match (rules.pop(), rules.is_empty()) {
         (Some(rule), true) => Ok(rule),
-        _ => Err(Problem::new(400, "that is the rule of a range")),
+        _ => Err(ApiProblem::new(400, "that is the rule of a range")),
     }
 }
 
 /// Reads the rule that is asked for, or the rules of a range of ports; what is left out is as in
 /// `usual`.
-pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, Problem> {
+pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, ApiProblem> {
     let no_rule = |why: &dyn fmt::Display| {
-        let problem = Problem::new(400, format!("that is no rule: {why}"));
+        let problem = ApiProblem::new(400, format!("that is no rule: {why}"));
         problem.with_remedy(
             r#"one is {"name": "web", "listen": "tcp://127.0.0.1:8080", "connect": "unix:///run/web.sock"}"#,
         )
     };
-    let wrong = |key: &str, why: String| Problem::new(400, format!("{key}: {why}"));
+    let wrong = |key: &str, why: String| ApiProblem::new(400, format!("{key}: {why}"));
     let mut asked = match serde_json::from_slice(body).map_err(|e| no_rule(&e))? {
         Value::Object(asked) => asked,
         _ => return Err(no_rule(&"it is not an object with listen and connect")),
@@ -500,8 +500,8 @@ impl RuleBody {
 
 impl Status {
     /// Each VM once.
-    pub(crate) fn vms(&self) -> Vec<&Vm> {
-        let mut vms: Vec<&Vm> = Vec::new();
+    pub(crate) fn vms(&self) -> Vec<&VmInfo> {
+        let mut vms: Vec<&VmInfo> = Vec::new();
         for vm in self.forwards.iter().filter_map(|it| it.vm.as_ref()) {
             if vms.iter().all(|it| it.directory != vm.directory) {
                 vms.push(vm);
@@ -515,11 +515,11 @@ impl Status {
     /// Returns the name of the forward of that id, or where it listens.
     pub(crate) fn name_of(&self, id: u64) -> &str {
         let forward = self.forwards.iter().find(|it| it.id == Some(id));
-        forward.map_or("(removed)", Forward::name_or_address)
+        forward.map_or("(removed)", ForwardInfo::name_or_address)
     }
 }
 
-impl Forward {
+impl ForwardInfo {
     /// Returns its name, or where it listens.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
@@ -545,8 +545,8 @@ pub(crate) fn age(seconds: u64) -> String {
     }
 }
 
-impl From<&ForwardStatus> for Forward {
-    fn from(status: &ForwardStatus) -> Forward {
+impl From<&ForwardStatus> for ForwardInfo {
+    fn from(status: &ForwardStatus) -> ForwardInfo {
         let (state, trouble) = match &status.state {
             ForwardState::Listening => ("listening", None),
             ForwardState::Full { why, since } => ("full", Some((why, since))),
@@ -554,12 +554,12 @@ impl From<&ForwardStatus> for Forward {
             ForwardState::Lost { why, since } => ("lost", Some((why, since))),
             ForwardState::Closed => ("closed", None),
         };
-        Forward {
+        ForwardInfo {
             state: state.to_owned(),
             note: status.note.map(str::to_owned),
             why: trouble.map(|(why, _)| why.clone()),
             since: trouble.map(|(_, since)| *since),
-            vm: status.vm.as_ref().map(|vm| Vm::of(&status.rule, vm)),
+            vm: status.vm.as_ref().map(|vm| VmInfo::of(&status.rule, vm)),
             last_error: status.last_error.clone(),
             id: Some(status.id.into()),
             name: status.rule.name.clone(),
@@ -571,11 +571,11 @@ impl From<&ForwardStatus> for Forward {
     }
 }
 
-impl Forward {
+impl ForwardInfo {
     /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at
     /// times.
-    pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> Forward {
-        Forward {
+    pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> ForwardInfo {
+        ForwardInfo {
             id: None,
             name: rule.name.clone(),
             listen: rule.listen.to_string(),
@@ -596,7 +596,7 @@ impl Forward {
     }
 }
 
-impl Vm {
+impl VmInfo {
     /// Returns in words what is known of it: `up, last heard from 12 s ago, last 40 dials silent so
     /// far`.
     pub(crate) fn health(&self, now: SystemTime) -> String {
@@ -680,9 +680,9 @@ impl Vm {
         text
     }
 
-    fn of(rule: &Rule, vm: &VmStatus) -> Vm {
+    fn of(rule: &Rule, vm: &VmStatus) -> VmInfo {
         let it = rule.vm(Side::Server).or_else(|| rule.vm(Side::Client));
-        Vm {
+        VmInfo {
             directory: it.map(|it| it.to_string()).unwrap_or_default(),
             status: vm.clone(),
         }

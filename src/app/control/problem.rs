@@ -7,29 +7,29 @@ use crate::error::Error;
 
 /// Why something that was asked for is not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
+pub(crate) struct ApiProblem {
     /// HTTP's.
     pub(crate) status: u16,
     pub(crate) error: String,
     pub(crate) remedy: Option<String>,
 }
 
-impl Problem {
-    pub(crate) fn new(status: u16, error: impl Into<String>) -> Problem {
-        Problem {
+impl ApiProblem {
+    pub(crate) fn new(status: u16, error: impl Into<String>) -> ApiProblem {
+        ApiProblem {
             status,
             error: error.into(),
             remedy: None,
         }
     }
 
-    pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> Problem {
+    pub(crate) fn with_remedy(mut self, remedy: impl Into<String>) -> ApiProblem {
         self.remedy = Some(remedy.into());
         self
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for ApiProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.error)?;
         match &self.remedy {
@@ -39,8 +39,8 @@ impl fmt::Display for Problem {
     }
 }
 
-impl From<Error> for Problem {
-    fn from(error: Error) -> Problem {
+impl From<Error> for ApiProblem {
+    fn from(error: Error) -> ApiProblem {
         let status = match error.kind() {
             ErrorKind::InvalidInput
             | ErrorKind::InvalidFilename
@@ -53,7 +53,7 @@ impl From<Error> for Problem {
             _ => 500,
         };
         let (operation, subject, cause) = (error.operation(), error.subject(), error.cause());
-        Problem {
+        ApiProblem {
             status,
             error: format!("{operation} {subject}: {cause}"),
             remedy: error.remedy().map(str::to_owned),

@@ -32,9 +32,9 @@ use crate::stream::{Stream, nonblocking};
 use crate::sys;
 
 use super::api::{Api, CALLS_AT_A_TIME};
-use super::clients::{Client, Clients};
-use super::endpoint::{Demand, Door, Endpoint, Service};
-use super::http::{self, Request};
+use super::clients::{ServedClient, SocketClients};
+use super::endpoint::{BoundEndpoint, Demand, ServedInterface, ServiceEndpoint};
+use super::http::{self, HttpRequest};
 use super::place;
 
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
@@ -77,12 +77,12 @@ pub(super) struct Server {
 
 impl Server {
     /// Begins to serve.
-    pub(super) fn start(doors: Vec<Door>, api: Arc<Api>) -> Result<Server> {
+    pub(super) fn start(sockets: Vec<BoundEndpoint>, api: Arc<Api>) -> Result<Server> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             // And one for all who read events, and for each socket those that bind it and look
             // after its file.
-            .max_blocking_threads(CALLS_AT_A_TIME + 1 + 2 * doors.len())
+            .max_blocking_threads(CALLS_AT_A_TIME + 1 + 2 * sockets.len())
             .thread_name("hvsock-client")
             .build()
             .map_err(fail)?;
@@ -90,7 +90,7 @@ impl Server {
         let (running, ended) = mpsc::channel();
         let run = move || {
             let _running: mpsc::Sender<()> = running;
-            serve(runtime, doors, api, stopped);
+            serve(runtime, sockets, api, stopped);
         };
         let thread = thread::Builder::new().name("hvsock-control".to_owned());
         thread.spawn(run).map_err(fail)?;
@@ -111,16 +111,21 @@ impl Drop for Server {
     }
 }
 
-fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Receiver<()>) {
+fn serve(
+    runtime: Runtime,
+    sockets: Vec<BoundEndpoint>,
+    api: Arc<Api>,
+    stopped: oneshot::Receiver<()>,
+) {
     runtime.block_on(async {
         let mut open = JoinSet::new();
         let mut all = Vec::new();
         let (at_work, mut all_done) = channel(1);
-        for door in doors {
-            let clients = Arc::new(Mutex::new(Clients::new(door.endpoint.demand)));
+        for bound in sockets {
+            let clients = Arc::new(Mutex::new(SocketClients::new(bound.endpoint.demand)));
             all.push(Arc::clone(&clients));
             let at_work = AtWork(at_work.clone());
-            open.spawn(Acceptor::new(door, Arc::clone(&api), clients, at_work).accept_all());
+            open.spawn(ClientAcceptor::new(bound, Arc::clone(&api), clients, at_work).accept_all());
         }
         drop(at_work);
         let events = Arc::clone(&api.events);
@@ -131,9 +136,11 @@ fn serve(runtime: Runtime, doors: Vec<Door>, api: Arc<Api>, stopped: oneshot::Re
         // The process could otherwise end before a file is removed that is being looked at or made.
         let _ = timeout(REMOVAL, all_done.recv()).await;
         events.close();
-        let all: Vec<Clients> = all
+        let all: Vec<SocketClients> = all
             .iter()
-            .map(|clients| std::mem::replace(&mut *lock(clients), Clients::new(Demand::Asked)))
+            .map(|clients| {
+                std::mem::replace(&mut *lock(clients), SocketClients::new(Demand::Asked))
+            })
             .collect();
         // Who has not asked yet won't, and the others have a moment for their answers.
         let last = async {
@@ -155,7 +162,7 @@ struct AtWork(#[expect(dead_code)] Sender<()>);
 
 impl AtWork {
     /// Calls what may block, on another thread.
-    fn call<T: Send + 'static>(
+    fn spawn_call<T: Send + 'static>(
         &self,
         call: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<(T, AtWork)> {
@@ -165,11 +172,11 @@ impl AtWork {
 }
 
 /// Who takes a socket's clients in, and looks after the socket.
-struct Acceptor {
-    endpoint: Arc<Endpoint>,
+struct ClientAcceptor {
+    endpoint: Arc<ServiceEndpoint>,
     listener: Option<Arc<Listener>>,
     api: Arc<Api>,
-    clients: Arc<Mutex<Clients>>,
+    clients: Arc<Mutex<SocketClients>>,
     /// Where clients may come from; from anywhere, if it is empty.
     from: Vec<Source>,
     /// The limiter of the lines about those that come from elsewhere.
@@ -179,20 +186,25 @@ struct Acceptor {
     look_at: Instant,
     watch: FileWatch,
     /// One who looks at the socket's file; what it has made, if that was removed.
-    look: Option<JoinHandle<(Look, AtWork)>>,
+    look: Option<JoinHandle<(FileLook, AtWork)>>,
     at_work: AtWork,
 }
 
-type Look = (FileWatch, Option<Listener>);
+type FileLook = (FileWatch, Option<Listener>);
 
-impl Acceptor {
-    fn new(door: Door, api: Arc<Api>, clients: Arc<Mutex<Clients>>, at_work: AtWork) -> Acceptor {
-        Acceptor {
-            endpoint: door.endpoint,
-            listener: door.listener,
+impl ClientAcceptor {
+    fn new(
+        bound: BoundEndpoint,
+        api: Arc<Api>,
+        clients: Arc<Mutex<SocketClients>>,
+        at_work: AtWork,
+    ) -> ClientAcceptor {
+        ClientAcceptor {
+            endpoint: bound.endpoint,
+            listener: bound.listener,
             api,
             clients,
-            from: door.from,
+            from: bound.from,
             refusals: LogLimiter::default(),
             complained: false,
             look_at: Instant::now(),
@@ -227,25 +239,25 @@ impl Acceptor {
         }
         self.listener = None;
         // Before whoever waits for that goes on.
-        let own = self.open_own_door().await;
+        let own = self.open_own_endpoint().await;
         self.endpoint.mark_closed();
-        if let Some(door) = own {
-            let own = Acceptor::new(door, self.api, self.clients, self.at_work);
+        if let Some(bound) = own {
+            let own = ClientAcceptor::new(bound, self.api, self.clients, self.at_work);
             Box::pin(own.accept_all()).await;
         }
     }
 
     /// Listens under the process' number, now that a successor has the control socket: connections
     /// that finish here can still be looked at and closed. Without it they just finish.
-    async fn open_own_door(&self) -> Option<Door> {
-        if self.endpoint.service != Service::Control {
+    async fn open_own_endpoint(&self) -> Option<BoundEndpoint> {
+        if self.endpoint.service != ServedInterface::Control {
             return None;
         }
         let open = || {
             let address = place::address(&place::own_path(std::process::id()));
-            Door::open(Service::Control, &address, Demand::OwnAccord)
+            BoundEndpoint::open(ServedInterface::Control, &address, Demand::OwnAccord)
         };
-        let (opened, _) = self.at_work.call(open).await.ok()?;
+        let (opened, _) = self.at_work.spawn_call(open).await.ok()?;
         opened.ok()
     }
 
@@ -277,7 +289,7 @@ impl Acceptor {
 
     async fn bind_again(&mut self) {
         let endpoint = Arc::clone(&self.endpoint);
-        let made = self.at_work.call(move || endpoint.bind()).await;
+        let made = self.at_work.spawn_call(move || endpoint.bind()).await;
         let made = made.map_or_else(|e| Err(fail(io::Error::other(e))), |(made, _)| made);
         let address = &self.endpoint.address;
         match made {
@@ -305,17 +317,17 @@ impl Acceptor {
         };
         let service = self.endpoint.service;
         let asked_by = match service {
-            Service::Control => match check_connector(&stream) {
+            ServedInterface::Control => match check_connector(&stream) {
                 Ok(process) => process,
                 Err(why) => return self.complain(format_args!("refused a client: {why}")),
             },
-            Service::GuestControl | Service::Metrics => None,
+            ServedInterface::GuestControl | ServedInterface::Metrics => None,
         };
-        let client = Arc::new(Client::new());
+        let client = Arc::new(ServedClient::new());
         let (served, api) = (Arc::clone(&client), Arc::clone(&self.api));
         let task = async move {
             let answer = |request| {
-                let request = Request {
+                let request = HttpRequest {
                     asked_by,
                     ..request
                 };
@@ -360,7 +372,7 @@ impl Acceptor {
             self.look_at = now + WATCH;
             let (listener, endpoint) = (Arc::clone(listener), Arc::clone(&self.endpoint));
             let mut watch = std::mem::take(&mut self.watch);
-            self.look = Some(self.at_work.call(move || {
+            self.look = Some(self.at_work.spawn_call(move || {
                 let state = || listener.file_state();
                 let made = watch.look(&endpoint.address, state, || endpoint.bind());
                 (watch, made)
@@ -460,13 +472,15 @@ mod tests {
         fn start(
             address: &Address,
             actions: Actions,
-        ) -> (Server, Proxy, Arc<Listener>, Arc<Endpoint>) {
+        ) -> (Server, Proxy, Arc<Listener>, Arc<ServiceEndpoint>) {
             let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
-            let door = Door::open(Service::Metrics, address, Demand::Asked).unwrap();
-            let (listener, endpoint) = (door.listener.clone().unwrap(), Arc::clone(&door.endpoint));
+            let bound =
+                BoundEndpoint::open(ServedInterface::Metrics, address, Demand::Asked).unwrap();
+            let (listener, endpoint) =
+                (bound.listener.clone().unwrap(), Arc::clone(&bound.endpoint));
             let endpoints = vec![Arc::clone(&endpoint)];
             let api = Api::new(proxy.handle(), actions, endpoints, Arc::default());
-            let server = Server::start(vec![door], Arc::new(api)).unwrap();
+            let server = Server::start(vec![bound], Arc::new(api)).unwrap();
             (server, proxy, listener, endpoint)
         }
 
@@ -481,11 +495,12 @@ mod tests {
             ] {
                 let proxy = Proxy::start(ProxyConfig::new(Vec::new())).unwrap();
                 let asked = "tcp://127.0.0.1:0".parse().unwrap();
-                let door = Door::open(Service::Metrics, &asked, Demand::Asked).unwrap();
-                let door = door.admitting(&from);
-                let endpoint = Arc::clone(&door.endpoint);
+                let bound =
+                    BoundEndpoint::open(ServedInterface::Metrics, &asked, Demand::Asked).unwrap();
+                let bound = bound.limited_to(&from);
+                let endpoint = Arc::clone(&bound.endpoint);
                 let api = Api::new(proxy.handle(), actions(|| ()), Vec::new(), Arc::default());
-                let _server = Server::start(vec![door], Arc::new(api)).unwrap();
+                let _server = Server::start(vec![bound], Arc::new(api)).unwrap();
                 let answer = scrape(&endpoint.address).unwrap_or_default();
                 assert_eq!(answer.contains("200 OK"), is_let_in, "{from:?}");
                 assert_eq!(answer.is_empty(), !is_let_in, "{answer}");
@@ -552,12 +567,12 @@ mod tests {
             ("POST", "/v1/upgrade", 403),
             ("POST", "/v1/take-over", 403),
         ] {
-            let request = Request {
+            let request = HttpRequest {
                 method: method.parse().unwrap(),
                 path: path.to_owned(),
-                ..Request::default()
+                ..HttpRequest::default()
             };
-            let answer = Arc::clone(&api).answer(Service::GuestControl, request);
+            let answer = Arc::clone(&api).answer(ServedInterface::GuestControl, request);
             let answer = runtime.block_on(async { timeout(PATIENCE, answer).await });
             assert_eq!(answer.unwrap().status(), status, "{path}");
         }
@@ -587,12 +602,12 @@ mod tests {
             Arc::default(),
         ));
         let call = |method: &str, path: &str| {
-            let request = Request {
+            let request = HttpRequest {
                 method: method.parse().unwrap(),
                 path: path.to_owned(),
-                ..Request::default()
+                ..HttpRequest::default()
             };
-            Arc::clone(&api).answer(Service::Control, request)
+            Arc::clone(&api).answer(ServedInterface::Control, request)
         };
         runtime.block_on(async {
             let first = tokio::spawn(call("POST", "/v1/reload"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::check::{Asked, Check};
 use crate::app::answering::{self, Hvsock, find_control_of};
-use crate::app::control::{self, Forward, Status, Vm, ask_status};
+use crate::app::control::{self, ForwardInfo, Status, VmInfo, ask_status};
 use crate::keeper::status as keepers;
 
 /// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
@@ -23,11 +23,11 @@ pub(super) struct Hvsocks {
     answers: Vec<Status>,
     /// Those that run and can't be asked.
     silent: Vec<Hvsock>,
-    named: Option<Named>,
+    named: Option<NamedProcess>,
 }
 
 /// The hvsock that a person has named as the one to ask.
-struct Named {
+struct NamedProcess {
     /// What it is called in a sentence: by its process or its control socket.
     name: String,
     /// Why it can't be asked.
@@ -35,9 +35,9 @@ struct Named {
 }
 
 /// An hvsock that carries a VM.
-pub(super) struct Carrier {
+pub(super) struct CarryingProcess {
     pub(super) process: u32,
-    pub(super) vm: Vm,
+    pub(super) vm: VmInfo,
 }
 
 impl Hvsocks {
@@ -57,7 +57,7 @@ impl Hvsocks {
         Hvsocks {
             answers,
             silent: Vec::new(),
-            named: Some(Named { name, failure }),
+            named: Some(NamedProcess { name, failure }),
         }
     }
 
@@ -83,10 +83,10 @@ impl Hvsocks {
     }
 
     /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
-    pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<Carrier> {
+    pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<CarryingProcess> {
         let carriers = self.answers.iter().filter_map(|status| {
             let mut vms = status.vms().into_iter();
-            Some(Carrier {
+            Some(CarryingProcess {
                 process: status.pid,
                 vm: vms.find(|vm| is_it(&vm.directory))?.clone(),
             })
@@ -101,7 +101,7 @@ impl Hvsocks {
     pub(super) fn unknown(
         &self,
         name: &str,
-        carriers: &[Carrier],
+        carriers: &[CarryingProcess],
         directory: Option<&Path>,
     ) -> Vec<Check> {
         if let Some(named) = &self.named {
@@ -119,7 +119,7 @@ impl Hvsocks {
         let of_keepers = keepers::query(directory).into_iter();
         let of_keepers = of_keepers.filter(|it| !it.proxy_ended).map(|it| it.proxy);
         let shown = directory.to_string_lossy();
-        let names_it = |it: &&Hvsock| names(&it.process.command, &shown);
+        let names_it = |it: &&Hvsock| serves_vm_of(&it.process.command, &shown);
         let by_words = self.silent.iter().filter(names_it).map(|it| it.process.id);
         let mut processes: Vec<u32> = of_keepers.chain(by_words).collect();
         processes.retain(|process| self.answers.iter().all(|it| it.pid != *process));
@@ -137,7 +137,7 @@ impl Hvsocks {
 
     /// Returns the first forward of them of which that is true. One that has taken over from
     /// another comes before that one.
-    pub(super) fn forward(&self, is_it: impl Fn(&Forward) -> bool) -> Option<&Forward> {
+    pub(super) fn forward(&self, is_it: impl Fn(&ForwardInfo) -> bool) -> Option<&ForwardInfo> {
         let (old, current): (Vec<_>, Vec<_>) =
             self.answers.iter().partition(|it| it.successor.is_some());
         let forwards = current.into_iter().chain(old).flat_map(|it| &it.forwards);
@@ -147,7 +147,7 @@ impl Hvsocks {
 }
 
 /// Returns whether a command serves the VM of that directory, as far as its words tell.
-fn names(command: &[String], directory: &str) -> bool {
+fn serves_vm_of(command: &[String], directory: &str) -> bool {
     let serves = command.get(1);
     let serves = serves.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()));
     let is_in = |word: &String| {
@@ -160,7 +160,7 @@ fn names(command: &[String], directory: &str) -> bool {
     serves && command.iter().skip(2).any(is_in)
 }
 
-impl Carrier {
+impl CarryingProcess {
     /// Returns how it uses the VM's slots, behind what else is `known` of the VM.
     pub(super) fn check(&self, name: &str, known: Option<String>) -> Check {
         let (process, status) = (self.process, &self.vm.status);
@@ -209,10 +209,11 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    pub(super) fn of(hvsocks: &Hvsocks, carriers: &[Carrier]) -> Usage {
+    pub(super) fn of(hvsocks: &Hvsocks, carriers: &[CarryingProcess]) -> Usage {
         let limits = carriers.iter().filter_map(|it| it.vm.status.limit);
         let limit = limits.max();
-        let used = |it: &Carrier| (it.process, it.vm.status.connections + it.vm.status.lost);
+        let used =
+            |it: &CarryingProcess| (it.process, it.vm.status.connections + it.vm.status.lost);
         let carriers: Vec<(u32, usize)> = carriers.iter().map(used).collect();
         Usage {
             used: carriers.iter().map(|(_, used)| used).sum(),

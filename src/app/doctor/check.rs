@@ -7,7 +7,7 @@ use crate::error::Error;
 
 /// What is to be looked at.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct DoctorPlan {
     /// The VM as a person calls it; without one the system alone.
     pub(crate) vm: Option<String>,
     /// Ports on which programs in the guest should listen.

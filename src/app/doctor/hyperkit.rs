@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 
 use super::carriers::{Hvsocks, Usage};
-use super::check::{Check, Plan};
+use super::check::{Check, DoctorPlan};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::error::{Result, counted};
@@ -35,7 +35,7 @@ const LEAVE: Duration = Duration::from_secs(1);
 
 const START: &str = "start the VM";
 
-pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
+pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let (directory, vm) = directory(name);
     let mut checks = vec![directory];
     let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
@@ -63,7 +63,7 @@ pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|directory| is_same(Path::new(directory), &vm.state_dir));
     let usage = Usage::of(&hvsocks, &carriers);
-    let not_dialled = |why| Guest {
+    let not_dialled = |why| GuestReport {
         check: Check::skipped("guest", why),
         undialled: Some(why),
     };
@@ -263,7 +263,7 @@ fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// What is known of hyperkit's process.
-struct Process {
+struct HyperkitProcess {
     check: Check,
     /// Its id, if it runs.
     pid: Option<i32>,
@@ -271,9 +271,9 @@ struct Process {
     stopped: bool,
 }
 
-impl From<Check> for Process {
-    fn from(check: Check) -> Process {
-        Process {
+impl From<Check> for HyperkitProcess {
+    fn from(check: Check) -> HyperkitProcess {
+        HyperkitProcess {
             check,
             pid: None,
             stopped: false,
@@ -282,7 +282,7 @@ impl From<Check> for Process {
 }
 
 /// Checks whether the process that hyperkit.pid names runs.
-fn process(vm: &HyperkitVm) -> Process {
+fn process(vm: &HyperkitVm) -> HyperkitProcess {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
     let text = match file::read_text(&vm.pid_path(), file::STATE_FILE) {
@@ -321,7 +321,7 @@ fn process(vm: &HyperkitVm) -> Process {
         }
         false => Check::ok(name, format_args!("{pid} runs")),
     };
-    Process {
+    HyperkitProcess {
         check,
         pid: Some(pid),
         stopped,
@@ -427,16 +427,16 @@ fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
 }
 
 /// What is known of a guest.
-struct Guest {
+struct GuestReport {
     check: Check,
     /// Why its ports can't be dialled, if so.
     undialled: Option<&'static str>,
 }
 
 /// Checks whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> Guest {
+fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     let answer = probe(vm, patience);
-    Guest {
+    GuestReport {
         undialled: match &answer {
             Ok(Answer::After(_)) => None,
             Ok(Answer::EndedUnread) => Some("all slots of the VM are taken"),

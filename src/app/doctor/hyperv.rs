@@ -1,12 +1,12 @@
 //! A VM of Hyper-V.
 
-use super::check::{Check, Plan};
+use super::check::{Check, DoctorPlan};
 use crate::address::{Port, ServiceId, VmId};
 use crate::error::counted;
 use crate::hyperv::{self, Machine};
 use crate::services;
 
-pub(super) fn examine(name: &str, plan: &Plan) -> Vec<Check> {
+pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = Vec::new();
     let machine = match hyperv::list() {
         Ok(machines) => {

@@ -21,7 +21,7 @@ mod vsock;
 
 #[cfg(unix)]
 pub(crate) use check::Asked;
-pub(crate) use check::{Check, Plan, Verdict};
+pub(crate) use check::{Check, DoctorPlan, Verdict};
 
 #[cfg(unix)]
 use crate::app::vm::VmPlace;
@@ -29,7 +29,7 @@ use crate::app::vm::VmPlace;
 use crate::hyperkit::Places;
 
 /// Looks at all of it.
-pub(crate) fn examine(plan: &Plan) -> Vec<Check> {
+pub(crate) fn examine(plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = vec![system::descriptors()];
     match &plan.vm {
         None => checks.extend(system::vsock()),

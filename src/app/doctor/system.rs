@@ -15,7 +15,7 @@ pub(super) fn descriptors() -> Check {
         return Check::ok(name, "not limited");
     };
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let room = ProcessDescriptors::new(workers, 0, sys::descriptor_limit).room(1);
+    let room = ProcessDescriptors::new(workers, 0, sys::descriptor_limit).connection_room(1);
     let connections = counted(room as u64, "connection");
     let seen = format!("this process may have {limit}: enough for {connections}");
     match room < Limits::default().vm_connections {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::carriers::Hvsocks;
 use super::check::Check;
 use crate::address::{Address, HyperkitVm, Port, UnixAddress};
-use crate::app::control::Forward;
+use crate::app::control::ForwardInfo;
 use crate::stream::Stream;
 use crate::sys;
 
@@ -35,7 +35,7 @@ pub(super) fn examine(name: &str, vm: &HyperkitVm, port: Port, hvsocks: &Hvsocks
     })
 }
 
-fn is_dialled(forward: &Forward, vm: &HyperkitVm, port: Port) -> bool {
+fn is_dialled(forward: &ForwardInfo, vm: &HyperkitVm, port: Port) -> bool {
     let Ok(listen) = forward.listen.parse::<Address>() else {
         return false;
     };

@@ -1,7 +1,7 @@
 //! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
 use super::carriers::Hvsocks;
-use super::check::{Check, Plan, Verdict};
+use super::check::{Check, DoctorPlan, Verdict};
 use super::{socket, system};
 use crate::address::{Address, AnyVm, Port, VsockMuxAddress};
 use crate::app::vm::VmPlace;
@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 /// How long a guest may take to end a connection of which only the end is wanted.
 const LEAVE: Duration = Duration::from_secs(1);
 
-pub(super) fn examine(vm: &VmPlace, plan: &Plan) -> Vec<Check> {
+pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = Vec::new();
     match vm {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),

@@ -19,7 +19,7 @@ const PARTS: [(&str, &[&str]); 6] = [
 ];
 
 /// Returns the filter that is taken where none is given: level info.
-pub(super) fn usual() -> EnvFilter {
+pub(super) fn default_filter() -> EnvFilter {
     EnvFilter::default().add_directive(LevelFilter::INFO.into())
 }
 
@@ -29,7 +29,7 @@ pub(super) fn usual() -> EnvFilter {
 /// # Errors
 /// Returns which word is wrong, and what can be said.
 pub(super) fn parse(text: &str) -> Result<EnvFilter, String> {
-    let mut filter = usual();
+    let mut filter = default_filter();
     let words = text.split(',').map(str::trim);
     for word in words.filter(|word| !word.is_empty()) {
         for directive in directives(word)? {

@@ -72,7 +72,7 @@ pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
     let (filter, trouble) = match filter::parse(&text) {
         Ok(filter) => (filter, None),
         Err(why) => (
-            filter::usual(),
+            filter::default_filter(),
             Some(format!("{VARIABLE}={text:?}: {why}; taking info")),
         ),
     };
@@ -126,7 +126,7 @@ fn subscribe(format: LogFormat, filter: EnvFilter) {
 /// Says something that people should know: as `hvsock: …` on standard error where the log is text
 /// there, else as a line of the log. It is said even if the log leaves that level out.
 pub(crate) fn say(level: Level, what: impl fmt::Display) {
-    let is_logged = Style::get() != Style::PLAIN && takes(level);
+    let is_logged = Style::get() != Style::PLAIN && writes_level(level);
     if is_logged {
         match level {
             Level::ERROR => tracing::error!("{what}"),
@@ -152,7 +152,7 @@ pub(crate) fn say_more(level: Level, line: impl fmt::Display) {
     }
 }
 
-fn takes(level: Level) -> bool {
+fn writes_level(level: Level) -> bool {
     match level {
         Level::ERROR => tracing::enabled!(Level::ERROR),
         Level::WARN => tracing::enabled!(Level::WARN),

@@ -11,9 +11,9 @@ use crate::stream::Stream;
 use crate::thread::start_scoped_thread;
 
 use super::data::Data;
-use super::exchange::{Done, Exchange};
-use super::report::{Latencies, Report};
-use super::{Load, Plan, Progress};
+use super::exchange::{Exchange, TransferResult};
+use super::report::{Latencies, StressReport};
+use super::{Load, StressPlan, StressProgress};
 
 /// Between two dials of a hyperkit VM (rule 5 of a good neighbour).
 const PACE: Duration = Duration::from_micros(150);
@@ -34,7 +34,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 /// What the clients have in common.
 struct Run<'a> {
-    plan: &'a Plan,
+    plan: &'a StressPlan,
     data: Data,
     stop: &'a Stop,
     next: AtomicU64,
@@ -43,12 +43,12 @@ struct Run<'a> {
     failed_dials: AtomicU64,
     /// When the VM may be dialled again.
     pace: Mutex<Instant>,
-    report: Mutex<Report>,
-    progress: &'a Progress,
+    report: Mutex<StressReport>,
+    progress: &'a StressProgress,
 }
 
 /// Makes all the connections.
-pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
+pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> StressReport {
     let begun = Instant::now();
     let run = Run {
         plan,
@@ -58,17 +58,17 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
         silent: AtomicU64::new(0),
         failed_dials: AtomicU64::new(0),
         pace: Mutex::new(begun),
-        report: Mutex::new(Report::new(plan)),
+        report: Mutex::new(StressReport::new(plan)),
         progress,
     };
     let lanes = (plan.parallel as u64).min(plan.connections);
     thread::scope(|scope| {
         for _ in 0..lanes {
-            let lane = || run.lane();
+            let lane = || run.run_lane();
             let lane = start_scoped_thread(scope, "hvsock-lane", "for connections", lane);
             if let Err(e) = lane {
                 lock(&run.report).note(e.to_string());
-                run.stop.ask();
+                run.stop.request_end();
                 break;
             }
         }
@@ -80,20 +80,20 @@ pub(crate) fn run(plan: &Plan, stop: &Stop, progress: &Progress) -> Report {
 
 impl Run<'_> {
     /// Makes one connection after the other.
-    fn lane(&self) {
+    fn run_lane(&self) {
         let mut latencies = Latencies::default();
         while !self.stop.is_asked() {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
             if number >= self.plan.connections {
                 break;
             }
-            let (done, outcome) = self.connection(number, &mut latencies);
+            let (done, outcome) = self.run_connection(number, &mut latencies);
             lock(&self.report).count(&done, outcome.is_ok());
             if let Err(why) = outcome {
                 self.progress.failed.fetch_add(1, Ordering::Relaxed);
                 lock(&self.report).fail(&why, &done);
                 if self.plan.fail_fast {
-                    self.stop.ask();
+                    self.stop.request_end();
                 }
             }
             self.progress.ended.fetch_add(1, Ordering::Relaxed);
@@ -102,7 +102,11 @@ impl Run<'_> {
         lock(&self.report).latencies.merge(&latencies);
     }
 
-    fn connection(&self, number: u64, latencies: &mut Latencies) -> (Done, Result<(), String>) {
+    fn run_connection(
+        &self,
+        number: u64,
+        latencies: &mut Latencies,
+    ) -> (TransferResult, Result<(), String>) {
         let plan = self.plan;
         // Whichever lane has the number: its sizes are the same with the same seed.
         let mut rng =
@@ -115,7 +119,7 @@ impl Run<'_> {
             Ok(stream) => stream,
             Err(e) => {
                 self.note_failed_dial();
-                return (Done::default(), Err(e.to_string()));
+                return (TransferResult::default(), Err(e.to_string()));
             }
         };
         self.failed_dials.store(0, Ordering::Relaxed);
@@ -129,7 +133,7 @@ impl Run<'_> {
             start,
             dialled,
             moved: dialled,
-            done: Done::default(),
+            done: TransferResult::default(),
         };
         let outcome = exchange.run(|trip| latencies.round_trip.record(trip));
         let done = exchange.done;
@@ -147,7 +151,7 @@ impl Run<'_> {
         }
         if plan.verbose {
             let took = dialled.elapsed().as_secs_f64() * 1e3;
-            let Done { sent, received, .. } = done;
+            let TransferResult { sent, received, .. } = done;
             let end = outcome.as_ref().err().map_or("ok", String::as_str);
             tracing::info!(
                 "connection {number}: {sent} bytes sent, {received} received in {took:.1} ms: {end}"
@@ -173,7 +177,7 @@ impl Run<'_> {
         if failed >= MOST_FAILED_DIALS && !self.stop.is_asked() {
             let why = format!("given up: {MOST_FAILED_DIALS} dials in a row came to nothing");
             lock(&self.report).note(why);
-            self.stop.ask();
+            self.stop.request_end();
         }
     }
 
@@ -182,7 +186,7 @@ impl Run<'_> {
             lock(&self.report).note(format!(
                 "given up: {MOST_SILENT} connections got no sign of life from the guest, and too many of them would kill the VM"
             ));
-            self.stop.ask();
+            self.stop.request_end();
         }
     }
 

@@ -52,7 +52,7 @@ impl Data {
 /// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up
 /// BYTES SEED START`. A connection that begins with anything else is echoed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Request {
+pub(super) struct StressRequest {
     pub(super) way: Way,
     pub(super) bytes: u64,
     pub(super) seed: u64,
@@ -73,29 +73,29 @@ pub(super) const MARK: &[u8] = b"hvsock-stress ";
 /// More than any request has.
 pub(super) const LONGEST_LINE: usize = 128;
 
-impl fmt::Display for Request {
+impl fmt::Display for StressRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let way = match self.way {
             Way::Up => "up",
             Way::Down => "down",
         };
-        let Request {
+        let StressRequest {
             bytes, seed, start, ..
         } = self;
         writeln!(f, "hvsock-stress {way} {bytes} {seed} {start}")
     }
 }
 
-impl FromStr for Request {
+impl FromStr for StressRequest {
     type Err = ();
 
-    fn from_str(line: &str) -> Result<Request, ()> {
+    fn from_str(line: &str) -> Result<StressRequest, ()> {
         let words: Vec<&str> = line.split_ascii_whitespace().collect();
         let ["hvsock-stress", way, bytes, seed, start] = words[..] else {
             return Err(());
         };
         let number = |word: &str| word.parse().map_err(|_| ());
-        Ok(Request {
+        Ok(StressRequest {
             way: match way {
                 "up" => Way::Up,
                 "down" => Way::Down,
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_request_is_understood_and_nothing_else_is_taken_for_one() {
-        let request = Request {
+        let request = StressRequest {
             way: Way::Down,
             bytes: 1 << 40,
             seed: u64::MAX,
@@ -144,7 +144,7 @@ mod tests {
         };
         assert_eq!(request.to_string().parse(), Ok(request));
         assert!(request.to_string().as_bytes().starts_with(MARK));
-        let longest = Request {
+        let longest = StressRequest {
             bytes: u64::MAX,
             start: u64::MAX,
             ..request
@@ -157,7 +157,7 @@ mod tests {
             "hvsock-stress sideways 1 2 3",
             "hvsock-stress up 1 2 -3",
         ] {
-            assert_eq!(line.parse::<Request>(), Err(()), "{line}");
+            assert_eq!(line.parse::<StressRequest>(), Err(()), "{line}");
         }
     }
 }

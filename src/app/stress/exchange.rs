@@ -4,18 +4,18 @@ use std::io::{self, Read, Write};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::app::serve::{LOOK, Stop, again};
+use crate::app::serve::{LOOK, Stop, completed};
 use crate::stream::Stream;
 use crate::sys::Wanted;
 
-use super::data::{Data, MARK, Request, Way};
-use super::{Load, Plan, Progress};
+use super::data::{Data, MARK, StressRequest, Way};
+use super::{Load, StressPlan, StressProgress};
 
 const ONLY_ECHOES: &str = "the server only echoes: this load wants a `hvsock stress --server`";
 
 /// What a connection moved, and when.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Done {
+pub(super) struct TransferResult {
     pub(super) sent: u64,
     pub(super) received: u64,
     /// From the dial to the first byte that came.
@@ -25,11 +25,11 @@ pub(super) struct Done {
 /// A connection and what is known of it.
 #[derive(Debug)]
 pub(super) struct Exchange<'a> {
-    pub(super) plan: &'a Plan,
+    pub(super) plan: &'a StressPlan,
     pub(super) stream: &'a Stream,
     pub(super) data: &'a Data,
     pub(super) stop: &'a Stop,
-    pub(super) progress: &'a Progress,
+    pub(super) progress: &'a StressProgress,
     pub(super) rng: fastrand::Rng,
     /// Where in the data it begins.
     pub(super) start: u64,
@@ -37,7 +37,7 @@ pub(super) struct Exchange<'a> {
     pub(super) dialled: Instant,
     /// When something moved last.
     pub(super) moved: Instant,
-    pub(super) done: Done,
+    pub(super) done: TransferResult,
 }
 
 impl Exchange<'_> {
@@ -51,8 +51,8 @@ impl Exchange<'_> {
         let size = self.rng.u64(self.plan.size.clone());
         match self.plan.load {
             Load::Echo => self.echo(size),
-            Load::Up => self.up(size),
-            Load::Down => self.down(size),
+            Load::Up => self.upload(size),
+            Load::Down => self.download(size),
             Load::RoundTrips(count) => self.round_trips(count, size, told),
         }
     }
@@ -68,22 +68,22 @@ impl Exchange<'_> {
                 wanted = Wanted::Either;
             } else if !half_closed && (!self.held() || self.done.received == size) {
                 if !self.stream.has_half_close() {
-                    return self.whole(size);
+                    return self.check_length(size);
                 }
                 half_closed = true;
                 self.half_close()?;
             }
-            let len = self.draw(&buffer);
-            match again((&*self.stream).read(&mut buffer[..len])) {
+            let len = self.next_read_size(&buffer);
+            match completed((&*self.stream).read(&mut buffer[..len])) {
                 Ok(None) => {}
-                Ok(Some(0)) => return self.whole(size),
+                Ok(Some(0)) => return self.check_length(size),
                 Ok(Some(n)) => {
                     idle = false;
                     self.compare(&buffer[..n], size)?;
                 }
                 // A VMM that ends both directions at once may do it by a reset.
-                Err(_) if half_closed && self.held() => return self.whole(size),
-                Err(e) => return Err(self.broken(&e)),
+                Err(_) if half_closed && self.held() => return self.check_length(size),
+                Err(e) => return Err(self.describe_error(&e)),
             }
             if idle {
                 self.wait(wanted)?;
@@ -91,7 +91,7 @@ impl Exchange<'_> {
         }
     }
 
-    fn up(&mut self, size: u64) -> Result<(), String> {
+    fn upload(&mut self, size: u64) -> Result<(), String> {
         self.request(Way::Up, size)?;
         while self.done.sent < size {
             if !self.write_some(size)? {
@@ -107,18 +107,18 @@ impl Exchange<'_> {
             let answer = String::from_utf8_lossy(&answer);
             return Err(format!("the server says: {}", answer.trim_end()));
         }
-        self.end()
+        self.half_close_and_drain()
     }
 
-    fn down(&mut self, size: u64) -> Result<(), String> {
+    fn download(&mut self, size: u64) -> Result<(), String> {
         self.request(Way::Down, size)?;
         let mut buffer = self.buffer();
         while self.done.received < size {
-            let len = self.draw(&buffer);
+            let len = self.next_read_size(&buffer);
             let n = self.read_some(&mut buffer[..len])?;
             self.compare(&buffer[..n], size)?;
         }
-        self.end()
+        self.half_close_and_drain()
     }
 
     fn round_trips(
@@ -145,30 +145,30 @@ impl Exchange<'_> {
                 break;
             }
         }
-        self.end()
+        self.half_close_and_drain()
     }
 
     /// Half-closes and reads to the server's EOF.
-    fn end(&mut self) -> Result<(), String> {
+    fn half_close_and_drain(&mut self) -> Result<(), String> {
         // Where there is none, our close is what ends it.
         if !self.stream.has_half_close() {
             return Ok(());
         }
         self.half_close()?;
         loop {
-            match again((&*self.stream).read(&mut [0; 64])) {
+            match completed((&*self.stream).read(&mut [0; 64])) {
                 Ok(Some(0)) => return Ok(()),
                 Ok(Some(_)) => return Err("more came than was asked for".to_owned()),
                 Ok(None) => self.wait(Wanted::Readable)?,
                 Err(_) if self.held() => return Ok(()),
-                Err(e) => return Err(self.broken(&e)),
+                Err(e) => return Err(self.describe_error(&e)),
             }
         }
     }
 
     fn half_close(&self) -> Result<(), String> {
         let done = self.stream.half_close();
-        done.map_err(|e| format!("half-close: {}", self.broken(&e)))
+        done.map_err(|e| format!("half-close: {}", self.describe_error(&e)))
     }
 
     fn held(&self) -> bool {
@@ -176,7 +176,7 @@ impl Exchange<'_> {
     }
 
     fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
-        let request = Request {
+        let request = StressRequest {
             way,
             bytes,
             seed: self.data.seed,
@@ -185,7 +185,7 @@ impl Exchange<'_> {
         let line = request.to_string();
         let mut rest = line.as_bytes();
         while !rest.is_empty() {
-            match again((&*self.stream).write(rest)).map_err(|e| self.broken(&e))? {
+            match completed((&*self.stream).write(rest)).map_err(|e| self.describe_error(&e))? {
                 Some(n) => rest = &rest[n..],
                 None => self.wait(Wanted::Writable)?,
             }
@@ -207,10 +207,10 @@ impl Exchange<'_> {
         let most = self.rng.u64(self.plan.buffer.clone());
         let len = most.min(until - self.done.sent);
         let bytes = self.data.at(self.start + self.done.sent, len);
-        match again((&*self.stream).write(bytes)).map_err(|e| self.broken(&e))? {
+        match completed((&*self.stream).write(bytes)).map_err(|e| self.describe_error(&e))? {
             Some(n) => {
                 self.done.sent += n as u64;
-                self.went(n);
+                self.count_sent(n);
                 Ok(true)
             }
             None => Ok(false),
@@ -220,30 +220,30 @@ impl Exchange<'_> {
     /// Waits for bytes.
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, String> {
         loop {
-            match again((&*self.stream).read(buffer)).map_err(|e| self.broken(&e))? {
-                Some(0) => return Err(self.ended()),
+            match completed((&*self.stream).read(buffer)).map_err(|e| self.describe_error(&e))? {
+                Some(0) => return Err(self.describe_eof()),
                 Some(n) => return Ok(n),
                 None => self.wait(Wanted::Readable)?,
             }
         }
     }
 
-    fn went(&mut self, bytes: usize) {
+    fn count_sent(&mut self, bytes: usize) {
         self.moved = Instant::now();
         self.progress
             .moved
             .fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    fn came(&mut self, bytes: usize) {
-        self.went(bytes);
+    fn count_received(&mut self, bytes: usize) {
+        self.count_sent(bytes);
         let first = self.moved.duration_since(self.dialled);
         self.done.first_byte.get_or_insert(first);
     }
 
     /// Takes bytes that came, of `size` that are to come.
     fn compare(&mut self, bytes: &[u8], size: u64) -> Result<(), String> {
-        self.came(bytes.len());
+        self.count_received(bytes.len());
         let at = self.start + self.done.received;
         self.done.received += bytes.len() as u64;
         if self.done.received > size {
@@ -262,25 +262,25 @@ impl Exchange<'_> {
     }
 
     /// Judges a connection that the server has ended.
-    fn whole(&self, size: u64) -> Result<(), String> {
+    fn check_length(&self, size: u64) -> Result<(), String> {
         if self.done.received == size && self.done.sent == size {
             return Ok(());
         }
-        Err(self.ended())
+        Err(self.describe_eof())
     }
 
-    fn ended(&self) -> String {
+    fn describe_eof(&self) -> String {
         if self.done.received == 0 && self.stream.address().transport().refusal.by_eof().is_some() {
             return crate::dial::refused_by_eof(self.stream.address()).to_string();
         }
         "the server ended it early".to_owned()
     }
 
-    fn broken(&self, error: &io::Error) -> String {
+    fn describe_error(&self, error: &io::Error) -> String {
         use io::ErrorKind::{BrokenPipe, ConnectionReset};
         match error.kind() {
             // What comes of a refusal once something was sent.
-            BrokenPipe | ConnectionReset if self.done.received == 0 => self.ended(),
+            BrokenPipe | ConnectionReset if self.done.received == 0 => self.describe_eof(),
             _ => error.to_string(),
         }
     }
@@ -303,7 +303,7 @@ impl Exchange<'_> {
     }
 
     /// Returns how much is to be read at once.
-    fn draw(&mut self, buffer: &[u8]) -> usize {
+    fn next_read_size(&mut self, buffer: &[u8]) -> usize {
         let len = self.rng.u64(self.plan.buffer.clone());
         usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len())
     }

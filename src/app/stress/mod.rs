@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::address::Address;
 
 pub(crate) use client::{MOST_PARALLEL, run};
-pub(crate) use report::Report;
+pub(crate) use report::StressReport;
 pub(crate) use server::serve;
 
 /// What a client does with each connection.
@@ -32,7 +32,7 @@ pub(crate) enum Load {
 
 /// What a client is to do.
 #[derive(Clone, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct StressPlan {
     pub(crate) address: Address,
     pub(crate) load: Load,
     /// Connections in all.
@@ -57,7 +57,7 @@ pub(crate) struct Plan {
 
 /// How far the clients are.
 #[derive(Debug, Default)]
-pub(crate) struct Progress {
+pub(crate) struct StressProgress {
     /// Connections that ended.
     pub(crate) ended: AtomicU64,
     /// Those of them that failed.

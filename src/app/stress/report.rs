@@ -7,14 +7,14 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use indicatif::BinaryBytes;
 
-use super::exchange::Done;
-use super::{Load, Plan};
+use super::exchange::TransferResult;
+use super::{Load, StressPlan};
 use crate::app::escape;
 use crate::error::counted;
 
 /// What came of a run.
 #[derive(Debug)]
-pub(crate) struct Report {
+pub(crate) struct StressReport {
     load: Load,
     seed: u64,
     wanted: u64,
@@ -28,9 +28,9 @@ pub(crate) struct Report {
     pub(super) latencies: Latencies,
 }
 
-impl Report {
-    pub(super) fn new(plan: &Plan) -> Report {
-        Report {
+impl StressReport {
+    pub(super) fn new(plan: &StressPlan) -> StressReport {
+        StressReport {
             load: plan.load,
             seed: plan.seed,
             wanted: plan.connections,
@@ -46,7 +46,7 @@ impl Report {
     }
 
     /// Counts a connection that ended.
-    pub(super) fn count(&mut self, done: &Done, whole: bool) {
+    pub(super) fn count(&mut self, done: &TransferResult, whole: bool) {
         self.sent += done.sent;
         self.received += done.received;
         match whole {
@@ -56,7 +56,7 @@ impl Report {
     }
 
     /// Takes the reason why a connection failed.
-    pub(super) fn fail(&mut self, why: &str, done: &Done) {
+    pub(super) fn fail(&mut self, why: &str, done: &TransferResult) {
         self.reasons.add(&escape::line(why), done);
     }
 
@@ -90,7 +90,7 @@ impl Report {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for StressReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.took.as_secs_f64().max(1e-9);
         let ended = self.whole + self.failed;
@@ -200,14 +200,14 @@ struct Reasons(BTreeMap<String, Reason>);
 struct Reason {
     count: u64,
     /// What the first such connection had done.
-    first: Done,
+    first: TransferResult,
 }
 
 /// Reasons that differ are told apart up to this number.
 const MOST_REASONS: usize = 20;
 
 impl Reasons {
-    fn add(&mut self, why: &str, done: &Done) {
+    fn add(&mut self, why: &str, done: &TransferResult) {
         let known = self.0.contains_key(why) || self.0.len() < MOST_REASONS;
         let why = if known { why } else { "other reasons" };
         let reason = self.0.entry(why.to_owned()).or_insert(Reason {
@@ -221,7 +221,7 @@ impl Reasons {
 impl fmt::Display for Reasons {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (why, Reason { count, first }) in &self.0 {
-            let Done { sent, received, .. } = first;
+            let TransferResult { sent, received, .. } = first;
             let at = match (sent, received, count) {
                 (0, 0, _) => String::new(),
                 (_, _, 1) => format!(" ({sent} bytes sent, {received} received)"),

@@ -12,15 +12,20 @@ use crate::lock::lock;
 use crate::name::SocketName;
 use crate::stream::Stream;
 
-use super::data::{Data, LONGEST_LINE, MARK, Request, Way};
+use super::data::{Data, LONGEST_LINE, MARK, StressRequest, Way};
 
 /// Serves clients until it is told to stop; with `verbose`, a line for each.
-pub(crate) fn serve(listener: &mut LastingListener, plan: serve::Plan, stop: &Stop, verbose: bool) {
+pub(crate) fn serve(
+    listener: &mut LastingListener,
+    plan: serve::ServePlan,
+    stop: &Stop,
+    verbose: bool,
+) {
     // Most clients come with the seed of the one before.
     let last: Mutex<Option<Data>> = Mutex::new(None);
     serve::serve(listener, plan, stop, |number, stream, peer| {
         let begun = Instant::now();
-        let outcome = one(stream, &last);
+        let outcome = serve_client(stream, &last);
         let took = begun.elapsed().as_secs_f64() * 1e3;
         match outcome {
             Ok((what, bytes)) if verbose => {
@@ -40,7 +45,7 @@ fn fail(number: u64, peer: SocketName, error: &io::Error, verbose: bool) {
 }
 
 /// Serves a client; what was done, and with how many bytes.
-fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
+fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
     let mut first = Vec::new();
     let Some(request) = request(stream, &mut first)? else {
         return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
@@ -53,13 +58,13 @@ fn one(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str,
         }
     };
     match request.way {
-        Way::Up => take(stream, &request, &data),
-        Way::Down => give(stream, &request, &data),
+        Way::Up => receive_upload(stream, &request, &data),
+        Way::Down => send_download(stream, &request, &data),
     }
 }
 
 /// Reads a request's line, and no byte more; or `None`, and what came instead of one.
-fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<Request>> {
+fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
     while came.len() < LONGEST_LINE {
         // Of a request that is under way, its line ends before anything else begins: bytes are read
         // one by one. Of anything else the first bytes tell.
@@ -80,7 +85,11 @@ fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<Request
     Ok(None)
 }
 
-fn take(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'static str, u64)> {
+fn receive_upload(
+    mut stream: &Stream,
+    request: &StressRequest,
+    data: &Data,
+) -> io::Result<(&'static str, u64)> {
     let mut buffer = vec![0; 256 * 1024];
     let mut taken = 0;
     let mut wrong = None;
@@ -104,22 +113,26 @@ fn take(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'st
         ),
     };
     stream.write_all(answer.as_bytes())?;
-    end(stream)?;
+    half_close_and_drain(stream)?;
     Ok(("taken", taken))
 }
 
-fn give(mut stream: &Stream, request: &Request, data: &Data) -> io::Result<(&'static str, u64)> {
+fn send_download(
+    mut stream: &Stream,
+    request: &StressRequest,
+    data: &Data,
+) -> io::Result<(&'static str, u64)> {
     let mut given = 0;
     while given < request.bytes {
         let len = (request.bytes - given).min(256 * 1024);
         given += stream.write(data.at(request.start + given, len))? as u64;
     }
-    end(stream)?;
+    half_close_and_drain(stream)?;
     Ok(("given", given))
 }
 
 /// Half-closes and reads to the client's EOF.
-fn end(mut stream: &Stream) -> io::Result<()> {
+fn half_close_and_drain(mut stream: &Stream) -> io::Result<()> {
     stream.half_close()?;
     while stream.read(&mut [0; 64])? > 0 {}
     Ok(())

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::queue::{Frame, Kept, MOST_KEPT};
+use super::queue::{MOST_KEPT, SyncQueue, SyslogFrame};
 use crate::address::Address;
-use crate::app::serve::{LOOK, Stop, again};
+use crate::app::serve::{LOOK, Stop, completed};
 use crate::stream::Stream;
 use crate::sys::Wanted;
 
@@ -39,10 +39,10 @@ const RECENT: Duration = Duration::from_secs(2);
 
 /// Where messages go.
 #[derive(Debug)]
-pub(super) struct Link<'a> {
+pub(super) struct SyslogLink<'a> {
     target: &'a Address,
     stop: &'a Stop,
-    connection: Option<Connection>,
+    connection: Option<SyslogConnection>,
     /// When the next dial may begin, and how long the pause is if that one fails.
     next: Instant,
     pause: Duration,
@@ -52,9 +52,9 @@ pub(super) struct Link<'a> {
     end: Cell<Option<Instant>>,
 }
 
-impl<'a> Link<'a> {
-    pub(super) fn new(target: &'a Address, stop: &'a Stop) -> Link<'a> {
-        Link {
+impl<'a> SyslogLink<'a> {
+    pub(super) fn new(target: &'a Address, stop: &'a Stop) -> SyslogLink<'a> {
+        SyslogLink {
             target,
             stop,
             connection: None,
@@ -84,10 +84,10 @@ impl<'a> Link<'a> {
 
     /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection
     /// has ended.
-    pub(super) fn deliver(&mut self, kept: &Kept) {
+    pub(super) fn deliver(&mut self, kept: &SyncQueue) {
         loop {
-            if let Some(why) = self.connection.as_mut().and_then(Connection::end_of) {
-                self.lose(kept, &why);
+            if let Some(why) = self.connection.as_mut().and_then(SyslogConnection::end_of) {
+                self.take_back_unconfirmed(kept, &why);
             }
             self.tell_recovery();
             if self.is_over() || !self.pause().is_zero() || kept.is_empty() {
@@ -113,7 +113,7 @@ impl<'a> Link<'a> {
             match written {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => return,
-                Err(e) => self.lose(kept, &e.to_string()),
+                Err(e) => self.take_back_unconfirmed(kept, &e.to_string()),
             }
         }
     }
@@ -124,13 +124,13 @@ impl<'a> Link<'a> {
             let stream = Stream::connect_unless(self.target, DIAL, &|| self.is_over());
             let stream = stream.map_err(|e| e.to_string())?;
             stream.set_nonblocking(true).map_err(|e| e.to_string())?;
-            self.connection = Some(Connection::new(stream));
+            self.connection = Some(SyslogConnection::new(stream));
         }
         Ok(())
     }
 
     /// Takes back what a lost connection was given.
-    fn lose(&mut self, kept: &Kept, why: &str) {
+    fn take_back_unconfirmed(&mut self, kept: &SyncQueue, why: &str) {
         let Some(connection) = self.connection.take() else {
             return;
         };
@@ -154,7 +154,11 @@ impl<'a> Link<'a> {
 
     /// Notes that a connection is one, once it has shown that.
     fn tell_recovery(&mut self) {
-        if self.connection.as_ref().is_none_or(Connection::is_young) {
+        if self
+            .connection
+            .as_ref()
+            .is_none_or(SyslogConnection::is_young)
+        {
             return;
         }
         self.pause = FIRST_PAUSE;
@@ -165,7 +169,7 @@ impl<'a> Link<'a> {
 
     /// Ends the connection, all that was written having arrived; how many messages may not have
     /// been delivered.
-    pub(super) fn end(mut self, kept: &Kept) -> u64 {
+    pub(super) fn end(mut self, kept: &SyncQueue) -> u64 {
         if let Some(mut connection) = self.connection.take()
             && (connection.end_of().is_some() || !connection.end())
         {
@@ -178,11 +182,11 @@ impl<'a> Link<'a> {
 
 /// A connection, and what it was given.
 #[derive(Debug)]
-struct Connection {
+struct SyslogConnection {
     stream: Stream,
     since: Instant,
     /// Written lately, or not taken yet; and when.
-    sent: VecDeque<(Instant, Frame)>,
+    sent: VecDeque<(Instant, SyslogFrame)>,
     sent_bytes: usize,
     /// When the peer said that it has nothing to say. It may have gone altogether: only a write
     /// tells.
@@ -193,9 +197,9 @@ struct Connection {
     torn: bool,
 }
 
-impl Connection {
-    fn new(stream: Stream) -> Connection {
-        Connection {
+impl SyslogConnection {
+    fn new(stream: Stream) -> SyslogConnection {
+        SyslogConnection {
             stream,
             since: Instant::now(),
             sent: VecDeque::new(),
@@ -214,14 +218,14 @@ impl Connection {
     fn end_of(&mut self) -> Option<String> {
         self.forget();
         loop {
-            match again((&self.stream).read(&mut [0; 512])) {
+            match completed((&self.stream).read(&mut [0; 512])) {
                 Ok(None) => return None,
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
                     // An empty write fails where the family tells a half-close from a close. TCP
                     // doesn't.
                     let gone =
-                        self.stream.is_hung_up() || again((&self.stream).write(&[])).is_err();
+                        self.stream.is_hung_up() || completed((&self.stream).write(&[])).is_err();
                     return gone.then(|| "it was ended".to_owned());
                 }
                 Ok(Some(_)) => {}
@@ -239,7 +243,7 @@ impl Connection {
         let mut moved = Instant::now();
         let mut stuck = false;
         while !rest.is_empty() {
-            if let Some(n) = again((&self.stream).write(rest))? {
+            if let Some(n) = completed((&self.stream).write(rest))? {
                 rest = &rest[n..];
                 moved = Instant::now();
                 continue;
@@ -269,7 +273,7 @@ impl Connection {
     }
 
     /// Keeps a frame that was written.
-    fn remember(&mut self, frame: Frame) {
+    fn remember(&mut self, frame: SyslogFrame) {
         self.sent_bytes += frame.len();
         self.sent.push_back((Instant::now(), frame));
         self.forget();
@@ -301,7 +305,7 @@ impl Connection {
     }
 
     /// Returns the frames that may be lost with it.
-    fn into_sent(self) -> impl DoubleEndedIterator<Item = Frame> {
+    fn into_sent(self) -> impl DoubleEndedIterator<Item = SyslogFrame> {
         self.sent.into_iter().map(|(_, frame)| frame)
     }
 

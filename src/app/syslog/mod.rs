@@ -23,8 +23,8 @@ use crate::stream::closer;
 use crate::sys::{self, AsSocket, Wanted};
 use crate::thread::start_scoped_thread;
 
-use link::Link;
-use queue::Kept;
+use link::SyslogLink;
+use queue::SyncQueue;
 
 /// How long a message may be; longer ones are cut off, as syslog daemons do. Linux'
 /// `net.core.wmem_default` lets no program send more than some 200 KiB.
@@ -66,19 +66,19 @@ impl Log {
 /// # Errors
 /// What taking messages says.
 pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> {
-    let kept = Kept::default();
+    let kept = SyncQueue::default();
     thread::scope(|scope| {
         // Apart from the dials, however long those take: the kernel keeps a few messages only, and
         // then programs wait.
         let taking = || {
-            let taken = take(log, &kept, stop);
+            let taken = receive_messages(log, &kept, stop);
             if taken.is_err() {
-                stop.ask();
+                stop.request_end();
             }
             taken
         };
         let taking = start_scoped_thread(scope, "hvsock-take", "to take messages", taking)?;
-        let mut link = Link::new(target, stop);
+        let mut link = SyslogLink::new(target, stop);
         while !(link.is_over() || taking.is_finished() && kept.is_empty()) {
             match link.pause() {
                 pause if pause.is_zero() => kept.wait(LOOK),
@@ -98,7 +98,7 @@ pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> 
 }
 
 /// Takes what programs write, until the end is asked for.
-fn take(mut log: Log, kept: &Kept, stop: &Stop) -> io::Result<()> {
+fn receive_messages(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<()> {
     let mut buffer = vec![0; LONGEST_MESSAGE];
     let mut watch = FileWatch::default();
     loop {
@@ -160,16 +160,16 @@ mod tests {
         let log = Log::bind(&path, 0o600).unwrap();
         let both = std::net::Shutdown::Both;
         socket2::SockRef::from(&log.socket).shutdown(both).unwrap();
-        let (kept, stop) = (Kept::default(), Stop::default());
+        let (kept, stop) = (SyncQueue::default(), Stop::default());
         thread::scope(|scope| {
-            let taking = scope.spawn(|| take(log, &kept, &stop));
+            let taking = scope.spawn(|| receive_messages(log, &kept, &stop));
             let program = UnixDatagram::unbound().unwrap();
             let deadline = Instant::now() + Duration::from_secs(20);
             while kept.is_empty() && Instant::now() < deadline {
                 let _ = program.send_to(b"hello", &path);
                 thread::sleep(Duration::from_millis(5));
             }
-            stop.ask();
+            stop.request_end();
             taking.join().unwrap().unwrap();
         });
         assert!(!kept.is_empty(), "nobody takes it");

@@ -12,12 +12,12 @@ use crate::lock::lock;
 pub(super) const MOST_KEPT: usize = 4 * 1024 * 1024;
 
 /// A message as it goes over the wire.
-pub(super) type Frame = Vec<u8>;
+pub(super) type SyslogFrame = Vec<u8>;
 
 /// Frames, the oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    frames: VecDeque<Frame>,
+    frames: VecDeque<SyslogFrame>,
     bytes: usize,
     /// How many were let go of.
     lost: u64,
@@ -32,7 +32,7 @@ impl Queue {
         self.trim();
     }
 
-    pub(super) fn pop(&mut self) -> Option<Frame> {
+    pub(super) fn pop(&mut self) -> Option<SyslogFrame> {
         let frame = self.frames.pop_front()?;
         self.bytes -= frame.len();
         Some(frame)
@@ -41,7 +41,7 @@ impl Queue {
     /// Puts frames before all others, themselves in this order.
     pub(super) fn put_back(
         &mut self,
-        frames: impl IntoIterator<Item = Frame, IntoIter: DoubleEndedIterator>,
+        frames: impl IntoIterator<Item = SyslogFrame, IntoIter: DoubleEndedIterator>,
     ) {
         for frame in frames.into_iter().rev() {
             self.bytes += frame.len();
@@ -71,12 +71,12 @@ impl Queue {
 
 /// A queue that two threads have.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct SyncQueue {
     queue: Mutex<Queue>,
     came: Condvar,
 }
 
-impl Kept {
+impl SyncQueue {
     pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
         lock(&self.queue)
     }

@@ -10,8 +10,8 @@ use ratatui::symbols::bar::NINE_LEVELS;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Gauge, Row, Table};
 
-use super::model::{Busy, Focus, Lane, Mode, Model, NAME, Sort, called};
-use crate::app::control::{Status, Vm, age};
+use super::model::{Busy, Focus, Lane, Mode, Model, NAME, Sort, short_name};
+use crate::app::control::{Status, VmInfo, age};
 use crate::error::counted;
 use crate::proxy::ConnectionState;
 
@@ -153,7 +153,7 @@ fn draw_help(frame: &mut Frame<'_>, area: Rect) {
     frame.render_widget(Table::new(rows, widths), area);
 }
 
-fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &Vm) {
+fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &VmInfo) {
     let name = match vm.directory.starts_with('/') {
         true => vm.directory.rsplit('/').find(|part| !part.is_empty()),
         false => Some(vm.directory.as_str()),
@@ -234,7 +234,7 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
     }
     let rows = lanes.iter().map(|lane| {
         let it = &lane.forward;
-        let mut cells = vec![Cell::from(called(it))];
+        let mut cells = vec![Cell::from(short_name(it))];
         if width >= LISTEN {
             cells.push(Cell::from(it.listen.as_str()));
         }

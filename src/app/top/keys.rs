@@ -9,7 +9,7 @@ const PAGE: isize = 10;
 
 /// What is to be done after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wish {
+pub(super) enum KeyAction {
     GoOn,
     End,
     /// Close the connection of that id.
@@ -17,36 +17,36 @@ pub(super) enum Wish {
 }
 
 /// Does what a key says.
-pub(super) fn press(model: &mut Model, key: KeyEvent) -> Wish {
+pub(super) fn handle_key(model: &mut Model, key: KeyEvent) -> KeyAction {
     if key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL) {
-        return Wish::End;
+        return KeyAction::End;
     }
     model.note = None;
     match model.mode {
         Mode::Command => command(model, key.code),
         Mode::Filter => {
             edit_filter(model, key.code);
-            Wish::GoOn
+            KeyAction::GoOn
         }
         Mode::Question(id) => {
             model.mode = Mode::Command;
             match key.code {
-                KeyCode::Char('y' | 'Y') => Wish::Close(id),
-                _ => Wish::GoOn,
+                KeyCode::Char('y' | 'Y') => KeyAction::Close(id),
+                _ => KeyAction::GoOn,
             }
         }
         Mode::Help => {
             model.mode = Mode::Command;
-            Wish::GoOn
+            KeyAction::GoOn
         }
     }
 }
 
-fn command(model: &mut Model, key: KeyCode) -> Wish {
+fn command(model: &mut Model, key: KeyCode) -> KeyAction {
     match key {
         // What was asked for last is taken back first.
         KeyCode::Esc if !model.filter.is_empty() => model.set_filter(String::new()),
-        KeyCode::Char('q') | KeyCode::Esc => return Wish::End,
+        KeyCode::Char('q') | KeyCode::Esc => return KeyAction::End,
         KeyCode::Char('?') => model.mode = Mode::Help,
         KeyCode::Char('/') => model.mode = Mode::Filter,
         KeyCode::Char('s') => model.sort_anew(),
@@ -57,15 +57,15 @@ fn command(model: &mut Model, key: KeyCode) -> Wish {
                 Focus::Forwards => Focus::Connections,
             };
         }
-        KeyCode::Down => model.go(1),
-        KeyCode::Up => model.go(-1),
-        KeyCode::PageDown => model.go(PAGE),
-        KeyCode::PageUp => model.go(-PAGE),
-        KeyCode::End => model.go(isize::MAX),
-        KeyCode::Home => model.go(isize::MIN),
+        KeyCode::Down => model.move_selection(1),
+        KeyCode::Up => model.move_selection(-1),
+        KeyCode::PageDown => model.move_selection(PAGE),
+        KeyCode::PageUp => model.move_selection(-PAGE),
+        KeyCode::End => model.move_selection(isize::MAX),
+        KeyCode::Home => model.move_selection(isize::MIN),
         _ => {}
     }
-    Wish::GoOn
+    KeyAction::GoOn
 }
 
 fn edit_filter(model: &mut Model, key: KeyCode) {

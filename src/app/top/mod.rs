@@ -22,7 +22,7 @@ use signal_hook::consts::{SIGHUP, SIGTERM};
 use crate::app::control::{self, Unanswered};
 use crate::sys::{self, Wanted};
 use crate::thread::start_thread;
-use keys::{Wish, press};
+use keys::{KeyAction, handle_key};
 use model::{Model, Sample};
 
 /// How often it is asked.
@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// If there is no answer at the start; the terminal's errors.
 pub(crate) fn run(path: &Path) -> io::Result<()> {
     let mut model = Model::default();
-    model.heard(ask(path).map_err(io::Error::other)?);
+    model.take_sample(ask(path).map_err(io::Error::other)?);
     let end = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&end))?;
@@ -63,10 +63,10 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
             if let Event::Key(key) = event::read()?
                 && key.kind == KeyEventKind::Press
             {
-                match press(&mut model, key) {
-                    Wish::GoOn => {}
-                    Wish::End => return Ok(()),
-                    Wish::Close(id) => close(path, id, answer.clone()),
+                match handle_key(&mut model, key) {
+                    KeyAction::GoOn => {}
+                    KeyAction::End => return Ok(()),
+                    KeyAction::Close(id) => close(path, id, answer.clone()),
                 }
             }
         }
@@ -109,8 +109,8 @@ fn close(path: &Path, id: u64, answer: Sender<String>) {
 fn take(model: &mut Model, told: &Receiver<Result<Sample, String>>) {
     for answer in told.try_iter() {
         match answer {
-            Ok(sample) => model.heard(sample),
-            Err(why) => model.lost(why),
+            Ok(sample) => model.take_sample(sample),
+            Err(why) => model.note_no_answer(why),
         }
     }
 }

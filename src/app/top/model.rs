@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::app::control::{Connection, Forward, Status};
+use crate::app::control::{ConnectionInfo, ForwardInfo, Status};
 
 /// How many rates are kept of a forward: no sparkline is longer.
 const HISTORY: usize = 120;
@@ -16,7 +16,7 @@ pub(super) const NAME: usize = 16;
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
     pub(super) status: Status,
-    pub(super) connections: Vec<Connection>,
+    pub(super) connections: Vec<ConnectionInfo>,
     pub(super) at: Instant,
 }
 
@@ -36,7 +36,7 @@ impl Rate {
 /// A forward, and how fast it was.
 #[derive(Clone, Debug)]
 pub(super) struct Lane {
-    pub(super) forward: Forward,
+    pub(super) forward: ForwardInfo,
     /// The latest is the last.
     pub(super) rates: VecDeque<Rate>,
 }
@@ -50,7 +50,7 @@ impl Lane {
 /// A connection, and how fast it is.
 #[derive(Clone, Debug)]
 pub(super) struct Busy {
-    pub(super) connection: Connection,
+    pub(super) connection: ConnectionInfo,
     /// What its forward is called.
     pub(super) forward: String,
     pub(super) rate: Rate,
@@ -81,20 +81,20 @@ pub(super) enum Sort {
 
 /// Which connections come first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Order {
+pub(super) enum SortOrder {
     #[default]
     Busiest,
     LongestIdle,
     Oldest,
 }
 
-impl Order {
+impl SortOrder {
     /// Returns what the list is headed with.
     pub(super) fn heading(self) -> &'static str {
         match self {
-            Order::Busiest => "BUSIEST",
-            Order::LongestIdle => "LONGEST IDLE",
-            Order::Oldest => "OLDEST",
+            SortOrder::Busiest => "BUSIEST",
+            SortOrder::LongestIdle => "LONGEST IDLE",
+            SortOrder::Oldest => "OLDEST",
         }
     }
 }
@@ -132,7 +132,7 @@ pub(super) struct Model {
     pub(super) sort: Sort,
     /// How many forwards are above those shown.
     pub(super) scrolled: usize,
-    pub(super) order: Order,
+    pub(super) order: SortOrder,
     pub(super) focus: Focus,
     pub(super) mode: Mode,
     /// The id of the connection that is chosen.
@@ -145,7 +145,7 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn heard(&mut self, sample: Sample) {
+    pub(super) fn take_sample(&mut self, sample: Sample) {
         let same = |it: &Status| it.pid == sample.status.pid;
         if !self.status.as_ref().is_some_and(same) {
             // Started anew: what was counted then says nothing.
@@ -166,13 +166,13 @@ impl Model {
     }
 
     /// Notes that there is no answer any more.
-    pub(super) fn lost(&mut self, why: String) {
+    pub(super) fn note_no_answer(&mut self, why: String) {
         self.trouble = Some(why);
     }
 
-    fn hear_forwards(&mut self, forwards: &[Forward], passed: Option<Duration>) {
+    fn hear_forwards(&mut self, forwards: &[ForwardInfo], passed: Option<Duration>) {
         let before = self.lanes.drain(..);
-        let key = |it: &Forward| (it.id, it.id.is_none().then(|| it.label()));
+        let key = |it: &ForwardInfo| (it.id, it.id.is_none().then(|| it.label()));
         let mut before: HashMap<_, Lane> = before.map(|it| (key(&it.forward), it)).collect();
         for forward in forwards {
             let mut lane = before.remove(&key(forward)).unwrap_or_else(|| Lane {
@@ -192,13 +192,13 @@ impl Model {
         }
     }
 
-    fn hear_connections(&mut self, connections: Vec<Connection>, passed: Option<Duration>) {
+    fn hear_connections(&mut self, connections: Vec<ConnectionInfo>, passed: Option<Duration>) {
         let before = self.connections.drain(..).map(|it| it.connection);
-        let before: HashMap<u64, Connection> = before.map(|it| (it.id, it)).collect();
+        let before: HashMap<u64, ConnectionInfo> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
-        let names = names.filter_map(|it| Some((it.id?, called(it))));
+        let names = names.filter_map(|it| Some((it.id?, short_name(it))));
         let names: HashMap<u64, String> = names.collect();
-        let busy = |connection: Connection| {
+        let busy = |connection: ConnectionInfo| {
             // A new one has moved all of it since we last heard.
             let was = before.get(&connection.id);
             let (sent, received) = was.map_or((0, 0), |was| (was.sent, was.received));
@@ -221,16 +221,16 @@ impl Model {
         let all = self.connections.iter();
         let mut shown: Vec<&Busy> = all.filter(|it| it.has(&wanted)).collect();
         match self.order {
-            Order::Busiest => shown.sort_by_key(|it| {
+            SortOrder::Busiest => shown.sort_by_key(|it| {
                 let moved = it.connection.sent.saturating_add(it.connection.received);
                 (Reverse((it.rate.sum(), moved)), it.connection.id)
             }),
-            Order::LongestIdle => shown.sort_by(|a, b| {
+            SortOrder::LongestIdle => shown.sort_by(|a, b| {
                 let (a, b) = (&a.connection, &b.connection);
                 let longest = b.idle_seconds.total_cmp(&a.idle_seconds);
                 longest.then(a.id.cmp(&b.id))
             }),
-            Order::Oldest => shown.sort_by_key(|it| it.connection.id),
+            SortOrder::Oldest => shown.sort_by_key(|it| it.connection.id),
         }
         shown
     }
@@ -243,7 +243,7 @@ impl Model {
     }
 
     /// Chooses the connection at a place, or the last if there are fewer.
-    fn choose(&mut self, place: usize) {
+    fn select_row(&mut self, place: usize) {
         let shown = self.shown();
         let id = shown.get(place).or(shown.last());
         self.chosen = id.map(|it| it.connection.id);
@@ -254,17 +254,17 @@ impl Model {
         if let Some(place) = place
             && self.chosen_place().is_none()
         {
-            self.choose(place);
+            self.select_row(place);
         }
     }
 
     /// Goes up or down in the list that the keys are for.
-    pub(super) fn go(&mut self, by: isize) {
+    pub(super) fn move_selection(&mut self, by: isize) {
         match self.focus {
             Focus::Forwards => self.scroll(by),
             Focus::Connections => match self.chosen_place() {
-                None => self.choose(0),
-                Some(place) => self.choose(place.saturating_add_signed(by)),
+                None => self.select_row(0),
+                Some(place) => self.select_row(place.saturating_add_signed(by)),
             },
         }
     }
@@ -275,9 +275,9 @@ impl Model {
             Focus::Forwards => self.sort_forwards_anew(),
             Focus::Connections => {
                 self.order = match self.order {
-                    Order::Busiest => Order::LongestIdle,
-                    Order::LongestIdle => Order::Oldest,
-                    Order::Oldest => Order::Busiest,
+                    SortOrder::Busiest => SortOrder::LongestIdle,
+                    SortOrder::LongestIdle => SortOrder::Oldest,
+                    SortOrder::Oldest => SortOrder::Busiest,
                 };
             }
         }
@@ -350,7 +350,7 @@ fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
 }
 
 /// Returns what a forward is called in a narrow column: where it listens, if it has no name.
-pub(super) fn called(forward: &Forward) -> String {
+pub(super) fn short_name(forward: &ForwardInfo) -> String {
     if let Some(name) = &forward.name {
         return name.clone();
     }

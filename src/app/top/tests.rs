@@ -8,15 +8,15 @@ use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::style::Modifier;
 
 use super::draw::{draw, sparkline};
-use super::keys::{Wish, press};
-use super::model::{Model, Sample, Sort, called};
-use crate::app::control::{Connection, Forward, Process, Status, Vm};
+use super::keys::{KeyAction, handle_key};
+use super::model::{Model, Sample, Sort, short_name};
+use crate::app::control::{ConnectionInfo, ForwardInfo, ProcessInfo, Status, VmInfo};
 use crate::proxy::{ConnectionState, Counters, Rule, VmStatus};
 
-fn forward(id: u64, sent: u64, received: u64) -> Forward {
+fn forward(id: u64, sent: u64, received: u64) -> ForwardInfo {
     let listen = format!("tcp://127.0.0.1:80{id}");
     let connect = "hyperkit://:80/var/vm";
-    Forward {
+    ForwardInfo {
         id: Some(id),
         name: Some(format!("web{id}")),
         listen: listen.clone(),
@@ -25,7 +25,7 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
         why: None,
         since: None,
         note: None,
-        vm: Some(Vm {
+        vm: Some(VmInfo {
             directory: "/var/vm".to_owned(),
             status: VmStatus {
                 connections: 450,
@@ -56,8 +56,8 @@ fn forward(id: u64, sent: u64, received: u64) -> Forward {
     }
 }
 
-fn connection(id: u64, forward: u64, sent: u64) -> Connection {
-    Connection {
+fn connection(id: u64, forward: u64, sent: u64) -> ConnectionInfo {
+    ConnectionInfo {
         id,
         forward,
         peer: Some(format!("tcp://127.0.0.1:5000{id}")),
@@ -72,7 +72,7 @@ fn connection(id: u64, forward: u64, sent: u64) -> Connection {
     }
 }
 
-fn sample(at: Instant, forwards: Vec<Forward>, connections: Vec<Connection>) -> Sample {
+fn sample(at: Instant, forwards: Vec<ForwardInfo>, connections: Vec<ConnectionInfo>) -> Sample {
     Sample {
         status: Status {
             file: None,
@@ -101,14 +101,14 @@ fn model() -> Model {
     let mut model = Model::default();
     let first = vec![forward(1, 1000, 0), forward(2, 0, 77)];
     let connections = vec![connection(1, 1, 10), connection(2, 1, 0)];
-    model.heard(sample(start, first, connections));
+    model.take_sample(sample(start, first, connections));
     let next = vec![forward(1, 1000 + 4096, 0), forward(2, 0, 77 + 10_240)];
     let connections = vec![
         connection(1, 1, 10),
         connection(2, 1, 4096),
         connection(3, 9, 2048),
     ];
-    model.heard(sample(start + Duration::from_secs(2), next, connections));
+    model.take_sample(sample(start + Duration::from_secs(2), next, connections));
     model
 }
 
@@ -132,16 +132,16 @@ fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
 }
 
 /// Presses keys, one after the other; what comes of the last.
-fn keys(model: &mut Model, codes: &[KeyCode]) -> Wish {
-    let mut wish = Wish::GoOn;
+fn keys(model: &mut Model, codes: &[KeyCode]) -> KeyAction {
+    let mut wish = KeyAction::GoOn;
     for code in codes {
-        wish = press(model, KeyEvent::new(*code, KeyModifiers::NONE));
+        wish = handle_key(model, KeyEvent::new(*code, KeyModifiers::NONE));
     }
     wish
 }
 
 /// Presses the keys of a text.
-fn write(model: &mut Model, text: &str) -> Wish {
+fn write(model: &mut Model, text: &str) -> KeyAction {
     let codes: Vec<KeyCode> = text.chars().map(KeyCode::Char).collect();
     keys(model, &codes)
 }
@@ -171,7 +171,7 @@ fn a_proxy_that_was_started_anew_has_no_rates_of_the_old_one() {
     let mut model = model();
     let mut again = sample(Instant::now(), vec![forward(1, 9_999_999, 0)], Vec::new());
     again.status.pid = 8;
-    model.heard(again);
+    model.take_sample(again);
     assert_eq!(model.lanes()[0].rates.len(), 1);
     assert_eq!(model.lanes()[0].rate().sent, 0);
 }
@@ -223,11 +223,11 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
 #[test]
 fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
     let mut model = model();
-    model.lost("connection refused".to_owned());
+    model.note_no_answer("connection refused".to_owned());
     let lost = screen(&model, 80, 20);
     line(&lost, "no answer any more: connection refused");
     line(&lost, "web1");
-    model.heard(sample(Instant::now(), vec![forward(1, 0, 0)], Vec::new()));
+    model.take_sample(sample(Instant::now(), vec![forward(1, 0, 0)], Vec::new()));
     assert!(!screen(&model, 80, 20).contains("no answer"));
 }
 
@@ -252,7 +252,7 @@ fn a_forward_without_a_name_is_called_by_where_it_listens() {
         let mut forward = forward(1, 0, 0);
         forward.name = None;
         forward.listen = listen.to_owned();
-        called(&forward)
+        short_name(&forward)
     };
     assert_eq!(of("tcp://127.0.0.1:8080"), "127.0.0.1:8080");
     assert_eq!(of("unix:///run/user/1000/docker.sock"), "…000/docker.sock");
@@ -275,13 +275,13 @@ fn idle_time_and_state_are_there_on_80_columns() {
     half.state = ConnectionState::HalfClosedByClient;
     half.idle_seconds = 3700.0;
     half.peer = None;
-    half.process = Some(Process {
+    half.process = Some(ProcessInfo {
         pid: Some(4711),
         program: Some("curl".to_owned()),
         user: 501,
     });
     let forwards = vec![forward(1, 0, 0)];
-    model.heard(sample(Instant::now(), forwards, vec![half]));
+    model.take_sample(sample(Instant::now(), forwards, vec![half]));
     let narrow = screen(&model, 80, 24);
     let row = line(&narrow, "curl[4711]");
     for part in ["web1", "client ended", "1 h"] {
@@ -313,11 +313,11 @@ fn connections_are_sorted_by_what_is_wanted() {
 #[test]
 fn the_chosen_connection_stays_chosen_and_in_sight() {
     let mut model = Model::default();
-    let many = |ids: std::ops::Range<u64>| -> Vec<Connection> {
+    let many = |ids: std::ops::Range<u64>| -> Vec<ConnectionInfo> {
         ids.map(|id| connection(id, 1, 0)).collect()
     };
     let forwards = vec![forward(1, 0, 0)];
-    model.heard(sample(Instant::now(), forwards.clone(), many(0..50)));
+    model.take_sample(sample(Instant::now(), forwards.clone(), many(0..50)));
     assert_eq!(chosen_line(&model, 80, 20), None);
     write(&mut model, "ss");
     keys(&mut model, &[KeyCode::Down; 31]);
@@ -325,12 +325,12 @@ fn the_chosen_connection_stays_chosen_and_in_sight() {
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
     line(&screen(&model, 80, 20), "OLDEST +");
     // Others go, and it is still the one.
-    model.heard(sample(Instant::now(), forwards.clone(), many(20..50)));
+    model.take_sample(sample(Instant::now(), forwards.clone(), many(20..50)));
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
     // It goes, and the next has its place.
     let mut left = many(20..50);
     left.retain(|it| it.id != 30);
-    model.heard(sample(Instant::now(), forwards, left));
+    model.take_sample(sample(Instant::now(), forwards, left));
     assert!(chosen(&model).contains(":500031"), "{}", chosen(&model));
     keys(&mut model, &[KeyCode::End]);
     assert!(chosen(&model).contains(":500049"), "{}", chosen(&model));
@@ -346,33 +346,33 @@ fn a_filter_shows_those_with_a_text_and_is_taken_back() {
     line(&screen(&model, 80, 20), "find: REMO");
     assert_eq!(shown(&model), 1);
     // What is written is no command.
-    assert_eq!(write(&mut model, "q"), Wish::GoOn);
+    assert_eq!(write(&mut model, "q"), KeyAction::GoOn);
     assert_eq!(shown(&model), 0);
     keys(&mut model, &[KeyCode::Backspace, KeyCode::Enter]);
     line(&screen(&model, 80, 20), "BUSIEST: REMO");
     assert_eq!(shown(&model), 1);
-    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::GoOn);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), KeyAction::GoOn);
     assert_eq!(shown(&model), 3);
-    assert_eq!(keys(&mut model, &[KeyCode::Esc]), Wish::End);
+    assert_eq!(keys(&mut model, &[KeyCode::Esc]), KeyAction::End);
 }
 
 #[test]
 fn one_is_closed_after_a_question_and_only_the_chosen_one() {
     let mut model = model();
-    assert_eq!(write(&mut model, "k"), Wish::GoOn);
+    assert_eq!(write(&mut model, "k"), KeyAction::GoOn);
     line(&screen(&model, 80, 20), "choose a connection first");
-    assert_eq!(write(&mut model, "y"), Wish::GoOn);
+    assert_eq!(write(&mut model, "y"), KeyAction::GoOn);
     // The busiest is the second.
     keys(&mut model, &[KeyCode::Down, KeyCode::Char('k')]);
     let question = screen(&model, 80, 20);
     line(&question, "close 2 of web1, from 127.0.0.1:50002? y/n");
     line(&screen(&model, 40, 12), "close 2, 127.0.0.1:50002? y/n");
     for no in ["n", "k", "q"] {
-        assert_eq!(write(&mut model, no), Wish::GoOn);
+        assert_eq!(write(&mut model, no), KeyAction::GoOn);
         assert!(!screen(&model, 80, 20).contains("y/n"));
         write(&mut model, "k");
     }
-    assert_eq!(write(&mut model, "y"), Wish::Close(2));
+    assert_eq!(write(&mut model, "y"), KeyAction::Close(2));
     model.note = Some("closed 2".to_owned());
     line(&screen(&model, 80, 20), "closed 2");
     write(&mut model, "s");
@@ -394,7 +394,7 @@ fn help_tells_of_all_keys_and_any_key_leaves_it() {
         ] {
             line(&help, part);
         }
-        assert_eq!(write(&mut model, "q"), Wish::GoOn);
+        assert_eq!(write(&mut model, "q"), KeyAction::GoOn);
         line(&screen(&model, width, height), "50002");
     }
 }

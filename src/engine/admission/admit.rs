@@ -170,7 +170,7 @@ impl Gate {
         }
         let reserved = state.quotas.reserve(Holder::Forward(forward), slots);
         if let (Ok(()), Some(what)) = (reserved, while_down) {
-            *state.forwards.of(what) += 1;
+            *state.forwards.count_of(what) += 1;
         }
         state.reserve_for_probes();
         reserved.map(|()| Reservation {

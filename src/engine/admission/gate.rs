@@ -408,7 +408,7 @@ impl Gate {
 
     pub(super) fn forget_vm(&self, state: &mut GateState) {
         state.epoch += 1;
-        self.heard.forget();
+        self.heard.forget_time();
         state.quotas.clear();
         state.others = OtherSlots::default();
         (state.guests, state.turned_away) = (0, 0);
@@ -461,7 +461,10 @@ impl Gate {
             reserved: state.quotas.kept(),
             unanswered: self.unanswered(),
             last_heard: self.heard.at().map(|then| wall_time(then, now)),
-            silent_since: state.silence.since().map(|then| wall_time(then, now)),
+            silent_since: state
+                .silence
+                .silent_since()
+                .map(|then| wall_time(then, now)),
             paused: state.silence.is_stopped(),
             up: state.health.is_up().filter(|_| !state.is_hanging(now)),
             gone_since: state.health.gone_since(),

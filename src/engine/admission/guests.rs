@@ -26,7 +26,7 @@ const FOR_THE_OTHERS: usize = 4;
 
 /// A dial that a guest has made: its slot, and whether it is served.
 #[derive(Debug)]
-pub(crate) struct Guest {
+pub(crate) struct GuestSlot {
     pub(crate) slot: Slot,
     pub(crate) served: Result<(), NotServed>,
 }
@@ -72,7 +72,7 @@ impl Gate {
         forward: ForwardId,
         limit: Option<ReachedLimit>,
         now: Instant,
-    ) -> Guest {
+    ) -> GuestSlot {
         if self.is_seen_by_dials() {
             self.mark_up(now);
         }
@@ -100,7 +100,7 @@ impl Gate {
                 "the guest of the VM at {vm} dials more than can be served: {why}; such dials are ended at once (does a target hang? `hvsock status` counts them)"
             );
         }
-        Guest { slot, served }
+        GuestSlot { slot, served }
     }
 }
 

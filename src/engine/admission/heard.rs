@@ -24,12 +24,12 @@ impl LastHeard {
     }
 
     /// Notes that something has come from the guest.
-    pub(crate) fn note(&self, now: Instant) {
+    pub(crate) fn note_heard(&self, now: Instant) {
         self.at.fetch_max(self.number(now), Ordering::Relaxed);
     }
 
     /// Forgets the time, because the VM is another one now.
-    pub(crate) fn forget(&self) {
+    pub(crate) fn forget_time(&self) {
         self.at.store(0, Ordering::Relaxed);
     }
 
@@ -59,10 +59,10 @@ mod tests {
         let then = Instant::now();
         let heard = LastHeard::default();
         assert_eq!(heard.at(), None);
-        heard.note(then);
+        heard.note_heard(then);
         assert_eq!(heard.at(), Some(then));
         assert!(!heard.is_due(then + STEP / 2));
-        heard.note(then + 2 * STEP);
+        heard.note_heard(then + 2 * STEP);
         assert_eq!(heard.at(), Some(then + 2 * STEP));
     }
 }

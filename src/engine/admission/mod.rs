@@ -43,7 +43,7 @@ mod slot;
 
 pub(crate) use admit::Admission;
 pub(crate) use gate::{Full, Gate, GateId, GateLimits, SlotWake, Wake};
-pub(crate) use guests::{Guest, NotServed};
+pub(crate) use guests::{GuestSlot, NotServed};
 pub(crate) use silence::SilenceCheck;
 pub(crate) use slot::{DrainEnd, Reservation, Slot};
 

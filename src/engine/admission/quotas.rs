@@ -20,7 +20,7 @@ pub(crate) enum Holder {
     TurnedAway,
     /// A process whose listeners this one has taken over, until it has ended.
     Predecessor,
-    /// The slots that no close gives back: see [`Slot::lose`](super::Slot::lose).
+    /// The slots that no close gives back: see [`Slot::mark_lost`](super::Slot::mark_lost).
     Lost,
 }
 

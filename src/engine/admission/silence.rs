@@ -209,7 +209,7 @@ mod tests {
         }
         check(30);
         assert!(is_silent(&gate, start));
-        let since = gate.state().silence.since();
+        let since = gate.state().silence.silent_since();
         assert_eq!(since, Some(start));
         for seconds in [31, 100, 3600] {
             assert_eq!(check(seconds), SilenceCheck::Done);

@@ -74,7 +74,7 @@ impl Silence {
     }
 
     /// Returns the time since which the guest is silent, if that was reported.
-    pub(super) fn since(&self) -> Option<Instant> {
+    pub(super) fn silent_since(&self) -> Option<Instant> {
         self.reported.map(|(since, _)| since)
     }
 

@@ -113,7 +113,7 @@ impl Slot {
         // The lock is taken at most once a second: what an older VM left behind says nothing about
         // this one.
         if gate.heard.is_due(now) && gate.state().epoch == self.epoch {
-            gate.heard.note(now);
+            gate.heard.note_heard(now);
         }
     }
 
@@ -191,7 +191,7 @@ impl Slot {
     /// Notes that the connection is closed though its guest has not ended it, and may never do:
     /// then the device's slot is taken as long as the VM lives, where it [can
     /// be](Slot::can_be_lost).
-    pub(crate) fn lose(&mut self) {
+    pub(crate) fn mark_lost(&mut self) {
         self.is_lost = self.can_be_lost();
     }
 
@@ -269,7 +269,7 @@ impl Drop for Reservation {
         let mut state = self.gate.state();
         state.quotas.release(Holder::Forward(self.forward));
         if let Some(what) = self.while_down {
-            *state.forwards.of(what) -= 1;
+            *state.forwards.count_of(what) -= 1;
         }
         state.reserve_for_probes();
         state.wake();

@@ -386,7 +386,7 @@ const OTHER: ForwardId = ForwardId(2);
 fn a_guests_dials_leave_slots_for_the_host() {
     let gate = gate(900, 64);
     let now = Instant::now();
-    let mut guests: Vec<Guest> = (0..800)
+    let mut guests: Vec<GuestSlot> = (0..800)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(guests.iter().all(|guest| guest.served.is_ok()));
@@ -443,7 +443,7 @@ fn one_of_several_forwards_does_not_take_a_guests_whole_quota() {
             .count_guest_forward(&gate)
     };
     let (_one, other) = (kept(ONE), kept(OTHER));
-    let mut hanging: Vec<Guest> = (0..6)
+    let mut hanging: Vec<GuestSlot> = (0..6)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(hanging.iter().all(|guest| guest.served.is_ok()));
@@ -486,7 +486,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
         other => panic!("{other:?}"),
     };
     let (mut first, second) = (dial(one), dial(one));
-    first.lose();
+    first.mark_lost();
     drop((first, second));
     let status = gate.status(now);
     assert_eq!((status.connections, status.lost), (0, 1));
@@ -495,7 +495,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     let why = Full::Live { cap: 2, lost: 1 };
     assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
     drop(third);
-    gate.accept(ONE, None, Instant::now()).slot.lose();
+    gate.accept(ONE, None, Instant::now()).slot.mark_lost();
     assert_eq!(gate.lost(), 2);
     assert!(gate.begin_look(now, Duration::ZERO));
     gate.take_look(&look(two), now);
@@ -503,7 +503,7 @@ fn a_lost_slot_is_taken_until_the_vm_is_another_one() {
     // What an older VM had lost is not this one's.
     let mut old = dial(two);
     gate.note_vm_gone();
-    old.lose();
+    old.mark_lost();
     drop(old);
     assert_eq!((gate.lost(), gate.live()), (0, 0));
 }
@@ -547,7 +547,7 @@ fn two_processes_have_no_more_slots_than_one() {
     let now = Instant::now();
     let (old, new) = (gate(20, 400), gate(20, 400));
     let mut live: Vec<Slot> = (0..6).map(|_| go(&old, now)).collect();
-    live.pop().unwrap().lose();
+    live.pop().unwrap().mark_lost();
     let waiting = old.queue_always(ONE);
     let free = |gate: &Gate| gate.state().quotas.free_for(Holder::Forward(ONE));
     // For a moment both may accept.
@@ -590,7 +590,7 @@ fn a_worker_that_waits_for_a_probe_is_no_client_that_waits_for_a_slot() {
     let is_in_the_way = |now| drains[0].may_give_up_drain(DrainEnd::InTheWay, now);
     let later = now + Duration::from_secs(1);
     assert!(!is_in_the_way(later));
-    let guests: Vec<Guest> = (0..15)
+    let guests: Vec<GuestSlot> = (0..15)
         .map(|_| gate.accept(ONE, None, Instant::now()))
         .collect();
     assert!(gate.queue(ONE, 1, &wake).is_err());
@@ -636,7 +636,7 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
         let now = Instant::now();
         // None of them is kept for probes.
         let _kept = gate.reserve(ONE, 0, Some(WhileDown::HoldsClients)).unwrap();
-        let guests: Vec<Guest> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
+        let guests: Vec<GuestSlot> = (0..9).map(|_| gate.accept(ONE, None, now)).collect();
         assert_eq!(guests[7].served, Ok(()));
         assert_eq!(guests[8].served, Err(NotServed::GuestQuota(8)));
         drop(guests);
@@ -644,7 +644,7 @@ fn a_vm_of_any_family_has_its_limit_and_loses_no_slot() {
         let why = Full::Live { cap: 9, lost: 0 };
         let full = gate.admit(ONE, now);
         assert!(matches!(full, Admission::Full(it) if it == why), "{full:?}");
-        slots.iter_mut().for_each(Slot::lose);
+        slots.iter_mut().for_each(Slot::mark_lost);
         drop(slots);
         assert_eq!((gate.live(), gate.lost()), (0, 0));
     }
@@ -737,7 +737,7 @@ fn the_end_of_a_vm_is_no_answer_and_leaves_nothing_behind() {
     // Its other connections say nothing about the VM that is started next.
     drop(go(&gate, now));
     second.note_vm_end(now);
-    second.lose();
+    second.mark_lost();
     drop((first, second));
     let status = gate.status(now);
     assert_eq!((status.up, status.lost), (Some(true), 0));

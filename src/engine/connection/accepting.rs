@@ -60,7 +60,7 @@ impl<S: ConnectionSocket> Connection<S> {
         }
         connection.slots = slots;
         connection.retries = retries;
-        connection.debug(|| debug!("accepted"));
+        connection.log_debug(|| debug!("accepted"));
         connection.notify(What::Accepted);
         connection
     }

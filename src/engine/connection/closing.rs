@@ -81,7 +81,7 @@ impl<S: ConnectionSocket> Connection<S> {
     pub(super) fn begin_closing(&mut self, ends: [Option<Closing<S>>; 2], cx: &mut Context<'_, S>) {
         let time = time_to_close(&self.forward, &ends, cx.phase);
         self.wake_at = None;
-        let times = ClosingTimes::until(Some(after(cx.now, time)));
+        let times = ClosingTimes::ending_at(Some(after(cx.now, time)));
         self.enter(State::Closing { ends, times });
         self.go_on_closing(cx);
     }
@@ -115,7 +115,7 @@ impl<S: ConnectionSocket> Connection<S> {
         if cx.resumed_at == Some(now) && !is_closed {
             // Invariant 9: the peer may have been frozen as well, and had no time to answer.
             let drain = self.forward.rule.timeouts.drain;
-            times.prolong(after(now, LAST_DRAIN.min(drain)));
+            times.extend_to(after(now, LAST_DRAIN.min(drain)));
         }
         // A side that never had a socket, or whose socket was reset, needs no slot any more, even
         // while the other side is drained.
@@ -128,7 +128,7 @@ impl<S: ConnectionSocket> Connection<S> {
         match times.settled() {
             Some(at) if is_closed && cx.phase == Phase::Running => self.wake_at = Some(at),
             _ if is_closed => self.close(cx),
-            _ if times.are_over(now) => self.abandon(cx),
+            _ if times.are_over(now) => self.close_by_force(cx),
             _ => self.wake_at = times.next(check_at).or(self.wake_at),
         }
     }
@@ -326,7 +326,7 @@ impl<S: ConnectionSocket> Connection<S> {
             Gone::Sending if self.can_lose_slot(side) => cx.request(Action::Discard(end.socket)),
             Gone::Sending | Gone::Silent => {
                 if let Some(slot) = &mut self.slots[side] {
-                    slot.lose();
+                    slot.mark_lost();
                 }
                 self.close_socket(side, end, cx);
             }
@@ -341,7 +341,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Closes by force what has not ended in time.
-    pub(crate) fn abandon(&mut self, cx: &mut Context<'_, S>) {
+    pub(crate) fn close_by_force(&mut self, cx: &mut Context<'_, S>) {
         let State::Closing { ends, .. } = &mut self.state else {
             return;
         };
@@ -389,7 +389,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
         }
         let is_closed = ends.iter().all(Option::is_none);
-        let at = match times.end() {
+        let at = match times.forced_at() {
             // Its slots are not waited for.
             _ if is_closed && cx.phase > Phase::Running => cx.now,
             None if cx.phase == Phase::Running => return,

@@ -17,13 +17,13 @@ pub(crate) struct ClosingTimes {
 
 impl ClosingTimes {
     /// Makes the times of a closing that may take until then; `None`: until the proxy stops.
-    pub(super) fn until(until: Option<Instant>) -> ClosingTimes {
+    pub(super) fn ending_at(until: Option<Instant>) -> ClosingTimes {
         let settled = None;
         ClosingTimes { until, settled }
     }
 
     /// Returns when what has not ended is closed by force, if not when the proxy stops.
-    pub(crate) fn end(self) -> Option<Instant> {
+    pub(crate) fn forced_at(self) -> Option<Instant> {
         self.until
     }
 
@@ -33,7 +33,7 @@ impl ClosingTimes {
     }
 
     /// Gives what has not ended time until then at least.
-    pub(super) fn prolong(&mut self, at: Instant) {
+    pub(super) fn extend_to(&mut self, at: Instant) {
         self.until = self.until.map(|until| until.max(at));
     }
 

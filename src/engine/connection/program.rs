@@ -57,7 +57,7 @@ impl<S: ConnectionSocket> Connection<S> {
             self.program = Program::Awaited(until);
             self.enter(State::Closing {
                 ends: [None, None],
-                times: ClosingTimes::until(Some(until)),
+                times: ClosingTimes::ending_at(Some(until)),
             });
             // What both sides had is given back in the next turn.
             cx.has_more_work = true;

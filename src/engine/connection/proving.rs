@@ -54,13 +54,13 @@ impl<S: ConnectionSocket> Connection<S> {
         let ends = [None, Some(end)];
         let state = State::Closing {
             ends,
-            times: ClosingTimes::until(until),
+            times: ClosingTimes::ending_at(until),
         };
         let no_client = Peer {
             name: SocketName::Unnamed,
             process: None,
         };
-        let mut connection = Connection::unnamed(forward, no_client, state, now);
+        let mut connection = Connection::internal(forward, no_client, state, now);
         connection.is_inherited = is_inherited;
         connection.slots[Side::Server] = Some(slot);
         connection

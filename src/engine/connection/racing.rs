@@ -39,7 +39,7 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         match connect {
             Ok(dialled) if dialled.watched.is_ok() => {
-                let before = std::mem::replace(server, checked(dialled.socket));
+                let before = std::mem::replace(server, end_to_check(dialled.socket));
                 if let Some(oldest) = race.take_before(before.socket, cx.now) {
                     cx.request(Action::Discard(oldest.socket));
                     self.note_failed(&oldest.endpoint, cx);
@@ -67,7 +67,7 @@ impl<S: ConnectionSocket> Connection<S> {
         };
         let look = race.look_at_earlier(cx.now, |it| it.connected());
         if let Some((winner, later)) = look.winner {
-            let latest = std::mem::replace(server, checked(winner));
+            let latest = std::mem::replace(server, end_to_check(winner));
             // Those that were begun after it have had less time.
             for socket in later.into_iter().chain([latest.socket]) {
                 cx.request(Action::Discard(socket));
@@ -88,7 +88,7 @@ impl<S: ConnectionSocket> Connection<S> {
         let Some((socket, failed)) = race.return_to_earlier(cx.now) else {
             return false;
         };
-        let latest = std::mem::replace(server, checked(socket));
+        let latest = std::mem::replace(server, end_to_check(socket));
         cx.request(Action::Discard(latest.socket));
         if let Some(endpoint) = failed {
             self.note_failed(&endpoint, cx);
@@ -169,7 +169,7 @@ impl<S: ConnectionSocket> Connection<S> {
 }
 
 /// Makes an end that counts as writable, so that its socket is asked whether it is connected.
-fn checked<S: ConnectionSocket>(socket: S) -> End<S> {
+fn end_to_check<S: ConnectionSocket>(socket: S) -> End<S> {
     let mut end = End::new(socket);
     end.latch(Readiness {
         writable: true,

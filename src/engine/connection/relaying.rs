@@ -51,7 +51,7 @@ impl<S: ConnectionSocket> Connection<S> {
             }
             other => return self.state = other,
         };
-        self.debug(|| debug!("connected"));
+        self.log_debug(|| debug!("connected"));
         self.notify(What::Connected);
         add_one(&self.forward.tally.connected);
         self.forward.mark_up(cx.now);
@@ -165,12 +165,12 @@ impl<S: ConnectionSocket> Connection<S> {
             self.idle.note_half_close(now);
         }
         if has_vm_ended.contains(&true) {
-            EndReason::VmGone.note(&mut self.why);
+            EndReason::VmGone.note_in(&mut self.why);
         }
         let ended = Side::BOTH.map(|side| how_ended(&pair.ends[side]));
         let ended = Side::BOTH.into_iter().zip(ended);
         for (side, how) in ended.filter_map(|(side, how)| Some((side, how?))) {
-            reason_of_end(side, how).note(&mut self.why);
+            reason_of_end(side, how).note_in(&mut self.why);
         }
         match turn {
             PairTurn::Again => return cx.has_more_work = true,
@@ -226,8 +226,8 @@ impl<S: ConnectionSocket> Connection<S> {
             Timeout::HalfClosed => (&tally.half_closed, EndReason::HalfClosedTimeout),
         };
         add_one(counter);
-        self.debug(|| debug!(?timeout, "timed out"));
-        self.cut(why, cx);
+        self.log_debug(|| debug!(?timeout, "timed out"));
+        self.cut_off(why, cx);
         true
     }
 }

@@ -39,7 +39,7 @@ impl<S: Socket> Connection<S> {
     }
 
     /// Writes a line at the level debug, in the connection's span.
-    pub(super) fn debug(&self, write: impl FnOnce()) {
+    pub(super) fn log_debug(&self, write: impl FnOnce()) {
         if LevelFilter::current() >= LevelFilter::DEBUG {
             self.span().in_scope(write);
         }
@@ -67,7 +67,8 @@ impl<S: Socket> Connection<S> {
         // The absence of a target was logged when it was noticed; the gate has logged that a guest
         // dials too much.
         if reason == RefusalReason::Absent || is_turned_away {
-            return self.debug(|| debug!("refused a client of {}: {text}", forward.rule.listen));
+            return self
+                .log_debug(|| debug!("refused a client of {}: {text}", forward.rule.listen));
         }
         if let Some(more) = forward.log_limiter.admit(&text, now) {
             self.span().in_scope(|| match more {
@@ -154,12 +155,12 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Reports the end of a connection that is [`Closed`](State::Closed), after its sockets were
     /// closed. `at` is what the wall clock shows.
-    pub(crate) fn end(mut self, routes: &Routes, now: Instant, at: SystemTime) -> Arc<Forward> {
+    pub(crate) fn finish(mut self, routes: &Routes, now: Instant, at: SystemTime) -> Arc<Forward> {
         if self.name.is_some() {
             self.report_end(now, at);
         }
         if let Some(route) = self.route.take() {
-            routes.forget(*route);
+            routes.forget_route(*route);
         }
         self.forward
     }
@@ -178,7 +179,7 @@ impl<S: ConnectionSocket> Connection<S> {
             why,
         });
         if let Some(id) = self.name {
-            self.forward.ended().note(EndedConnection {
+            self.forward.ended().add_connection(EndedConnection {
                 id,
                 forward: self.forward.id,
                 rule: Arc::clone(&self.forward.rule),

@@ -164,20 +164,20 @@ impl<S: Socket> Connection<S> {
         state: State<S>,
         now: Instant,
     ) -> Connection<S> {
-        let mut connection = Connection::unnamed(forward, peer, state, now);
+        let mut connection = Connection::internal(forward, peer, state, now);
         connection.name = Some(name);
         connection
     }
 
     /// Makes a connection that no client has made, and nobody is told of.
-    pub(super) fn unnamed(
+    pub(super) fn internal(
         forward: Arc<Forward>,
         peer: Peer,
         state: State<S>,
         now: Instant,
     ) -> Connection<S> {
         #[cfg(all(test, target_os = "linux"))]
-        transitions::note("new", state.name());
+        transitions::report_transition("new", state.name());
         Connection {
             name: None,
             forward,
@@ -208,7 +208,7 @@ impl<S: Socket> Connection<S> {
         {
             let name = state.name();
             let before = std::mem::replace(&mut self.state_name, name);
-            transitions::note(before, name);
+            transitions::report_transition(before, name);
         }
         self.state = state;
     }
@@ -241,9 +241,9 @@ impl<S: Socket> Connection<S> {
         matches!(self.state, State::Waiting { .. })
     }
 
-    /// Notes why the connection ends: see [`EndReason::note`].
+    /// Notes why the connection ends: see [`EndReason::note_in`].
     pub(super) fn end_because(&mut self, why: EndReason) {
-        why.note(&mut self.why);
+        why.note_in(&mut self.why);
     }
 
     /// Requests the close of a side's socket; its slot is given back after that.
@@ -296,7 +296,7 @@ impl<S: ConnectionSocket> Connection<S> {
     }
 
     /// Cuts the connection off, for that reason, or shortens its closing.
-    pub(crate) fn cut(&mut self, why: EndReason, cx: &mut Context<'_, S>) {
+    pub(crate) fn cut_off(&mut self, why: EndReason, cx: &mut Context<'_, S>) {
         if !matches!(self.state, State::Closing { .. } | State::Closed) {
             self.end_because(why);
         }

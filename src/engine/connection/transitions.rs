@@ -15,7 +15,7 @@ pub(crate) fn report_to(reporter: TransitionObserver) {
 }
 
 /// Reports a transition to the function, if there is one.
-pub(super) fn note(from: &'static str, to: &'static str) {
+pub(super) fn report_transition(from: &'static str, to: &'static str) {
     if let Some(reporter) = REPORTER.get() {
         reporter(from, to);
     }

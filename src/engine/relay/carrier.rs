@@ -187,7 +187,7 @@ impl<P: Pipe> Pool<P> {
 
     /// Returns the number of free buffers.
     #[cfg(test)]
-    pub(crate) fn resting(&self) -> usize {
+    pub(crate) fn free_buffers(&self) -> usize {
         self.buffers.items.len()
     }
 
@@ -236,7 +236,7 @@ impl<P: Pipe> Carrier<P> {
     }
 
     /// Returns how many bytes are still to be written.
-    pub(crate) fn left(&self) -> usize {
+    pub(crate) fn bytes_left(&self) -> usize {
         match self {
             Carrier::Empty => 0,
             Carrier::Memory { filled, .. } => filled.len(),

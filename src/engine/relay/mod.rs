@@ -1,8 +1,8 @@
-//! The relay between two sockets: every byte, every half-close and every failure of one end reaches
-//! the other.
+//! The relay between two sockets. It passes every byte, every half-close and every failure of one
+//! end to the other.
 //!
-//! It knows no poller, no clock and no operating system. Sockets are reached through [`Socket`]; a
-//! poller's events come in through [`End::latch`].
+//! It depends on no poller, no clock and no operating system. It uses sockets through [`Socket`],
+//! and takes a poller's events through [`End::latch`].
 //!
 //! # Invariants
 //! 1. Readiness is latched: see [`End`]. The end of a splice is believed only when a read says so
@@ -19,10 +19,10 @@
 //! Invariant 7: an idle connection holds no buffer and no pipe; carriers are borrowed from a
 //! [`Pool`] while bytes are in flight.
 //!
-//! Which carrier a flow takes that brings much is measured: see [`Chooser`](chooser::Chooser).
+//! The carrier of a flow with much data is chosen by measurement: see
+//! [`Chooser`](chooser::Chooser).
 
 use std::io;
-use std::time::Duration;
 
 use crate::stream::socket::{Pipe, Socket};
 
@@ -35,8 +35,8 @@ mod tests;
 
 use carrier::FlowKind;
 pub(crate) use carrier::{Carried, Carrier, Pool};
-use chooser::Rest;
 pub(crate) use chooser::Through;
+use chooser::{Rest, Span};
 pub(crate) use end::{End, Half, Readiness};
 pub(crate) use side::Side;
 
@@ -56,24 +56,23 @@ pub(crate) enum PairTurn {
 pub(crate) enum CloseMode {
     /// Close: both directions ended cleanly.
     Close,
-    /// Read and discard to the EOF, then close. The end is a client that has its whole answer and
-    /// is still sending to a server that is gone; a close with unread data would destroy the part
-    /// of the answer that it has not read yet.
+    /// Read and discard to the EOF, then close. The end is a client that was sent its whole answer,
+    /// and still sends to a server that is gone. A close with unread data would destroy the part of
+    /// the answer that it has not read yet.
     Linger,
-    /// Reset: what the peer was sent broke off, and a clean EOF would be wrong; or the reader of a
-    /// server's data is gone.
+    /// Reset. What the peer was sent broke off, so that a clean EOF would be wrong, or a client is
+    /// gone that a server still sends to.
     Reset,
 }
 
 impl CloseMode {
-    /// Returns how the end of `side` is to be closed. `sent` is what its peer was sent: all, with
-    /// the EOF, or something that broke off. `input` is how that peer's own data has ended, if it
-    /// has.
+    /// Returns how the end of `side` is to be closed. `sent` says whether all was written to it,
+    /// with the EOF, or whether that broke off. `input` is how its own data has ended, if it has.
     pub(crate) fn choose(side: Side, sent: Ending, input: Option<Ending>) -> CloseMode {
         match (sent, input) {
             (Ending::Whole, Some(_)) => CloseMode::Close,
             (Ending::Whole, None) if side == Side::Client => CloseMode::Linger,
-            // It is gone itself: nobody would read a reset.
+            // The peer is gone itself, so a reset would reach nobody.
             (Ending::BrokenOff, Some(Ending::BrokenOff)) => CloseMode::Close,
             (Ending::Whole, None) | (Ending::BrokenOff, Some(Ending::Whole) | None) => {
                 CloseMode::Reset
@@ -90,7 +89,7 @@ pub(crate) enum Ending {
     BrokenOff,
 }
 
-/// Which end of a source may be that of its VM.
+/// Which kinds of a source's end may be caused by the end of its VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Doubt {
     None,
@@ -106,7 +105,7 @@ enum SilentEnd {
     /// The peer has nothing to send.
     Answers,
     Refuses,
-    /// A refusal, unless the peer took what was delivered: before it accepts, it takes nothing.
+    /// A refusal, unless the peer has read what was delivered: it reads nothing before it accepts.
     RefusesUnread,
 }
 
@@ -123,46 +122,46 @@ impl SilentEnd {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FlowState {
     Open,
-    /// The EOF was passed on.
+    /// The EOF was passed to the sink.
     Finished,
-    /// An error has ended the direction. What the source still sends is read and dropped, so that
-    /// its end is noticed.
+    /// An error has ended the direction. What the source still sends is read and dropped, to detect
+    /// its end.
     Broken,
 }
 
-/// One direction.
+/// One direction of a pair.
 #[derive(Debug)]
 struct Flow<P> {
     state: FlowState,
     carrier: Carrier<P>,
-    /// How much the last read brought.
+    /// How much data the last read returned.
     size: Size,
     /// Whether the half-close is held back while the other direction is open.
     is_withheld: bool,
     doubt: Doubt,
     delivered: u64,
-    /// How many of the bytes that are delivered first are not the source's.
+    /// How many of the first delivered bytes the source has not sent.
     foreign: u64,
 }
 
-/// How much a flow brings at a time.
+/// How much data the reads of a flow return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Size {
-    /// Small messages, which are cheaper to copy.
+    /// Little: small messages are cheaper to copy.
     Small,
-    /// It has brought much, and may go through a pipe until it brings little.
+    /// Less than before. It may still pass through a pipe.
     Medium,
     Bulk,
 }
 
-/// A flow that brings at least this part of a buffer at a time may go through a pipe from then on.
+/// A flow whose reads return at least this part of a buffer may pass through a pipe from then on.
 const BULK_PART: usize = 2;
 
-/// A flow that brings less than this part of a buffer at a time goes through memory again.
+/// A flow whose reads return less than this part of a buffer passes through memory again.
 const SMALL_PART: usize = 8;
 
 impl Size {
-    /// Returns the size of a flow that has brought `bytes` after it was of this size.
+    /// Returns the size of a flow of this size after a read of `bytes`.
     fn after(self, bytes: usize, buffer: usize) -> Size {
         match self {
             _ if bytes >= buffer / BULK_PART => Size::Bulk,
@@ -172,18 +171,18 @@ impl Size {
     }
 }
 
-/// The bytes that a flow has delivered in a turn, and through what.
+/// The bytes that a flow has delivered in a turn, by carrier.
 #[derive(Debug, Default)]
 struct Moved {
-    /// The kind of the flow when the turn began, as which all that passes in the turn is counted.
+    /// The kind of the flow when the turn began. All bytes of the turn are counted for it.
     kind: Option<FlowKind>,
     bytes: [u64; 2],
-    /// What was filled or emptied.
+    /// Which carriers were filled or emptied.
     used: [bool; 2],
 }
 
 impl Moved {
-    /// Returns the only carrier that was used, if there was only one.
+    /// Returns the carrier that was used, if it was only one.
     fn only(&self) -> Option<Through> {
         let mut used = Through::ALL
             .into_iter()
@@ -205,7 +204,7 @@ impl<P: Pipe> Flow<P> {
         }
     }
 
-    /// Ends the direction after an error, with what its carrier holds (invariant 4).
+    /// Ends the direction after an error, and drops what its carrier holds (invariant 4).
     fn break_off(&mut self, pool: &mut Pool<P>) {
         self.carrier.clear(pool);
         self.state = FlowState::Broken;
@@ -229,8 +228,8 @@ impl<P: Pipe> Flow<P> {
         })
     }
 
-    /// Moves at most about `budget` bytes. Returns whether more could be moved at once. Measures
-    /// what that costs, if the choice of the carrier needs it.
+    /// Moves at most about `budget` bytes, and measures the cost if the choice of the carrier needs
+    /// it. Returns whether more could be moved at once.
     fn run<S: Socket<Pipe = P>>(
         &mut self,
         source: &mut End<S>,
@@ -250,15 +249,16 @@ impl<P: Pipe> Flow<P> {
             pool.count(through, moved.bytes[through as usize]);
         }
         if let Some(kind) = kind {
-            let time = begun.map_or(Duration::ZERO, |begun| {
-                source.socket.clock().saturating_duration_since(begun)
+            let span = begun.map(|begun| Span {
+                begun,
+                ended: source.socket.clock(),
             });
             let rest = match more {
                 true => Rest::GoesOn,
                 false => Rest::Sleeps,
             };
             let bytes = moved.bytes.iter().sum();
-            pool.chooser(kind).note(moved.only(), bytes, time, rest);
+            pool.chooser(kind).note(moved.only(), bytes, span, rest);
         }
         more
     }
@@ -386,13 +386,13 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Sets that the server's family refuses only by an EOF before the first byte.
+    /// Notes that the server's family refuses only by an EOF before the first byte.
     ///
-    /// Such an EOF is then an error, unless the half-close was passed on before it (then it answers
-    /// that) or the peer took what was delivered: more than `unread` bytes, which is more than can
-    /// lie unread in between, or all of it, where the system can tell ([`Socket::peer_took_all`];
-    /// Linux). Elsewhere (macOS) a guest that reads less and closes at once without a byte can't be
-    /// told from one that refuses.
+    /// Such an EOF is then an error, unless the half-close was passed on before, so that the EOF
+    /// may answer it, or unless the peer has read what was delivered. It has if more than `unread`
+    /// bytes were delivered, which can't all lie unread in between, or if the system says so
+    /// ([`Socket::peer_took_all`]; Linux). On other systems (macOS) a guest that reads less than
+    /// that and closes at once, without a byte of its own, looks like one that refuses.
     pub(crate) fn expect_refusal_by_eof(&mut self, unread: u64) {
         self.silent_within = Some(unread);
     }
@@ -407,20 +407,20 @@ impl<S: Socket> Pair<S> {
         self.flows[side].is_withheld = false;
     }
 
-    /// Has the meaning of the end of `side` asked for, and holds back its EOF until
-    /// [`settle_end`](Pair::settle_end) says it: the end is the same when its VM dies.
+    /// Marks the end of `side` as doubtful, since it looks the same when its VM crashes. Its EOF is
+    /// held back until [`settle_end`](Pair::settle_end).
     pub(crate) fn doubt_end(&mut self, side: Side) {
         self.flows[side].doubt = Doubt::End;
     }
 
-    /// Has the meaning of a failure of `side` asked for, and nothing held back: its EOF is the
-    /// peer's own.
+    /// Marks a failure of `side` as doubtful, while its EOF is certainly the peer's own and not
+    /// held back.
     pub(crate) fn doubt_failure(&mut self, side: Side) {
         self.flows[side].doubt = Doubt::Failure;
     }
 
-    /// Returns whether the end of `side` was read, all data before it was delivered, and its
-    /// meaning is not known yet.
+    /// Returns whether the end of `side` is doubtful and was read, with all data before it
+    /// delivered.
     pub(crate) fn has_doubtful_end(&self, side: Side) -> bool {
         let (flow, end) = (&self.flows[side], &self.ends[side]);
         let has_delivered = flow.state == FlowState::Open && flow.carrier.is_empty();
@@ -431,8 +431,8 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Sets what the end of `side` means: the peer's own, which a failure or a refusal stays, or a
-    /// connection that broke off.
+    /// Sets whether the end of `side` was the peer's own or the connection broke off. A failure or
+    /// a refusal stays one in either case.
     pub(crate) fn settle_end(&mut self, side: Side, end: Ending) {
         self.flows[side].doubt = Doubt::None;
         if end == Ending::BrokenOff {
@@ -440,13 +440,13 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Begins with what `side` has sent already: the first `len` bytes of a buffer of the pool.
+    /// Takes what `side` has sent already: the first `len` bytes of a buffer of the pool.
     pub(crate) fn give(&mut self, side: Side, buffer: Box<[u8]>, len: usize) {
         let filled = 0..len;
         self.flows[side].carrier = Carrier::Memory { buffer, filled };
     }
 
-    /// Sets how many of the first bytes that are delivered for `side` it has not sent itself.
+    /// Sets how many of the first bytes delivered for `side` it has not sent itself.
     pub(crate) fn discount(&mut self, side: Side, bytes: usize) {
         self.flows[side].foreign = bytes as u64;
     }
@@ -461,13 +461,13 @@ impl<S: Socket> Pair<S> {
             && self.ends[side].input == Half::Closed
     }
 
-    /// Returns whether one side has ended, whether the other has been told or not.
+    /// Returns whether one side has ended. The EOF may not have been passed on yet.
     pub(crate) fn is_half_closed(&self) -> bool {
         self.half_closed_by().is_some()
     }
 
-    /// Returns the side that has ended, whether the other has been told or not. (Of both the
-    /// client.)
+    /// Returns the side that has ended, or the client if both have. The EOF may not have been
+    /// passed on yet.
     pub(crate) fn half_closed_by(&self) -> Option<Side> {
         let ended = |side: &Side| {
             self.flows[*side].state != FlowState::Open || self.is_withholding_half_close(*side)
@@ -475,9 +475,9 @@ impl<S: Socket> Pair<S> {
         Side::BOTH.into_iter().find(ended)
     }
 
-    /// Returns how many bytes of what `side` sent are held here.
+    /// Returns how many bytes that `side` sent are in its carrier.
     pub(crate) fn in_flight(&self, side: Side) -> usize {
-        self.flows[side].carrier.left()
+        self.flows[side].carrier.bytes_left()
     }
 
     /// Returns whether the server refused by an EOF before its first byte.
@@ -485,14 +485,14 @@ impl<S: Socket> Pair<S> {
         self.ends[Side::Server].input == Half::Failed(io::ErrorKind::ConnectionRefused)
     }
 
-    /// Returns how many bytes of what `side` sent were delivered.
+    /// Returns how many bytes that `side` sent were delivered.
     pub(crate) fn delivered(&self, side: Side) -> u64 {
         let flow = &self.flows[side];
         flow.delivered.saturating_sub(flow.foreign)
     }
 
-    /// Returns whether a peer is gone, or no direction is open. What is left may then never be
-    /// taken; the caller bounds the wait by a deadline.
+    /// Returns whether a peer is gone, or no direction is open. The remaining data may then never
+    /// be read, so the caller sets a deadline.
     pub(crate) fn is_ending(&self) -> bool {
         let open = |flow: &Flow<S::Pipe>| flow.state == FlowState::Open;
         self.ends.iter().any(End::is_gone) || !self.flows.iter().any(open)
@@ -504,7 +504,7 @@ impl<S: Socket> Pair<S> {
         for side in [Side::Server, Side::Client] {
             more |= self.run(side, pool, budget);
         }
-        // The end of one direction releases the half-close of the other; two that wait for each
+        // The end of one direction releases the half-close of the other. Two that wait for each
         // other are both released.
         let ended = |side: Side| {
             self.flows[side].state != FlowState::Open || self.is_withholding_half_close(side)
@@ -519,8 +519,8 @@ impl<S: Socket> Pair<S> {
             more = true;
         }
         for side in Side::BOTH {
-            // Nobody is left to take what the other side sends. What could be delivered without
-            // waiting was; waiting for more would be useless.
+            // Nothing is left to read what the other side sends. All that could be delivered
+            // without waiting was delivered.
             if self.ends[side].is_dead()
                 && !more
                 && self.flows[side.other()].state == FlowState::Open
@@ -537,7 +537,8 @@ impl<S: Socket> Pair<S> {
         }
     }
 
-    /// Returns how `side` is to be closed after [`PairTurn::Done`], or when the pair is cut off before.
+    /// Returns how `side` is to be closed after [`PairTurn::Done`], or when the pair is cut off
+    /// before that.
     pub(crate) fn close_mode(&self, side: Side) -> CloseMode {
         let sent = match self.flows[side.other()].state {
             FlowState::Finished => Ending::Whole,
@@ -551,7 +552,7 @@ impl<S: Socket> Pair<S> {
         CloseMode::choose(side, sent, input)
     }
 
-    /// Takes the pair apart.
+    /// Returns the ends, and drops what the carriers hold.
     pub(crate) fn into_ends(self, pool: &mut Pool<S::Pipe>) -> [End<S>; 2] {
         for mut flow in self.flows {
             flow.carrier.clear(pool);

@@ -84,7 +84,7 @@ impl<D: Driver> Connections<D> {
         match queue.gate.admit(queue.forward.id, cx.now) {
             Admission::Go(slot) => {
                 queue.waiting.pop_front();
-                self.call(id, cx, |it, to| it.take_slot(slot, to));
+                self.call_connection(id, cx, |it, to| it.take_slot(slot, to));
                 return true;
             }
             Admission::At(at) => queue.next = at,

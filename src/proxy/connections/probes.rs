@@ -70,7 +70,7 @@ impl<D: Driver> Connections<D> {
         let probe =
             Connection::for_probe(Arc::clone(forward), probe, dialled, slot, cx.phase, cx.now);
         self.table.insert(probe);
-        self.call(id, cx, Connection::begin_probe);
+        self.call_connection(id, cx, Connection::begin_probe);
         true
     }
 
@@ -173,7 +173,7 @@ impl<D: Driver> Connections<D> {
         }
         if !probes.gate.can_be_probed() {
             for &id in &probes.waiting {
-                self.call(id, cx, Connection::prove_by_silence);
+                self.call_connection(id, cx, Connection::prove_by_silence);
             }
         }
         let again = cx.now + FULL_PAUSE;

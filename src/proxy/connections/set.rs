@@ -88,7 +88,7 @@ impl<D: Driver> Connections<D> {
         let name = cx.shared.next_connection();
         let connection = Connection::for_client(name, forward, stream, peer, slots, cx.now);
         self.table.insert(connection);
-        self.call(id, cx, |connection, to| {
+        self.call_connection(id, cx, |connection, to| {
             connection.begin(watched, served, to)
         });
     }
@@ -109,7 +109,7 @@ impl<D: Driver> Connections<D> {
             }
             DriverEvent::Resolved { token, addresses } => {
                 let id = Id::from_token(token).0;
-                self.call(id, cx, |it, to| it.take_addresses(addresses, to));
+                self.call_connection(id, cx, |it, to| it.take_addresses(addresses, to));
             }
             DriverEvent::Dialled { token, stream } => {
                 self.take_dialled(Id::from_token(token).0, stream, cx);
@@ -122,22 +122,24 @@ impl<D: Driver> Connections<D> {
             } => {
                 let id = Id::from_token(token).0;
                 match self.table.get_mut(id) {
-                    Some(_) => self.call(id, cx, |it, to| it.take_program_end(failure, to)),
+                    Some(_) => {
+                        self.call_connection(id, cx, |it, to| it.take_program_end(failure, to))
+                    }
                     None => {
                         if let Some(failure) = failure {
                             let why = EndReason::ProgramFailed(failure);
-                            forward.ended().complete(connection, why);
+                            forward.ended().complete_reason(connection, why);
                         }
                     }
                 }
             }
             DriverEvent::ThreadsEnded { token, result } => {
                 let id = Id::from_token(token).0;
-                self.call(id, cx, |it, to| it.take_threads_end(result, to));
+                self.call_connection(id, cx, |it, to| it.take_threads_end(result, to));
             }
             DriverEvent::Explained { token, error } => {
                 let id = Id::from_token(token).0;
-                self.call(id, cx, |it, to| it.take_explanation(error, to));
+                self.call_connection(id, cx, |it, to| it.take_explanation(error, to));
             }
             DriverEvent::VmSeen { .. }
             | DriverEvent::LookFailed { .. }
@@ -172,7 +174,7 @@ impl<D: Driver> Connections<D> {
             };
             if let Some(connection) = self.table.get_mut(id) {
                 connection.is_queued = false;
-                self.call(id, cx, Connection::step);
+                self.call_connection(id, cx, Connection::step);
             }
         }
         self.probe_turns(cx);
@@ -209,7 +211,7 @@ impl<D: Driver> Connections<D> {
     }
 
     /// Calls a method of a connection, and carries out the actions that it requests.
-    pub(in crate::proxy) fn call(
+    pub(in crate::proxy) fn call_connection(
         &mut self,
         id: Id,
         cx: &mut TurnContext<'_, D>,
@@ -284,7 +286,7 @@ impl<D: Driver> Connections<D> {
             Action::Connect => self.connect(id, cx),
             Action::Explain(error) => {
                 if let Some(error) = cx.driver.explain(token, &rule.connect, error) {
-                    self.call(id, cx, |it, to| it.take_explanation(error, to));
+                    self.call_connection(id, cx, |it, to| it.take_explanation(error, to));
                 }
             }
             Action::Prove => self.queue_probe(id, &forward, cx.now),
@@ -295,7 +297,7 @@ impl<D: Driver> Connections<D> {
                         .start_threads(id.token(Side::Client), streams, &forward, drain);
                 match begun {
                     Ok(()) => self.look_at_threads(id, cx),
-                    Err(e) => self.call(id, cx, |it, to| it.take_threads_failure(e, to)),
+                    Err(e) => self.call_connection(id, cx, |it, to| it.take_threads_failure(e, to)),
                 }
             }
             Action::LookAtThreads => self.look_at_threads(id, cx),
@@ -330,7 +332,7 @@ impl<D: Driver> Connections<D> {
                 watched,
             }
         });
-        self.call(id, cx, |it, to| it.take_connect(dialled, to));
+        self.call_connection(id, cx, |it, to| it.take_connect(dialled, to));
     }
 
     /// Takes the result of a dial on a thread.
@@ -356,13 +358,13 @@ impl<D: Driver> Connections<D> {
             }
             (dialled, _) => dialled.map(|stream| (stream, Ok(()))),
         };
-        self.call(id, cx, |it, to| it.take_dialled(dialled, to));
+        self.call_connection(id, cx, |it, to| it.take_dialled(dialled, to));
     }
 
     /// Hands the progress of relay threads to their connection.
     fn look_at_threads(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         if let Some(progress) = cx.driver.threads_progress(id.token(Side::Client)) {
-            self.call(id, cx, |it, to| it.take_progress(progress, to));
+            self.call_connection(id, cx, |it, to| it.take_progress(progress, to));
         }
     }
 
@@ -374,7 +376,7 @@ impl<D: Driver> Connections<D> {
         self.timers.remove(id, connection.wake_at);
         let holder = connection.holder();
         let at = cx.driver.wall_time();
-        let forward = connection.end(&cx.shared.routes, cx.now, at);
+        let forward = connection.finish(&cx.shared.routes, cx.now, at);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.release_unused();
@@ -382,15 +384,21 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    fn cut(&mut self, id: Id, cuts: &Cuts, why: EndReason, cx: &mut TurnContext<'_, D>) {
+    fn cut_connections(
+        &mut self,
+        id: Id,
+        cuts: &Cuts,
+        why: EndReason,
+        cx: &mut TurnContext<'_, D>,
+    ) {
         // What was about to end is cut short, but not off; nobody is behind a probe.
         if let Some(connection) = self.table.get_mut(id)
             && connection.name.is_some()
             && !connection.is_ending()
         {
-            cuts.note(&connection.forward);
+            cuts.count_cut(&connection.forward);
         }
-        self.call(id, cx, |it, to| it.cut(why, to));
+        self.call_connection(id, cx, |it, to| it.cut_off(why, to));
     }
 
     /// Cuts off all connections, for that reason. What is cut off is noted in `cuts`.
@@ -401,7 +409,7 @@ impl<D: Driver> Connections<D> {
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
-            self.cut(id, cuts, why, cx);
+            self.cut_connections(id, cuts, why, cx);
         }
     }
 
@@ -415,7 +423,7 @@ impl<D: Driver> Connections<D> {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
             if let Some(cuts) = connection.and_then(|it| forwards.get(&it.forward.id)) {
-                self.cut(id, cuts, why, cx);
+                self.cut_connections(id, cuts, why, cx);
             }
         }
     }
@@ -432,22 +440,22 @@ impl<D: Driver> Connections<D> {
         let id = ids.find(is_it)?;
         let progress = cx.driver.threads_progress(id.token(Side::Client));
         let status = self.table.get_mut(id)?.status(progress, cx.now);
-        self.call(id, cx, |it, to| it.cut(EndReason::ClosedOnRequest, to));
+        self.call_connection(id, cx, |it, to| it.cut_off(EndReason::ClosedOnRequest, to));
         status
     }
 
     /// Shortens the closing of connections, when the proxy begins to stop.
     pub(in crate::proxy) fn begin_to_stop(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.call(id, cx, Connection::shorten_closing);
+            self.call_connection(id, cx, Connection::shorten_closing);
         }
     }
 
     /// Closes all that is left by force, as the last thing before the end.
     pub(in crate::proxy) fn abandon_all(&mut self, cx: &mut TurnContext<'_, D>) {
         for id in self.table.ids() {
-            self.call(id, cx, |it, to| it.cut(EndReason::Stopped, to));
-            self.call(id, cx, Connection::abandon);
+            self.call_connection(id, cx, |it, to| it.cut_off(EndReason::Stopped, to));
+            self.call_connection(id, cx, Connection::close_by_force);
         }
     }
 

@@ -12,7 +12,7 @@ use tracing::warn;
 
 use super::Listeners;
 use crate::engine::admission::quotas::Holder;
-use crate::engine::admission::{Full, Guest, NotServed, Slot};
+use crate::engine::admission::{Full, GuestSlot, NotServed, Slot};
 use crate::engine::counters::add_one;
 use crate::engine::forward::Forward;
 use crate::engine::relay::Side;
@@ -20,7 +20,7 @@ use crate::engine::status::Obstacle;
 use crate::listener::nonblocking::{has_client_left, is_broken};
 use crate::name::SocketName;
 use crate::proxy::driver::Driver;
-use crate::proxy::shared::{Accepted, Accepting, Command, TurnContext};
+use crate::proxy::shared::{Accepted, Accepting, TurnContext, WorkerCommand};
 use crate::stream::socket::Socket;
 
 /// The connections that one listener may accept before the others have their turn.
@@ -37,7 +37,7 @@ const ACCEPTS_PER_TURN: usize = 256;
 
 /// Which of the clients that wait at a listener are accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Clients {
+enum AcceptedClients {
     /// Those for which the VM that the forward leads to has a slot.
     WithSlot,
     All,
@@ -51,7 +51,7 @@ impl<D: Driver> Listeners<D> {
                 break;
             };
             if self.entries[token].is_ready() && !self.schedule.is_paused(token) {
-                self.accept_from(token, Clients::WithSlot, cx);
+                self.accept_from(token, AcceptedClients::WithSlot, cx);
             }
         }
     }
@@ -77,19 +77,19 @@ impl<D: Driver> Listeners<D> {
             if !may_accept || self.schedule.is_paused(token) {
                 break;
             }
-            self.accept_from(token, Clients::All, cx);
+            self.accept_from(token, AcceptedClients::All, cx);
         }
     }
 
     /// Accepts clients that wait at a listener.
-    fn accept_from(&mut self, token: usize, clients: Clients, cx: &mut TurnContext<'_, D>) {
+    fn accept_from(&mut self, token: usize, clients: AcceptedClients, cx: &mut TurnContext<'_, D>) {
         for _ in 0..BATCH {
             if self.accept_next(token, clients, cx).is_break() {
                 break;
             }
         }
         if self.wants_turn(token) {
-            self.schedule.queue(token);
+            self.schedule.queue_listener(token);
         }
     }
 
@@ -97,7 +97,7 @@ impl<D: Driver> Listeners<D> {
     fn accept_next(
         &mut self,
         token: usize,
-        clients: Clients,
+        clients: AcceptedClients,
         cx: &mut TurnContext<'_, D>,
     ) -> ControlFlow<()> {
         let slot = self.admit_next(token, clients, cx)?;
@@ -132,7 +132,7 @@ impl<D: Driver> Listeners<D> {
             Err(e) if is_broken(&e) => self.replace_broken(token, cx),
             // Invariant 10: no error ends a listener. Most often descriptors ran out, and a close
             // frees one.
-            Err(e) => self.pause(token, Obstacle::Paused, &e, cx),
+            Err(e) => self.pause_listener(token, Obstacle::Paused, &e, cx),
         }
         ControlFlow::Break(())
     }
@@ -142,7 +142,7 @@ impl<D: Driver> Listeners<D> {
     fn admit_next(
         &mut self,
         token: usize,
-        clients: Clients,
+        clients: AcceptedClients,
         cx: &mut TurnContext<'_, D>,
     ) -> ControlFlow<(), Option<Slot>> {
         let listening = &self.entries[token];
@@ -157,7 +157,7 @@ impl<D: Driver> Listeners<D> {
             && let Some(reason) = cx.shared.is_full_for(forward.id)
             && !cx.shared.may_come_from_us(forward)
         {
-            self.pause(token, Obstacle::Full, &reason, cx);
+            self.pause_listener(token, Obstacle::Full, &reason, cx);
             return ControlFlow::Break(());
         }
         match queue_for_slot(forward, clients, cx) {
@@ -184,7 +184,7 @@ impl<D: Driver> Listeners<D> {
     }
 
     /// Has a listener try again in a moment.
-    fn pause(
+    fn pause_listener(
         &mut self,
         token: usize,
         obstacle: Obstacle,
@@ -193,7 +193,7 @@ impl<D: Driver> Listeners<D> {
     ) {
         // The listener tries again by itself, whatever the state of its VM was.
         self.entries[token].end_wait_for_slot();
-        self.schedule.pause(token, cx.now + PAUSE);
+        self.schedule.pause_listener(token, cx.now + PAUSE);
         self.report_obstacle(token, obstacle, reason, cx);
     }
 
@@ -233,7 +233,7 @@ impl<D: Driver> Listeners<D> {
         if to == cx.index {
             self.accepted.push(accepted);
         } else {
-            cx.shared.inboxes[to].send(Command::Adopt(accepted));
+            cx.shared.inboxes[to].send(WorkerCommand::Adopt(accepted));
         }
     }
 }
@@ -241,14 +241,14 @@ impl<D: Driver> Listeners<D> {
 /// Queues the next client of a forward for a slot of the VM that it leads to, if there is one.
 fn queue_for_slot<D: Driver>(
     forward: &Forward,
-    clients: Clients,
+    clients: AcceptedClients,
     cx: &TurnContext<'_, D>,
 ) -> Result<Option<Slot>, Full> {
     let Some(gate) = &forward.gates[Side::Server] else {
         return Ok(None);
     };
     // Guests are accepted whatever happens.
-    if clients == Clients::All || forward.needs_graceful_close(Side::Client) {
+    if clients == AcceptedClients::All || forward.needs_graceful_close(Side::Client) {
         return Ok(Some(gate.queue_always(forward.id)));
     }
     let wake = cx.shared.inboxes[cx.index].slot_waker();
@@ -276,6 +276,6 @@ fn take_guest<D: Driver>(
         return (None, Ok(()));
     };
     let limit = cx.shared.reached_limit(forward.id);
-    let Guest { slot, served } = gate.accept(forward.id, limit, cx.now);
+    let GuestSlot { slot, served } = gate.accept(forward.id, limit, cx.now);
     (Some(slot), served)
 }

@@ -65,7 +65,7 @@ impl<L> Entries<L> {
     }
 
     /// Frees the entry of a listener that has ended.
-    pub(super) fn free(&mut self, token: usize) {
+    pub(super) fn free_entry(&mut self, token: usize) {
         self.free.push(token);
     }
 

@@ -28,7 +28,7 @@ impl<D: Driver> Listeners<D> {
             self.look_at_vms(token, cx);
             // A connection of this process may wait by now, for which no slot need be free.
             if self.entries[token].waits_for_slot() {
-                self.schedule.queue(token);
+                self.schedule.queue_listener(token);
             }
         }
     }
@@ -46,7 +46,7 @@ impl<D: Driver> Listeners<D> {
             None => self.bind_again(token, cx),
             Some(listener) if rule.listen.listen_path().is_some() => {
                 if cx.driver.check_file(listener, of, rule) {
-                    listening.pending.begin();
+                    listening.pending.add_check();
                 }
             }
             Some(_) => {}
@@ -88,7 +88,7 @@ impl<D: Driver> Listeners<D> {
         let of = self.id_of(token);
         let listening = &mut self.entries[token];
         let old = listening.listener.take();
-        listening.pending.begin();
+        listening.pending.add_check();
         cx.driver.bind_again(old, of, &listening.forward.rule);
     }
 
@@ -105,7 +105,7 @@ impl<D: Driver> Listeners<D> {
             }
             return;
         };
-        let on_closed = listening.pending.end();
+        let on_closed = listening.pending.end_check();
         let is_given = listening.tenure == Tenure::Given;
         // Guests are accepted to the very end: closing a socket at which one waits would harm its
         // device.
@@ -193,7 +193,7 @@ impl<D: Driver> Listeners<D> {
             true if !was_logged => debug!("listening on {listen} again"),
             true => info!("listening on {listen} again"),
         }
-        self.schedule.queue(token);
+        self.schedule.queue_listener(token);
         self.update_checks(token, cx.now + CHECK_INTERVAL);
     }
 }

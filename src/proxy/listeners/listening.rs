@@ -186,17 +186,17 @@ impl PendingChecks {
     }
 
     /// Notes that another one was asked for.
-    pub(super) fn begin(&mut self) {
+    pub(super) fn add_check(&mut self) {
         self.count += 1;
     }
 
     /// Keeps the sender that is to be notified when the address is free.
-    pub(super) fn hold(&mut self, on_closed: Sender<()>) {
+    pub(super) fn hold_notice(&mut self, on_closed: Sender<()>) {
         self.on_closed = Some(on_closed);
     }
 
     /// Notes that one was answered. After the last one it returns the sender that waits for it.
-    pub(super) fn end(&mut self) -> Option<Sender<()>> {
+    pub(super) fn end_check(&mut self) -> Option<Sender<()>> {
         self.count -= 1;
         match self.count {
             0 => self.on_closed.take(),

@@ -76,7 +76,7 @@ impl<D: Driver> Listeners<D> {
     pub(super) fn latch(&mut self, token: usize) {
         if let Some(listening) = self.entries.get_mut(token) {
             listening.latch();
-            self.schedule.queue(token);
+            self.schedule.queue_listener(token);
         }
     }
 
@@ -109,7 +109,7 @@ impl<D: Driver> Listeners<D> {
             .watch_listener(&mut listener, token, &forward.rule)?;
         Self::note_name(&listener, forward.id, cx);
         let token = self.entries.insert(Listening::new(listener, forward));
-        self.schedule.queue(token);
+        self.schedule.queue_listener(token);
         self.update_checks(token, cx.now);
         Ok(())
     }
@@ -150,7 +150,7 @@ impl<D: Driver> Listeners<D> {
     /// Frees the entry of a listener that has ended.
     fn free_entry(&mut self, token: usize) {
         self.schedule.end_pause(token);
-        self.entries.free(token);
+        self.entries.free_entry(token);
     }
 
     /// Removes the listener of a forward, if this worker has it, and notifies `done` when its
@@ -171,7 +171,7 @@ impl<D: Driver> Listeners<D> {
         match pending.is_empty() {
             true => self.end_listener(token, done, cx),
             // The address may be bound again meanwhile.
-            false => pending.hold(done),
+            false => pending.hold_notice(done),
         }
     }
 
@@ -225,7 +225,7 @@ impl<D: Driver> Listeners<D> {
             // The new rule may lead to another VM, which may have a slot.
             listening.end_wait_for_slot();
             listening.forward = forward;
-            self.schedule.queue(token);
+            self.schedule.queue_listener(token);
             self.update_checks(token, now);
         }
     }
@@ -246,7 +246,7 @@ impl<D: Driver> Listeners<D> {
 
     /// Returns duplicates of all listeners, for another process.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn lend(
+    pub(super) fn lend_listeners(
         &mut self,
         cx: &mut TurnContext<'_, D>,
     ) -> Vec<(ForwardId, io::Result<Lent>)> {
@@ -261,7 +261,7 @@ impl<D: Driver> Listeners<D> {
     /// Leaves the listeners of these forwards, if this worker has them, to another process. Clients
     /// that wait there are that process'.
     #[cfg(all(unix, feature = "cli"))]
-    pub(super) fn give(&mut self, forwards: &[ForwardId], cx: &mut TurnContext<'_, D>) {
+    pub(super) fn give_listeners(&mut self, forwards: &[ForwardId], cx: &mut TurnContext<'_, D>) {
         for &id in forwards {
             let Some(token) = self.entries.token_of(id) else {
                 continue;

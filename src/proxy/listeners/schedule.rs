@@ -47,7 +47,7 @@ impl Schedule {
     }
 
     /// Puts a listener at the end of the queue of those that are to accept, once.
-    pub(super) fn queue(&mut self, token: usize) {
+    pub(super) fn queue_listener(&mut self, token: usize) {
         if !std::mem::replace(&mut self.turns(token).is_queued, true) {
             self.queue.push_back(token);
         }
@@ -72,7 +72,7 @@ impl Schedule {
     }
 
     /// Keeps a listener from accepting until a time.
-    pub(super) fn pause(&mut self, token: usize, until: Instant) {
+    pub(super) fn pause_listener(&mut self, token: usize, until: Instant) {
         let before = self.turns(token).paused_until.replace(until);
         self.pauses.change(token, before, Some(until));
     }
@@ -93,7 +93,7 @@ impl Schedule {
     pub(super) fn queue_rested(&mut self, now: Instant) {
         while let Some(token) = self.pauses.pop_due(now) {
             self.turns(token).paused_until = None;
-            self.queue(token);
+            self.queue_listener(token);
         }
     }
 
@@ -105,7 +105,7 @@ impl Schedule {
     /// Queues the listeners that wait for a slot at a gate.
     pub(super) fn queue_waiting(&mut self, gate: GateId) {
         for token in self.waiting.remove(&gate).unwrap_or_default() {
-            self.queue(token);
+            self.queue_listener(token);
         }
     }
 
@@ -155,13 +155,13 @@ mod tests {
     #[test]
     fn a_listener_is_queued_once() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
-        schedule.queue(1);
-        schedule.queue(0);
-        schedule.queue(1);
+        schedule.queue_listener(1);
+        schedule.queue_listener(0);
+        schedule.queue_listener(1);
         assert_eq!(schedule.queued(), 2);
         assert_eq!(schedule.next(now), Some(now));
         assert_eq!(schedule.pop_queued(), Some(1));
-        schedule.queue(1);
+        schedule.queue_listener(1);
         assert_eq!(schedule.pop_queued(), Some(0));
         assert_eq!(schedule.pop_queued(), Some(1));
         assert_eq!(schedule.pop_queued(), None);
@@ -172,15 +172,15 @@ mod tests {
     fn a_listener_is_queued_when_its_last_pause_is_over() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         let later = now + Duration::from_millis(10);
-        schedule.pause(0, now);
-        schedule.pause(0, later);
+        schedule.pause_listener(0, now);
+        schedule.pause_listener(0, later);
         schedule.queue_rested(now);
         assert!(schedule.is_paused(0));
         assert_eq!(schedule.next(now), Some(later));
         schedule.queue_rested(later);
         assert!(!schedule.is_paused(0));
         assert_eq!(schedule.pop_queued(), Some(0));
-        schedule.pause(0, later);
+        schedule.pause_listener(0, later);
         schedule.end_pause(0);
         assert_eq!(schedule.next(now), None);
     }

@@ -59,7 +59,7 @@ fn check_at_end(conn: &Connection<SimStream>, phase: Phase, is_late: bool) {
     match &conn.state {
         State::Closing { times, .. } => {
             assert!(
-                times.end().is_some(),
+                times.forced_at().is_some(),
                 "one that has gone may hold up the end"
             );
         }
@@ -208,7 +208,7 @@ impl Audit {
                         "a socket is closed, and keeps its slot in its VM"
                     );
                     began.insert(key, *self.began_to_close.get(&key).unwrap_or(&now));
-                    let until = times.end().map(|at| world.time_of(at));
+                    let until = times.forced_at().map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(
                         has_slept || is_no_later(until, before, phase),
@@ -437,7 +437,7 @@ impl Audit {
                     // A slot stays a while after its socket was closed.
                     let until = match ends {
                         [None, None] => times.settled(),
-                        _ => times.end(),
+                        _ => times.forced_at(),
                     };
                     let until = until.map(|at| world.time_of(at));
                     assert!(

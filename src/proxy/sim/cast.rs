@@ -91,7 +91,7 @@ pub(super) struct ClientPlan {
 }
 
 #[derive(Debug)]
-enum Step {
+enum ClientStage {
     ToCome,
     Connecting(SocketId),
     Talking(Box<Talk>),
@@ -102,7 +102,7 @@ enum Step {
 pub(super) struct Client {
     plan: ClientPlan,
     me: usize,
-    step: Step,
+    step: ClientStage,
     rng: Rng,
 }
 
@@ -112,7 +112,7 @@ impl Client {
         Client {
             plan,
             me,
-            step: Step::ToCome,
+            step: ClientStage::ToCome,
             rng,
         }
     }
@@ -129,7 +129,7 @@ impl Client {
                         self.me, self.plan.rule, self.plan.manner
                     )
                 });
-                self.step = Step::Connecting(socket);
+                self.step = ClientStage::Connecting(socket);
                 self.go_on(stage)
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock && !self.gives_up(stage) => {
@@ -157,11 +157,11 @@ impl Client {
         if self.plan.is_orderly || !is_late {
             stage.judge().turned_away(rule, error, now);
         }
-        self.step = Step::Gone;
+        self.step = ClientStage::Gone;
     }
 
     fn go_on(&mut self, stage: &Rc<Stage>) -> Option<Duration> {
-        let Step::Connecting(socket) = self.step else {
+        let ClientStage::Connecting(socket) = self.step else {
             return None;
         };
         let connected = stage.kernel().connected(socket);
@@ -179,7 +179,7 @@ impl Client {
                 stage.log(|| format!("client {} is connected: voice {voice}", self.me));
                 let rng = self.rng.fork();
                 let talk = Talk::new(socket, voice, self.plan.manner.clone(), rng, now);
-                self.step = Step::Talking(Box::new(talk));
+                self.step = ClientStage::Talking(Box::new(talk));
                 Some(now)
             }
             Ok(false) => {
@@ -210,23 +210,23 @@ impl Actor for Client {
             return Some(self.plan.at);
         }
         match &mut self.step {
-            Step::ToCome => self.connect(stage),
-            Step::Connecting(_) => self.go_on(stage),
-            Step::Talking(talk) => {
+            ClientStage::ToCome => self.connect(stage),
+            ClientStage::Connecting(_) => self.go_on(stage),
+            ClientStage::Talking(talk) => {
                 let again = talk.act(stage);
                 if talk.is_over() {
                     let (voice, finish) = (talk.voice, talk.finish);
                     stage.log(|| format!("client {} (voice {voice}): {finish:?}", self.me));
-                    self.step = Step::Gone;
+                    self.step = ClientStage::Gone;
                 }
                 again
             }
-            Step::Gone => None,
+            ClientStage::Gone => None,
         }
     }
 
     fn is_done(&self) -> bool {
-        matches!(self.step, Step::Gone)
+        matches!(self.step, ClientStage::Gone)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Accepting on AF_VSOCK, which an event loop does until there is nobody left.
+//! Checks of accepting on AF_VSOCK, which an event loop does until no client waits.
 
 use std::error::Error;
 use std::fs;
@@ -8,8 +8,9 @@ use std::time::Duration;
 use crate::report::{Outcome, ensure, eventually};
 use crate::sockets::connect_vsock;
 
-/// Linux 6.1's accept sleeps until the next tick if it finds nobody, non-blocking or not: so ours
-/// doesn't ask then. (Counted and not timed, for this machine may be slow, and is an emulated one.)
+/// Checks that accepting never sleeps. Linux 6.1's accept sleeps until the next tick if no client
+/// waits, non-blocking or not, so the listener doesn't call it then. Sleeps are counted and not
+/// timed, since the emulated machine may be slow.
 pub(crate) fn finds_nobody_without_sleeping() -> Outcome {
     const TRIES: u64 = 200;
     let listener = hvsock::mio::Listener::bind(&"vsock://:7020".parse()?)?;
@@ -29,7 +30,7 @@ pub(crate) fn finds_nobody_without_sleeping() -> Outcome {
     Ok(())
 }
 
-/// How often this thread has given up the processor to wait.
+/// Returns how often this thread has given up the processor to wait.
 fn sleeps() -> Result<u64, Box<dyn Error + Send + Sync>> {
     let status = fs::read_to_string("/proc/thread-self/status")?;
     let line = status

@@ -1,4 +1,4 @@
-//! What two proxies in a row carry over AF_VSOCK: Unix socket -> vsock -> Unix socket.
+//! Checks of two proxies in a row over AF_VSOCK: Unix socket -> vsock -> Unix socket.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ use crate::sockets::{Bridge, Server, connect_unix};
 const SOON: Duration = Duration::from_secs(5);
 const MIB: usize = 1024 * 1024;
 
-/// Every byte of 64 MiB comes back, in order.
+/// Checks that every byte of 64 MiB comes back, in order.
 pub(crate) fn echo_64_mib() -> Outcome {
     Server::unix("/echo.sock")?.serve(echo);
     let bridge = Bridge::start("/echo-near.sock", 5000, "/echo.sock")?;
@@ -37,7 +37,7 @@ pub(crate) fn echo_64_mib() -> Outcome {
     Ok(())
 }
 
-/// The client ends first: the server reads its EOF, and only then answers.
+/// Checks a client that ends first: the server reads its EOF, and only then answers.
 pub(crate) fn client_ends_first() -> Outcome {
     let server = Server::unix("/asked.sock")?;
     let bridge = Bridge::start("/asked-near.sock", 5001, "/asked.sock")?;
@@ -58,8 +58,8 @@ pub(crate) fn client_ends_first() -> Outcome {
     Ok(())
 }
 
-/// The server ends first and goes on reading: what the client sends after that EOF arrives, and its
-/// own EOF.
+/// Checks a server that ends first and goes on reading: what the client sends after that EOF
+/// arrives, and its own EOF.
 pub(crate) fn server_ends_first() -> Outcome {
     let server = Server::unix("/told.sock")?;
     let bridge = Bridge::start("/told-near.sock", 5002, "/told.sock")?;
@@ -80,7 +80,7 @@ pub(crate) fn server_ends_first() -> Outcome {
     Ok(())
 }
 
-/// 200 clients at a time, all connected before any ends.
+/// Checks 200 clients at a time, all connected before any ends.
 pub(crate) fn parallel_200() -> Outcome {
     const CLIENTS: usize = 200;
     Server::unix("/crowd.sock")?.serve(echo);
@@ -126,7 +126,7 @@ pub(crate) fn parallel_200() -> Outcome {
     Ok(())
 }
 
-/// 16 connections, each with 2 MiB in each direction at once: no lost wakeup leaves one standing.
+/// Checks 16 connections, each with 2 MiB in each direction at once: no lost wakeup stalls one.
 pub(crate) fn parallel_streams() -> Outcome {
     const BYTES: usize = 2 * MIB;
     let server = Server::unix("/streams.sock")?;
@@ -136,7 +136,7 @@ pub(crate) fn parallel_streams() -> Outcome {
         };
         let reading = thread::spawn(move || expect_pattern(&reader, 6, BYTES));
         let sent = send_pattern(&client, 7, BYTES);
-        // An EOF without all of it is an end that the client notices.
+        // The client notices an EOF that comes before all bytes.
         if sent.is_ok() && matches!(reading.join(), Ok(Ok(()))) {
             let _ = (&client).write_all(b"all of it");
         }
@@ -165,7 +165,7 @@ pub(crate) fn parallel_streams() -> Outcome {
     Ok(())
 }
 
-/// 500 clients one after the other leave no descriptor behind.
+/// Checks that 500 clients, one after the other, leave no open descriptor.
 pub(crate) fn sequence_500() -> Outcome {
     Server::unix("/queue.sock")?.serve(echo);
     let bridge = Bridge::start("/queue-near.sock", 5004, "/queue.sock")?;
@@ -190,7 +190,7 @@ pub(crate) fn sequence_500() -> Outcome {
     Ok(())
 }
 
-/// The open descriptors of this process, the one that looks included.
+/// Returns how many descriptors this process has open, including the one that lists them.
 fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }

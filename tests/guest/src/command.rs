@@ -1,4 +1,4 @@
-//! The real binary, `/hvsock`.
+//! Starts the real binary, `/hvsock`.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
@@ -34,14 +34,16 @@ impl Hvsock {
         Ok(Hvsock { child, out, err })
     }
 
-    /// `hvsock forward` of this pair, once it has said that it listens; where it does.
+    /// Starts `hvsock forward` of this pair, waits until it says that it listens, and returns
+    /// where.
     pub(crate) fn forward(
         arguments: &str,
     ) -> Result<(Hvsock, String), Box<dyn std::error::Error + Send + Sync>> {
         Hvsock::start_listening(&format!("forward {arguments}"))
     }
 
-    /// It with these arguments, once it has said that it listens; where its first forward does.
+    /// Starts it with these arguments, waits until it says that it listens, and returns where its
+    /// first forward does.
     pub(crate) fn start_listening(
         arguments: &str,
     ) -> Result<(Hvsock, String), Box<dyn std::error::Error + Send + Sync>> {
@@ -55,12 +57,12 @@ impl Hvsock {
         Ok((hvsock, listen))
     }
 
-    /// What it has said on standard error.
+    /// Returns what it has written to standard error.
     pub(crate) fn said(&self) -> String {
         text(&self.err)
     }
 
-    /// Whether it says this on standard error in time.
+    /// Returns whether it writes this to standard error in time.
     pub(crate) fn says(&self, what: &str, within: Duration) -> bool {
         eventually(within, || self.said().contains(what))
     }
@@ -70,14 +72,14 @@ impl Hvsock {
         kill(Pid::from_raw(id), Signal::SIGTERM)
     }
 
-    /// How it ended, if it does in time, and all that it said.
+    /// Returns how it ended, if it does in time, and all that it wrote.
     pub(crate) fn end(mut self, within: Duration) -> Result<(ExitStatus, String), String> {
         let mut status = None;
         eventually(within, || {
             status = self.child.try_wait().ok().flatten();
             status.is_some()
         });
-        // Its last words may be on their way still.
+        // Its last lines may still be on their way.
         let closed = || Arc::strong_count(&self.err) == 1;
         eventually(Duration::from_secs(1), closed);
         match status {

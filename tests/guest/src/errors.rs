@@ -1,4 +1,4 @@
-//! What `hvsock` says when AF_VSOCK can't be had.
+//! Checks of what `hvsock` says when AF_VSOCK is unavailable.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use crate::sockets::{Server, connect_unix, connect_vsock, proxy};
 
 const SOON: Duration = Duration::from_secs(3);
 
-/// Without AF_VSOCK in the kernel it fails at once, and names the module.
+/// Checks that without AF_VSOCK in the kernel it fails at once, and names the module.
 pub(crate) fn no_vsock_module() -> Outcome {
     listening_fails(
         0,
@@ -20,22 +20,22 @@ pub(crate) fn no_vsock_module() -> Outcome {
     )
 }
 
-/// With AF_VSOCK but no transport: connecting fails, and names the module.
+/// Checks that with AF_VSOCK but no transport connecting fails, and names the module.
 pub(crate) fn no_loopback_module() -> Outcome {
     told_and_reset("vsock://1:7000", "vsock_loopback")
 }
 
-/// Nobody listens there: the client is reset within a second, and the log says why.
+/// Checks a port without a listener: the client is reset within a second, and the log says why.
 pub(crate) fn refused_port() -> Outcome {
     told_and_reset("vsock://1:7001", "does a program listen on that vsock port")
 }
 
-/// Nobody has that CID.
+/// Checks a CID that no VM has.
 pub(crate) fn no_such_cid() -> Outcome {
     told_and_reset("vsock://77:7000", "no VM has that CID")
 }
 
-/// No CID is one to listen on, not to connect to.
+/// Checks an address without a CID: one may listen on it, not connect to it.
 pub(crate) fn no_cid() -> Outcome {
     let hvsock = Hvsock::start(0, "forward tcp://127.0.0.1:0 vsock://:7000")?;
     let (status, said) = hvsock.end(SOON)?;
@@ -56,7 +56,8 @@ pub(crate) fn foreign_cid() -> Outcome {
     )
 }
 
-/// The highest port is VMADDR_PORT_ANY to the kernel, which then chooses one: that one is told.
+/// Checks the highest port, which is VMADDR_PORT_ANY to the kernel: the port that the kernel then
+/// chooses is printed.
 pub(crate) fn any_port() -> Outcome {
     Server::unix("/any.sock")?.serve(echo);
     let (_hvsock, listen) = Hvsock::forward("vsock://:4294967295 unix:///any.sock")?;
@@ -74,8 +75,8 @@ pub(crate) fn port_in_use() -> Outcome {
     listening_fails(0, "vsock://:7002", "; another program listens there")
 }
 
-/// A listener whose backlog is full looks like a refusal in AF_VSOCK: the clients beyond it are
-/// told, none waits.
+/// Checks a listener whose backlog is full. In AF_VSOCK that looks like a refusal: further clients
+/// are reset, and none waits.
 pub(crate) fn full_backlog() -> Outcome {
     let server = Server::vsock_with_backlog(7004, 1)?;
     let proxy = proxy("unix:///backlog.sock", "vsock://local:7004")?;
@@ -89,14 +90,15 @@ pub(crate) fn full_backlog() -> Outcome {
     });
     ensure!(told, "{:?}", counted());
     println!("# a backlog of 1 takes {} connections", counted().live);
-    // How many of them wait there can't be told from those that are about to be refused.
+    // Those that wait there look the same as those that are about to be refused.
     server.serve(echo);
     drop(clients);
     ensure!(eventually(SOON, || counted().live == 0), "{:?}", counted());
     Ok(())
 }
 
-/// `hvsock forward` can't listen there: exit code 1, and an error of one line that says this.
+/// Checks that `hvsock forward` can't listen there: exit code 1, and an error of one line with this
+/// remedy.
 fn listening_fails(user: u32, address: &str, remedy: &str) -> Outcome {
     let hvsock = Hvsock::start(user, &format!("forward {address} unix:///nobody"))?;
     let (status, said) = hvsock.end(SOON)?;
@@ -109,7 +111,8 @@ fn listening_fails(user: u32, address: &str, remedy: &str) -> Outcome {
     Ok(())
 }
 
-/// A TCP client of a proxy to `address` is reset within a second, and the log says this.
+/// Checks that a TCP client of a proxy to `address` is reset within a second, and that the log has
+/// this remedy.
 fn told_and_reset(address: &str, remedy: &str) -> Outcome {
     let pair = format!("--dial-timeout 5 tcp://127.0.0.1:0 {address}");
     let (hvsock, listen) = Hvsock::forward(&pair)?;

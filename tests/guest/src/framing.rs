@@ -1,4 +1,4 @@
-//! AF_VSOCK in the frames of ocaml-hvsock's `flow_shutdown`.
+//! Checks of AF_VSOCK in the frames of ocaml-hvsock's `flow_shutdown`.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -13,7 +13,8 @@ use crate::sockets::{Bridge, Server, connect_unix, connect_vsock, proxy};
 const SOON: Duration = Duration::from_secs(5);
 const MIB: usize = 1024 * 1024;
 
-/// Two proxies that speak in frames between them: every byte, and the half-close before the answer.
+/// Checks two proxies that speak in frames between them: every byte arrives, and the half-close
+/// before the answer.
 pub(crate) fn through_two_proxies() -> Outcome {
     let server = Server::unix("/framed.sock")?;
     let bridge = Bridge::start_with("/framed-near.sock", 5120, "/framed.sock", "?framing=yes")?;
@@ -36,7 +37,7 @@ pub(crate) fn through_two_proxies() -> Outcome {
     Ok(())
 }
 
-/// What is on the wire, for a peer that knows the frames alone.
+/// Checks what is on the wire, for a peer that knows the frames alone.
 pub(crate) fn on_the_wire() -> Outcome {
     Server::unix("/wire.sock")?.serve(echo);
     let _proxy = proxy("vsock://:5121?framing=yes", "unix:///wire.sock")?;
@@ -45,7 +46,7 @@ pub(crate) fn on_the_wire() -> Outcome {
     let mut frame = [0; 6];
     peer.read_exact(&mut frame)?;
     ensure!(frame == [2, 0, 0, 0, b'h', b'i'], "{frame:?}");
-    // We have said all: so does the echo, and then closes.
+    // This side has ended, so the echo server ends too, and then closes.
     peer.write_all(&0xbeef_dead_u32.to_le_bytes())?;
     let mut mark = [0; 4];
     peer.read_exact(&mut mark)?;

@@ -1,9 +1,11 @@
-//! `/init` of the guest that `scripts/guest-test` boots: checks hvsock on AF_VSOCK in a real kernel.
+//! `/init` of the guest that `scripts/guest-test` boots: checks hvsock on AF_VSOCK in a real
+//! kernel.
 //!
-//! It is the only program there beside `/hvsock`. What it prints goes to the serial line; `done` is the last of it.
-//! With `hvsock.mode=serve` on the kernel's command line it checks nothing, but serves a driver on the host. With
-//! `hvsock.mode=host` it has a guest itself, and checks the way to that. With `hvsock.checks=NAME,NAME` it makes those
-//! checks alone.
+//! It is the only program in the guest besides `/hvsock`. What it prints goes to the serial line;
+//! the last line is `done`. The kernel's command line selects what it does. With
+//! `hvsock.mode=serve` it checks nothing, but serves a driver on the host. With `hvsock.mode=host`
+//! it boots a guest itself, and checks the connections to it. With `hvsock.checks=NAME,NAME` it
+//! runs those checks alone.
 
 mod accepting;
 mod carry;
@@ -24,9 +26,10 @@ mod vms;
 mod vsudd;
 
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +66,7 @@ fn main() {
     }
     let _ = io::stdout().flush();
     let _ = tcdrain(io::stdout());
-    // QEMU ends instead of starting again. Were this to fail, the end of this process is the kernel's.
+    // QEMU ends instead of starting again. If this fails, the kernel panics when this process ends.
     let _ = reboot(RebootMode::RB_AUTOBOOT);
 }
 
@@ -86,7 +89,7 @@ fn run() {
     check("vm_by_cid_health", SHORT, || {
         vms::health(|| load(LOOPBACK), || unload(LOOPBACK))
     });
-    // If the check has left it out.
+    // The health check may have left the module unloaded.
     if !is_loaded(LOOPBACK) && !load(LOOPBACK) {
         return;
     }
@@ -143,7 +146,7 @@ fn run() {
     check("buffer_sizes", SHORT, stress::buffer_sizes);
 }
 
-/// The checks of a host with a guest. Each goes on where the one before has ended.
+/// Runs the checks of a host with a guest. Each goes on where the one before has ended.
 fn run_host() {
     let host = match load_all(&VHOST).and_then(|()| Host::start()) {
         Ok(host) => Arc::new(host),
@@ -170,11 +173,14 @@ fn prepare() -> io::Result<()> {
     for (kind, path) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
+    // hvsock keeps its control socket in its directory there.
+    fs::create_dir_all("/tmp")?;
+    fs::set_permissions("/tmp", Permissions::from_mode(0o1777))?;
     setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     bring_up_lo()
 }
 
-/// The words behind that on the kernel's command line, which commas separate.
+/// Returns the words that follow a key on the kernel's command line, separated by commas.
 fn words(key: &str) -> Vec<String> {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let mut said = line.split_whitespace();
@@ -183,7 +189,7 @@ fn words(key: &str) -> Vec<String> {
     words.map(str::to_owned).collect()
 }
 
-/// The way to a device of the host, by PCI.
+/// The modules for a vsock device of the host, by PCI.
 const VIRTIO: [&str; 8] = [
     "vsock",
     "vmw_vsock_virtio_transport_common",
@@ -195,7 +201,7 @@ const VIRTIO: [&str; 8] = [
     "vmw_vsock_virtio_transport",
 ];
 
-/// The way to guests, and what runs them.
+/// The modules that connect to guests, and those that run them.
 const VHOST: [&str; 8] = [
     "vsock",
     "vmw_vsock_virtio_transport_common",
@@ -216,20 +222,20 @@ fn load_all(modules: &[&str]) -> Outcome {
     Ok(())
 }
 
-/// The way to CID 1.
+/// The module that connects to CID 1.
 const LOOPBACK: &str = "vsock_loopback";
 
 fn is_loaded(name: &str) -> bool {
     Path::new("/sys/module").join(name).exists()
 }
 
-/// Unloads a module; false if it can't be now.
+/// Unloads a module. Returns false if that isn't possible now.
 fn unload(name: &str) -> bool {
     let name = CString::new(name);
     name.is_ok_and(|name| delete_module(&name, DeleteModuleFlags::O_NONBLOCK).is_ok())
 }
 
-/// Loads a module; false, and a failure told, if it can't be.
+/// Loads a module. Prints a failure and returns false if that isn't possible.
 fn load(name: &str) -> bool {
     let loaded = File::open(format!("/modules/{name}.ko"))
         .and_then(|file| Ok(finit_module(file, c"", ModuleInitFlags::empty())?));
@@ -239,7 +245,8 @@ fn load(name: &str) -> bool {
     loaded.is_ok()
 }
 
-/// As `ip link set lo up`: a netlink message, for which the kernel gives the interface its address too.
+/// Brings the loopback interface up, as `ip link set lo up` does: by a netlink message, after which
+/// the kernel gives the interface its address too.
 fn bring_up_lo() -> io::Result<()> {
     const RTM_NEWLINK: u16 = 16;
     const NLM_F_REQUEST: u16 = 1;

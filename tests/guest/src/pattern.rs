@@ -1,4 +1,4 @@
-//! Bytes that can be told from any others, sent and expected.
+//! Byte patterns that can be told from any other bytes, sent and expected.
 
 use std::error::Error;
 use std::io::{self, Read, Write};
@@ -29,7 +29,7 @@ impl Pattern {
 
 const CHUNK: usize = 64 * 1024;
 
-/// Writes that many bytes of the pattern (a multiple of 8).
+/// Writes `bytes` bytes of the pattern (a multiple of 8).
 pub(crate) fn send_pattern(mut to: impl Write, seed: u64, bytes: usize) -> io::Result<()> {
     let mut pattern = Pattern::new(seed);
     let mut chunk = vec![0; CHUNK];
@@ -43,7 +43,7 @@ pub(crate) fn send_pattern(mut to: impl Write, seed: u64, bytes: usize) -> io::R
     Ok(())
 }
 
-/// Reads that many bytes; fails unless they are those of the pattern.
+/// Reads `bytes` bytes. Fails unless they are those of the pattern.
 pub(crate) fn receive_pattern(mut from: impl Read, seed: u64, bytes: usize) -> Result<(), Failure> {
     let mut pattern = Pattern::new(seed);
     let (mut chunk, mut wanted) = (vec![0; CHUNK], vec![0; CHUNK]);
@@ -61,7 +61,7 @@ pub(crate) fn receive_pattern(mut from: impl Read, seed: u64, bytes: usize) -> R
     Ok(())
 }
 
-/// As [`receive_pattern`], and an EOF after it.
+/// Reads as [`receive_pattern`] does, and an EOF after it.
 pub(crate) fn expect_pattern(mut from: impl Read, seed: u64, bytes: usize) -> Result<(), Failure> {
     receive_pattern(&mut from, seed, bytes)?;
     match from.read(&mut [0; 1]) {

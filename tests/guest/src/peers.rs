@@ -1,6 +1,6 @@
-//! Peers that close, break off or don't read. AF_VSOCK has no reset that a program could send: a
-//! peer that is gone for good reads EOF and writes into EPIPE, where one that has only half-closed
-//! can still be written to.
+//! Checks of peers that close, break off or don't read. AF_VSOCK has no reset that a program could
+//! send. From a peer that has closed one reads EOF, and writes to it fail with EPIPE; to one that
+//! has only half-closed one can still write.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -36,7 +36,7 @@ fn is_idle(proxy: &Proxy, within: Duration) -> Outcome {
     Ok(())
 }
 
-/// Writes until it can't, for `within` at most; why it couldn't.
+/// Writes until a write fails, for `within` at most, and returns the error.
 fn write_until_told(mut to: &UnixStream, within: Duration) -> Result<io::Error, String> {
     let end = Instant::now() + within;
     to.set_write_timeout(Some(within))
@@ -51,8 +51,8 @@ fn write_until_told(mut to: &UnixStream, within: Duration) -> Result<io::Error, 
     Err(format!("it can still write after {within:?}"))
 }
 
-/// A server that answers and closes, with the request unread: the answer arrives, whole, and its
-/// end.
+/// Checks a server that answers and closes with the request unread: the whole answer arrives, and
+/// its EOF.
 pub(crate) fn server_closes_unread() -> Outcome {
     let server = Server::vsock(5100)?;
     let proxy = proxy("unix:///unread.sock", "vsock://local:5100")?;
@@ -70,8 +70,8 @@ pub(crate) fn server_closes_unread() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// The same from the other end: a vsock client that closes with the answer unread. The server is
-/// told.
+/// Checks the same from the other end: a vsock client that closes with the answer unread. The
+/// server gets an error.
 pub(crate) fn client_closes_unread() -> Outcome {
     let server = Server::unix("/unread-server.sock")?;
     let proxy = proxy("vsock://:5101", "unix:///unread-server.sock")?;
@@ -94,8 +94,8 @@ pub(crate) fn client_closes_unread() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// A server that goes away in the middle of an upload: the client is told, and doesn't send for
-/// ever.
+/// Checks a server that closes in the middle of an upload: the client gets an error, and doesn't
+/// send for ever.
 pub(crate) fn server_gone_in_upload() -> Outcome {
     let server = Server::vsock(5102)?;
     let proxy = proxy("unix:///upload.sock", "vsock://local:5102")?;
@@ -111,7 +111,8 @@ pub(crate) fn server_gone_in_upload() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// A listener that goes away with the connection not yet accepted: to the client it ends.
+/// Checks a listener that closes before it has accepted the connection: the client's connection
+/// ends.
 pub(crate) fn listener_gone_unaccepted() -> Outcome {
     let server = Server::vsock(5103)?;
     let proxy = proxy("unix:///unaccepted.sock", "vsock://local:5103")?;
@@ -129,8 +130,8 @@ pub(crate) fn listener_gone_unaccepted() -> Outcome {
     is_idle(&proxy, LATER)
 }
 
-/// An upload that a reset breaks off: the server doesn't see the half-close of one that is
-/// complete, for it can't answer any more.
+/// Checks an upload that a reset breaks off: the server doesn't see a half-close, which would make
+/// the upload look complete.
 pub(crate) fn broken_upload() -> Outcome {
     let server = Server::vsock(5104)?;
     let proxy = proxy("tcp://127.0.0.1:0", "vsock://local:5104")?;
@@ -155,7 +156,7 @@ pub(crate) fn broken_upload() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// A server that takes its time: the client is made to wait, in bounded memory, and every byte
+/// Checks a server that reads late: the client has to wait, in bounded memory, and every byte
 /// arrives.
 pub(crate) fn server_does_not_read() -> Outcome {
     let server = Server::vsock(5105)?;
@@ -178,7 +179,7 @@ pub(crate) fn server_does_not_read() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// The same from the other end: a vsock client that takes its time with the answer.
+/// Checks the same from the other end: a vsock client that reads its answer late.
 pub(crate) fn client_does_not_read() -> Outcome {
     let server = Server::unix("/slow-server.sock")?;
     let proxy = proxy("vsock://:5106", "unix:///slow-server.sock")?;
@@ -195,8 +196,8 @@ pub(crate) fn client_does_not_read() -> Outcome {
     is_idle(&proxy, SOON)
 }
 
-/// A server that never reads. A client that ends leaves its upload there until the server ends too;
-/// one that breaks off is not waited for.
+/// Checks a server that never reads. The upload of a client that has ended is kept until the server
+/// ends too; that of a client that breaks off is dropped.
 pub(crate) fn never_read() -> Outcome {
     let server = Server::vsock(5107)?;
     let rule = Rule::new("tcp://127.0.0.1:0".parse()?, "vsock://local:5107".parse()?);

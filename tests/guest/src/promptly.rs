@@ -1,12 +1,12 @@
-//! The one promise about time that the checks hold anybody to.
+//! The only limit of time that a check may depend on.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
 
 use crate::report::Outcome;
 
-/// Has an attempt take less than a second, by its own clock or ours: one of three, for the machine
-/// may be busy.
+/// Checks that one attempt of three takes less than a second, by its own clock or by this one; the
+/// machine may be busy.
 pub(crate) fn within_a_second(
     mut attempt: impl FnMut() -> Result<Option<Duration>, Box<dyn Error + Send + Sync>>,
 ) -> Outcome {

@@ -18,7 +18,7 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
-/// Runs a check, in a thread of its own: one that hangs is left behind.
+/// Runs a check in a thread of its own. A check that hangs is abandoned.
 pub(crate) fn check(
     name: &str,
     limit: Duration,
@@ -40,7 +40,7 @@ pub(crate) fn check(
     failure.is_none()
 }
 
-/// Asks until the answer is yes, or for `within`.
+/// Calls `ask` until it returns true, for `within` at most. Returns whether it did.
 pub(crate) fn eventually(within: Duration, mut ask: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + within;
     loop {

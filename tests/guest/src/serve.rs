@@ -1,9 +1,9 @@
-//! `hvsock.mode=serve`: a guest with `/hvsock` in vsudd's place, for a driver on the host to try
-//! the way to and fro.
+//! `hvsock.mode=serve`: a guest with `/hvsock` in vsudd's place, which a driver on the host dials
+//! and is dialled by.
 //!
-//! Each service is there twice: at its port behind `/hvsock`, and at the port [`NATIVE`] higher by
-//! itself. The driver says on [`CONTROL`] what the guest is to do, one line a connection, answered
-//! by one line.
+//! Each service has two ports: one that `/hvsock` forwards, and one [`NATIVE`] higher on which it
+//! listens itself. The driver sends commands to [`CONTROL`], one line a connection, answered by one
+//! line.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -36,7 +36,7 @@ const SERVICES: [(u32, &str, Service); 3] = [
     (9, "/ask.sock", ask),
 ];
 
-/// A port whose target nobody serves, behind `/hvsock`.
+/// A port of `/hvsock` at whose target nothing listens.
 const NOBODY: u32 = 98;
 
 /// The host's ports that `/hvsock` dials for the guest's clients, at `/host-PORT.sock`.
@@ -78,7 +78,7 @@ pub(crate) fn run() -> Outcome {
         let client = control.accept()?;
         let id = hvsock.id();
         let mut line = String::new();
-        // A client that went away is no reason to end.
+        // A client that has closed is no reason to end.
         if BufReader::new(&client).read_line(&mut line).is_err() {
             continue;
         }
@@ -95,10 +95,11 @@ pub(crate) fn run() -> Outcome {
     }
 }
 
-/// Without leave, as a guest that crashes: what is connected stays so on the host.
+/// Ends the machine without closing its connections, as a guest that crashes: on the host they stay
+/// connected.
 fn end(hvsock: &mut Child, mut client: &UnixStream) -> Outcome {
     client.write_all(b"ok\n")?;
-    // So that the answer is out.
+    // Lets the answer be sent first.
     thread::sleep(Duration::from_millis(200));
     println!("rebooting");
     let _ = reboot(RebootMode::RB_AUTOBOOT);
@@ -106,7 +107,7 @@ fn end(hvsock: &mut Child, mut client: &UnixStream) -> Outcome {
     Err("it doesn't reboot".into())
 }
 
-/// Does what a line of the driver says.
+/// Carries out a command of the driver, and returns its answer.
 fn obey(hvsock: u32, line: &str) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
     let words: Vec<&str> = line.split(' ').collect();
     let done = |outcome: Outcome| outcome.map(|()| String::new());
@@ -169,8 +170,8 @@ fn request(up: &str, down: &str) -> Result<Request, std::num::ParseIntError> {
     })
 }
 
-/// A while later, for the host to stand still by then, dials it, and says on the serial line what
-/// it was told.
+/// Dials `address` after a while, when the host has been stopped, and prints the result on the
+/// serial line.
 fn deadline(address: &Address) {
     thread::sleep(Duration::from_secs(2));
     let start = Instant::now();
@@ -184,7 +185,7 @@ fn deadline(address: &Address) {
     );
 }
 
-/// A port of the host, or the Unix socket behind which `/hvsock` dials it.
+/// Connects to a port of the host, or to the Unix socket behind which `/hvsock` dials it.
 fn dial(target: &str) -> std::io::Result<UnixStream> {
     match target.parse() {
         Ok(port) => connect_vsock_of(HOST, port),
@@ -192,7 +193,7 @@ fn dial(target: &str) -> std::io::Result<UnixStream> {
     }
 }
 
-/// How a dial that nobody takes ends, after how many milliseconds.
+/// Returns how a dial that nothing accepts ends, and after how many milliseconds.
 fn refused(target: &str) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
     let start = Instant::now();
     let told = match dial(target) {

@@ -1,5 +1,6 @@
-//! What both ends of a VM serve for the checks, and the clients of it: in the guest and, included
-//! there by path, in the driver on the host. Sockets of every family go by std's Unix stream.
+//! The services that both ends of a VM offer for the checks, and their clients: for the guest and,
+//! included by path, for the driver on the host. Sockets of every family are held as std's Unix
+//! stream.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -61,7 +62,7 @@ impl Request {
     }
 }
 
-/// Answers when it has read to its client's EOF: not at all if what came is wrong.
+/// Answers after it has read to its client's EOF, and only if what came is right.
 pub(crate) fn ask(client: UnixStream) {
     let answer = || -> Outcome {
         let request = Request::read(&client)?;
@@ -73,10 +74,10 @@ pub(crate) fn ask(client: UnixStream) {
     let _ = answer();
 }
 
-/// What became of those clients of [`tell`] that sent something.
+/// The results of those clients of [`tell`] that sent something.
 pub(crate) static VERDICTS: Mutex<VecDeque<Result<(), String>>> = Mutex::new(VecDeque::new());
 
-/// The next of [`VERDICTS`]; they are waited for, but not without end.
+/// Returns the next of [`VERDICTS`], or an error if none comes in time.
 pub(crate) fn verdict() -> Result<(), String> {
     for _ in 0..6000 {
         let next = VERDICTS
@@ -91,8 +92,8 @@ pub(crate) fn verdict() -> Result<(), String> {
     Err("the server has not come to an end".to_owned())
 }
 
-/// Speaks and ends first. If its client has nothing more to say that is the end; else it
-/// half-closes, and what the client sends after that, and its EOF, still arrive.
+/// Sends and ends first. If its client is to send nothing, it closes; otherwise it half-closes, and
+/// reads what the client sends after that, and its EOF.
 pub(crate) fn tell(client: UnixStream) {
     let Ok(request) = Request::read(&client) else {
         return;
@@ -101,7 +102,7 @@ pub(crate) fn tell(client: UnixStream) {
         thread::sleep(Duration::from_millis(request.wait));
         send_pattern(&client, request.seed + 1, request.down)?;
         if request.up == 0 {
-            // As a server that closes after its answer.
+            // Closes, as a server does after its answer.
             return Ok(());
         }
         client.shutdown(Shutdown::Write)?;
@@ -125,7 +126,7 @@ pub(crate) enum End {
     Close,
 }
 
-/// Every byte comes back, in order.
+/// Checks that every byte comes back, in order.
 pub(crate) fn echo_client(client: &UnixStream, seed: u64, bytes: usize, end: End) -> Outcome {
     let sender = client.try_clone()?;
     let sending = thread::spawn(move || {
@@ -140,7 +141,7 @@ pub(crate) fn echo_client(client: &UnixStream, seed: u64, bytes: usize, end: End
         End::Close => receive_pattern(client, seed, bytes),
     };
     if received.is_err() {
-        // The sender may be blocked.
+        // The sender may be blocked otherwise.
         let _ = client.shutdown(Shutdown::Both);
     }
     let sent = sending.join().map_err(|_| "the sender panicked")?;
@@ -148,7 +149,7 @@ pub(crate) fn echo_client(client: &UnixStream, seed: u64, bytes: usize, end: End
     Ok(sent?)
 }
 
-/// The client ends first, and the whole answer of [`ask`] arrives.
+/// Checks that the whole answer of [`ask`] arrives after the client has ended.
 pub(crate) fn ask_client(client: &UnixStream, request: Request) -> Outcome {
     request.send(client)?;
     send_pattern(client, request.seed, request.up)?;
@@ -156,7 +157,8 @@ pub(crate) fn ask_client(client: &UnixStream, request: Request) -> Outcome {
     expect_pattern(client, request.seed + 1, request.down)
 }
 
-/// [`tell`] ends first; the client sends after that. What arrived of it is the server's to say.
+/// Checks that the whole answer of [`tell`] arrives, which ends first, and then sends. The server
+/// checks what arrives of that.
 pub(crate) fn tell_client(client: &UnixStream, request: Request) -> Outcome {
     request.send(client)?;
     expect_pattern(client, request.seed + 1, request.down)?;
@@ -164,7 +166,7 @@ pub(crate) fn tell_client(client: &UnixStream, request: Request) -> Outcome {
     Ok(client.shutdown(Shutdown::Write)?)
 }
 
-/// So many clients of [`echo`], all connected before any ends.
+/// Checks clients of [`echo`] that are all connected before any ends.
 pub(crate) fn crowd_client(
     clients: usize,
     end: End,

@@ -1,5 +1,4 @@
-//! Sockets for the proxies to carry between: Unix and AF_VSOCK, blocking, with a limit to every
-//! wait.
+//! Sockets that the proxies connect: Unix and AF_VSOCK, blocking, with a limit to every wait.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,14 +14,14 @@ use crate::report::eventually;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// This system itself, and any of its CIDs to listen on.
+/// The CID of this system itself.
 const LOCAL: u32 = 1;
 const ANY: u32 = u32::MAX;
 
-/// No single read or write may take longer.
+/// The time that a single read or write may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A stream socket of either family: std's Unix stream carries both.
+/// Limits the waits of a stream of either family; std's Unix stream holds both.
 pub(crate) fn patient(stream: UnixStream) -> io::Result<UnixStream> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
@@ -85,12 +84,12 @@ pub(crate) struct Bridge {
 }
 
 impl Bridge {
-    /// `listen` -> vsock port `port` -> `connect`.
+    /// Starts the proxies `listen` -> vsock port `port` -> `connect`.
     pub(crate) fn start(listen: &str, port: u32, connect: &str) -> Result<Bridge, Failure> {
         Bridge::start_with(listen, port, connect, "")
     }
 
-    /// The same, with this behind the vsock addresses.
+    /// Starts the same, with options appended to the vsock addresses.
     pub(crate) fn start_with(
         listen: &str,
         port: u32,
@@ -105,7 +104,8 @@ impl Bridge {
         })
     }
 
-    /// Both proxies have nothing left, and so have released everything.
+    /// Returns whether both proxies have no connection left in time, and so have released
+    /// everything.
     pub(crate) fn is_idle(&self, within: Duration) -> bool {
         eventually(within, || live(&self.near) + live(&self.far) == 0)
     }
@@ -115,7 +115,7 @@ impl Bridge {
     }
 }
 
-/// A proxy with one rule; a stale file of its Unix socket is its own business.
+/// Starts a proxy with one rule, which removes a stale file of its Unix socket itself.
 pub(crate) fn proxy(listen: &str, connect: &str) -> Result<Proxy, Failure> {
     let rule = Rule::new(listen.parse()?, connect.parse()?);
     Ok(Proxy::start(ProxyConfig::new(vec![rule]))?)

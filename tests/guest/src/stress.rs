@@ -1,4 +1,5 @@
-//! `hvsock stress` and `hvsock cat` over AF_VSOCK loopback, and the library's own sockets.
+//! Checks of `hvsock stress` and `hvsock cat` over AF_VSOCK loopback, and of the library's own
+//! sockets.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -18,8 +19,8 @@ use crate::tools::{Tool, cat_echo, cat_refused, stress};
 const HVSOCK: &str = "/hvsock";
 const MIB: usize = 1024 * 1024;
 
-/// A server for all loads, 200 clients at a time, 64 MiB each way, one way, to and fro; SIGTERM is
-/// not needed to end it.
+/// Checks a server for all loads: 200 clients at a time, 64 MiB in both directions, in one, and
+/// echoed. It ends without SIGTERM.
 pub(crate) fn all_loads() -> Outcome {
     let hvsock = Path::new(HVSOCK);
     let mut server = Tool::start(hvsock, "stress --server vsock://:8100")?;
@@ -36,7 +37,7 @@ pub(crate) fn all_loads() -> Outcome {
     cat_echo(hvsock, "vsock://local:8100", 64 * MIB)
 }
 
-/// `cat -l` and a client that half-closes first, then one that does so last.
+/// Checks `cat -l` with a client that half-closes first, then with one that does so last.
 pub(crate) fn cat_listens() -> Outcome {
     for client_first in [true, false] {
         let cat = Tool::start(Path::new(HVSOCK), "cat -l vsock://:8101")?;
@@ -67,7 +68,7 @@ pub(crate) fn cat_is_refused() -> Outcome {
     within_a_second(|| cat_refused(Path::new(HVSOCK), "vsock://local:8999").map(|()| None))
 }
 
-/// `--wait` finds a server that comes later.
+/// Checks that `--wait` finds a server that starts later.
 pub(crate) fn cat_waits() -> Outcome {
     let mut cat = Tool::start(Path::new(HVSOCK), "cat --wait 20 vsock://local:8102")?;
     let stdin = cat.0.stdin.as_mut().ok_or("no pipe")?;
@@ -84,7 +85,7 @@ pub(crate) fn cat_waits() -> Outcome {
     Ok(())
 }
 
-/// The library's streams: half-close, the peer's CID, its port.
+/// Checks the library's streams: half-close, the peer's CID, its port.
 pub(crate) fn blocking_sockets() -> Outcome {
     let listener = vsock::Listener::bind(&VsockAddress::new(CID_ANY, PORT_ANY))?;
     let bound = listener.local_addr()?.port;
@@ -121,8 +122,8 @@ pub(crate) fn blocking_sockets() -> Outcome {
     Ok(())
 }
 
-/// How far a client may send ahead is what the addresses say. Newer kernels hold a sender to its
-/// own size, too.
+/// Checks that a client may send ahead as far as the addresses say. Newer kernels hold a sender to
+/// its own buffer's size, too.
 pub(crate) fn buffer_sizes() -> Outcome {
     for (size, query) in [(256 * 1024, ""), (MIB, "?buffer-size=1048576")] {
         let listener = Listener::bind(&format!("vsock://:8103{query}").parse()?)?;
@@ -143,7 +144,7 @@ pub(crate) fn buffer_sizes() -> Outcome {
     Ok(())
 }
 
-/// Waits until it has said a line on standard output.
+/// Waits until it has written a line to standard output.
 fn wait_for_line(tool: &mut Tool) -> Outcome {
     let mut byte = [0];
     let stdout = tool.0.stdout.as_mut().ok_or("no pipe")?;

@@ -31,7 +31,7 @@ impl Tool {
         pipes.ok_or_else(|| "its pipes are taken".into())
     }
 
-    /// Feeds it the pattern of one seed, and expects that of another from it, each with its EOF;
+    /// Sends it the pattern of one seed, and expects that of another from it, each with its EOF,
     /// and exit code 0.
     pub(crate) fn exchange(
         mut self,
@@ -51,7 +51,7 @@ impl Tool {
         }
     }
 
-    /// Its exit code, and all that it says from now on.
+    /// Returns its exit code, and all that it writes from now on.
     pub(crate) fn end(mut self) -> Result<(Option<i32>, String), Failure> {
         drop(self.0.stdin.take());
         let mut said = String::new();
@@ -72,12 +72,12 @@ impl Drop for Tool {
     }
 }
 
-/// Bytes that an echo server sends back through `hvsock cat WORDS`.
+/// Checks that an echo server sends bytes back through `hvsock cat WORDS`.
 pub(crate) fn cat_echo(hvsock: &Path, words: &str, bytes: usize) -> Result<(), Failure> {
     Tool::start(hvsock, &format!("cat {words}"))?.exchange((90, bytes), (90, bytes))
 }
 
-/// `hvsock stress WORDS`, which is to find nothing wrong.
+/// Checks that `hvsock stress WORDS` finds nothing wrong.
 pub(crate) fn stress(hvsock: &Path, words: &str) -> Result<(), Failure> {
     let (code, said) = Tool::start(hvsock, &format!("stress {words}"))?.end()?;
     for line in said.lines().filter(|line| !line.starts_with("seed")) {
@@ -89,11 +89,10 @@ pub(crate) fn stress(hvsock: &Path, words: &str) -> Result<(), Failure> {
     }
 }
 
-/// `hvsock cat WORDS` of a port on which nobody listens: exit code 1, and it is told what to look
-/// at.
+/// Checks `hvsock cat WORDS` of a port without a listener: exit code 1, and a remedy.
 pub(crate) fn cat_refused(hvsock: &Path, words: &str) -> Result<(), Failure> {
     let mut tool = Tool::start(hvsock, &format!("cat {words}"))?;
-    // Without an end of the input the refusal alone ends it.
+    // The input stays open, so that only the refusal ends it.
     let stdin = tool.0.stdin.take();
     let (code, said) = tool.end()?;
     drop(stdin);

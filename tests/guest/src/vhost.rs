@@ -1,5 +1,6 @@
-//! `hvsock.mode=host`: this system as a Linux host whose QEMU has a vhost-vsock device. Its guest is the same kernel,
-//! with [`serve`](crate::serve) as its `/init`. QEMU's KVM is the processor that QEMU itself emulates for this system.
+//! `hvsock.mode=host`: this system as a Linux host whose QEMU has a vhost-vsock device. Its guest
+//! is the same kernel, with [`serve`](crate::serve) as its `/init`. The QEMU outside emulates a
+//! processor with KVM for this system.
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -29,10 +30,11 @@ const CID: u32 = 3;
 const CONTROL: u32 = 1;
 const MIB: usize = 1024 * 1024;
 const SOON: Duration = Duration::from_secs(30);
-/// A boot takes 5 s on a processor of its own, and some minutes where eight share it.
+/// The time that a boot may take: 5 s on a processor of its own, some minutes where eight share it.
 const BOOT: Duration = Duration::from_secs(200);
 
-/// What `expose` makes of the guest's own services, and of ours: no hvsock is in between in the guest.
+/// The forwards of `expose` to the guest's own services, and to those of this system: no hvsock
+/// runs in the guest.
 const FORWARDS: &str = "-L 127.0.0.1:2222:1007 -L /echo.sock:1007 -L /ask.sock:1009 -L /tell.sock:1008 \
     -L /nobody.sock:99 \
     -R 5007:unix:///host-echo.sock -R 5008:unix:///host-tell.sock -R 5009:unix:///host-ask.sock";
@@ -40,7 +42,7 @@ const FORWARDS: &str = "-L 127.0.0.1:2222:1007 -L /echo.sock:1007 -L /ask.sock:1
 const MACHINE: &str = "-name build -L /share -accel kvm -cpu host -M pc,kernel-irqchip=split -m 192 -nodefaults \
     -no-user-config -display none -serial stdio";
 
-/// Of another VM than the first.
+/// The status of a VM that came after the first.
 const UP_AGAIN: [&str; 2] = ["VM vsock://3: up, ", "; 0 connections, 1 restart\n"];
 
 /// An hvsock, and the VM that it leads to.
@@ -94,7 +96,7 @@ impl Drop for Vm {
     }
 }
 
-/// Has the guest do something; what it says to that.
+/// Sends the guest a command, and returns its answer.
 fn order(order: &str) -> Result<String, Failure> {
     let mut client = connect_vsock_of(CID, CONTROL)?;
     client.set_read_timeout(Some(Duration::from_secs(60)))?;
@@ -107,7 +109,7 @@ fn order(order: &str) -> Result<String, Failure> {
     }
 }
 
-/// What hvsock prints, and its exit code.
+/// Runs hvsock, and returns its exit code and what it prints.
 fn tool(words: &str) -> Result<(Option<i32>, String), Failure> {
     Tool::start(Path::new(HVSOCK), words)?.end()
 }
@@ -139,7 +141,7 @@ impl Host {
         Ok(())
     }
 
-    /// Waits until `hvsock COMMAND` has all this in it.
+    /// Waits until `hvsock COMMAND` prints all this.
     fn shows(&self, command: &str, what: &[&str]) -> Outcome {
         let mut last = String::new();
         let shown = eventually(SOON, || {
@@ -151,7 +153,8 @@ impl Host {
         Ok(())
     }
 
-    /// Without a VM clients are refused. QEMU is found when it has begun, its guest when that answers.
+    /// Checks that clients are refused without a VM, that QEMU is seen when it has started, and its
+    /// guest when it answers.
     pub(crate) fn vm_comes(&self) -> Outcome {
         refused("/echo.sock")?;
         self.says("the VM at vsock://3 is not there: ")?;
@@ -173,11 +176,11 @@ impl Host {
         let (code, said) = tool("doctor --vm build --port 1007 --control /control")?;
         let listened = code == Some(0) && said.contains("is listened on");
         ensure!(listened, "{code:?}: {said}");
-        // The dial was not its own.
+        // The dial of `doctor` is not one of the proxy's.
         self.shows("status", &["VM vsock://3: up, not heard from yet"])
     }
 
-    /// Bytes, ends and refusals from the host to the guest.
+    /// Checks bytes, ends and refusals from the host to the guest.
     pub(crate) fn to_guest(&self) -> Outcome {
         cat_echo(Path::new(HVSOCK), "tcp://127.0.0.1:2222", MIB)?;
         cat_echo(Path::new(HVSOCK), "--vm build 1007", MIB)?;
@@ -192,7 +195,7 @@ impl Host {
         self.is_idle()
     }
 
-    /// The same from the guest to the host.
+    /// Checks the same from the guest to the host.
     pub(crate) fn to_host(&self) -> Outcome {
         order(&format!("echo 5007 {MIB} half-close"))?;
         order(&format!("ask 5009 {MIB} {MIB}"))?;
@@ -205,7 +208,7 @@ impl Host {
         self.is_idle()
     }
 
-    /// A VM that is killed: everybody is told at once, and nobody must dial for that.
+    /// Checks a VM that is killed: all its connections end at once, without a further dial.
     pub(crate) fn vm_killed(&self) -> Outcome {
         let held = held("/echo.sock")?;
         let server = Server::unix("/host-held.sock")?;
@@ -233,7 +236,7 @@ impl Host {
         self.is_idle()
     }
 
-    /// Another one with its CID: it is seen, and the forwards go on.
+    /// Checks another VM with the same CID: it is seen, and the forwards go on.
     pub(crate) fn vm_back(&self) -> Outcome {
         let vm = Vm::start()?;
         self.says("the VM at vsock://3 is back after ")?;
@@ -244,7 +247,8 @@ impl Host {
         self.shows("status", &UP_AGAIN)
     }
 
-    /// A VM that stands still: what is connected waits, who dials is told in time, and all goes on with it.
+    /// Checks a VM that is stopped: connections wait, dials fail in time, and all goes on when it
+    /// does.
     pub(crate) fn vm_stopped(&self) -> Outcome {
         let mut held = held("/echo.sock")?;
         self.signal(Signal::SIGSTOP)?;
@@ -258,12 +262,12 @@ impl Host {
         self.signal(Signal::SIGCONT)?;
         held.read_exact(&mut [0; 5])?;
         echo_client(&connect_unix("/echo.sock")?, 3, MIB, End::HalfClose)?;
-        // It was no other VM.
+        // The restarts show that the VM is still the same.
         drop(held);
         self.shows("status", &UP_AGAIN)
     }
 
-    /// Nothing is left of the connections of a check.
+    /// Checks that no connection of a check is left.
     fn is_idle(&self) -> Outcome {
         self.shows("status", &[", 0 connections\n"])
     }
@@ -278,7 +282,7 @@ fn request() -> Request {
     }
 }
 
-/// A client of an echo server, once it has its first answer.
+/// Returns a client of an echo server, once it has its first answer.
 fn held(path: &str) -> Result<UnixStream, Failure> {
     let mut client = connect_unix(path)?;
     client.write_all(b"?")?;
@@ -286,7 +290,7 @@ fn held(path: &str) -> Result<UnixStream, Failure> {
     Ok(client)
 }
 
-/// A client there is accepted, and ended.
+/// Checks that a client there is accepted, and then closed.
 fn refused(path: &str) -> Outcome {
     let end = connect_unix(path)?.read(&mut [0; 1]);
     ensure!(is_end(&end), "a client of {path} read {end:?}");

@@ -1,4 +1,4 @@
-//! A VM that is named by its CID: its health and its limits, and what its guest may ask of an
+//! Checks of a VM that is named by its CID: its health and limits, and what its guest may ask of an
 //! hvsock of the host. The guest is this system, by loopback: both have CID 1.
 
 use std::error::Error;
@@ -19,11 +19,10 @@ type Failure = Box<dyn Error + Send + Sync>;
 const HVSOCK: &str = "/hvsock";
 const SOON: Duration = Duration::from_secs(30);
 
-/// The VM comes and goes with the transport to its CID, which `load` and `unload` are for. Who may
-/// wait is held until it is there; that it is back is seen though nobody dials it.
+/// Checks a VM that goes down and comes up with the transport to its CID, by `unload` and `load`.
+/// Clients that may wait are held until it is up; that it is back is seen without a dial.
 ///
-/// The kernel keeps a transport for as long as a connect over it might have taken: no longer than
-/// it must be.
+/// The kernel keeps a transport for as long as a connect over it may take, so that time is short.
 pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     let vm = Vm::run(
         "health",
@@ -60,8 +59,8 @@ pub(crate) fn health(load: fn() -> bool, unload: fn() -> bool) -> Outcome {
     vm.says("the VM at vsock://1 is back after ")
 }
 
-/// Of the VM's 9 connections 8 may be its guest's: those beyond are ended at once. A client of the
-/// host's waits for one to be free. What dials a listener that all guests may dial counts, too.
+/// Checks that of the VM's 9 connections its guest may have 8: further ones are closed at once, and
+/// a client of the host waits for one. Dials of a listener that all guests may dial count, too.
 pub(crate) fn limits() -> Outcome {
     Server::vsock(8210)?.serve(echo);
     Server::unix("/limits-target.sock")?.serve(echo);
@@ -111,8 +110,9 @@ pub(crate) fn limits() -> Outcome {
     Ok(())
 }
 
-/// Guests have the metrics at `vsock://`, and nothing else there; at `guest-control` those that
-/// `from` names change forwards, but neither start programs nor end the process.
+/// Checks that guests can read the metrics at `vsock://`, and nothing else there, and that at
+/// `guest-control` those that `from` names change forwards, but neither start programs nor end the
+/// process.
 pub(crate) fn guests_may_control_it() -> Outcome {
     Server::unix("/controlled-target.sock")?.serve(echo);
     let at = "--metrics vsock://:8220 --guest-control vsock://:8221 --guest-control-from 7,1";
@@ -141,7 +141,8 @@ pub(crate) fn guests_may_control_it() -> Outcome {
     expect(&ask("GET", "/v1/status", "")?, 200, "\"stopping\": false")
 }
 
-/// A guest that `guest-control-from` does not name gets no answer, and the log names it.
+/// Checks that a guest that `guest-control-from` does not name gets no answer, and that the log
+/// names it.
 pub(crate) fn others_may_not() -> Outcome {
     let head = "guest-control = 'vsock://:8230'\nguest-control-from = [5, 6]";
     let forward = "[forward.some]\nlisten = '/others.sock'\nvm = 'it'\nport = 8231";
@@ -155,7 +156,7 @@ pub(crate) fn others_may_not() -> Outcome {
     vm.says("refused a client: CID 1 may not control this hvsock")
 }
 
-/// `hvsock run` with a VM `it` at `vsock://1`.
+/// A running `hvsock run` with a VM `it` at `vsock://1`.
 struct Vm {
     hvsock: Hvsock,
     control: String,
@@ -192,7 +193,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Waits until its status has this in it, blanks aside.
+    /// Waits until its status contains this, blanks aside.
     fn shows(&self, what: &str) -> Outcome {
         let mut last = String::new();
         let shown = eventually(SOON, || {
@@ -207,14 +208,14 @@ impl Vm {
     }
 }
 
-/// A client of an echo server, once it has its first answer.
+/// Returns a client of an echo server, once it has its first answer.
 fn served(mut client: UnixStream) -> Result<UnixStream, Failure> {
     client.write_all(b"?")?;
     client.read_exact(&mut [0; 1])?;
     Ok(client)
 }
 
-/// The answer to one request, head and body.
+/// Sends a request, and returns the answer's head and body.
 fn request(mut to: UnixStream, method: &str, path: &str, body: &str) -> Result<String, Failure> {
     let length = body.len();
     let head = format!("{method} {path} HTTP/1.1\r\nHost: hvsock\r\nContent-Length: {length}");

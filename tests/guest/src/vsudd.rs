@@ -1,4 +1,4 @@
-//! The binary in a guest's place, as LinuxKit's vsudd stands there: `hvsock forward vsock://:PORT
+//! Checks of the binary in a guest, in the place of LinuxKit's vsudd: `hvsock forward vsock://:PORT
 //! unix:///PATH`.
 
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use crate::sockets::{Server, connect_vsock};
 
 const SOON: Duration = Duration::from_secs(3);
 
-/// It serves, and SIGTERM ends it with exit code 0.
+/// Checks that it serves, and that SIGTERM ends it with exit code 0.
 pub(crate) fn serves_and_ends() -> Outcome {
     Server::unix("/vsudd.sock")?.serve(echo);
     let (hvsock, listen) = Hvsock::forward("vsock://:7000 unix:///vsudd.sock")?;
@@ -32,7 +32,7 @@ pub(crate) fn serves_and_ends() -> Outcome {
     }
 }
 
-/// After SIGTERM it takes no new clients, but lets those finish that are there.
+/// Checks that after SIGTERM it accepts no new clients, but lets its connections finish.
 pub(crate) fn lets_finish() -> Outcome {
     Server::unix("/finish.sock")?.serve(echo);
     let (hvsock, _) = Hvsock::forward("vsock://:7003 unix:///finish.sock")?;

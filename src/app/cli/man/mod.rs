@@ -26,7 +26,7 @@ use page::Page;
   hvsock man expose
   hvsock man hvsock.toml >hvsock.toml.5
   hvsock man --dir /usr/local/share/man")]
-pub(super) struct Man {
+pub(super) struct ManArgs {
     /// The command that the page is of, or the name of another page, such as hvsock.toml or
     /// hvsock-control [default: hvsock itself]
     #[arg(value_name = "COMMAND|PAGE")]
@@ -37,7 +37,7 @@ pub(super) struct Man {
     dir: Option<PathBuf>,
 }
 
-impl Man {
+impl ManArgs {
     pub(super) fn run(self, hvsock: Command) -> Outcome {
         let names = names(&hvsock);
         let pages = pages(hvsock);

@@ -7,13 +7,15 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Done, EndedLine, FailedForwards, FileLine, Head, Mine, Slots, SocketLine, Taken};
+use super::{
+    Done, EndedLine, FailedForwards, FileLine, Head, Mine, Slots, SocketLine, TakenSockets,
+};
 use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
 use crate::app::control::added::AddedForwards;
-use crate::app::control::endpoint::{Endpoint, Service};
-use crate::app::control::model::{Ended, RuleBody};
+use crate::app::control::endpoint::{ServedInterface, ServiceEndpoint};
+use crate::app::control::model::{EndedInfo, RuleBody};
 use crate::engine::admission::sharing::Remainder;
 use crate::listener::nonblocking::Listener;
 use crate::proxy::{ForwardId, Handle, Offered};
@@ -45,19 +47,19 @@ impl Successor {
     pub(in crate::app::control) fn give(
         mut self,
         handle: &Handle,
-        endpoints: &[Arc<Endpoint>],
+        endpoints: &[Arc<ServiceEndpoint>],
         listed: &HashSet<ForwardId>,
         added: &AddedForwards,
         agree: impl FnOnce() -> bool,
     ) -> io::Result<Finishing> {
         let wire = &mut self.0;
-        let doors: Vec<_> = endpoints
+        let served: Vec<_> = endpoints
             .iter()
             .filter_map(|it| Some((it, it.listener()?)))
             .collect();
-        let of_doors: Vec<_> = doors
+        let of_endpoints: Vec<_> = served
             .iter()
-            .flat_map(|door| door.1.sockets().into_iter().map(move |it| (door, it)))
+            .flat_map(|pair| pair.1.sockets().into_iter().map(move |it| (pair, it)))
             .collect();
         let mut taken = Vec::new();
         let mut guest_ports = Vec::new();
@@ -66,10 +68,10 @@ impl Successor {
         let handed = handle.hand_over(|offered| {
             let of_forwards: usize = offered.iter().map(|it| it.sockets.len()).sum();
             wire.send(&Head {
-                sockets: of_doors.len() + of_forwards,
+                sockets: of_endpoints.len() + of_forwards,
             })?;
-            for ((endpoint, listener), socket) in &of_doors {
-                wire.send_with(&door_line(endpoint, listener), *socket)?;
+            for ((endpoint, listener), socket) in &of_endpoints {
+                wire.send_with(&endpoint_line(endpoint, listener), *socket)?;
             }
             let mut forwards = Vec::new();
             for mut it in offered {
@@ -85,11 +87,11 @@ impl Successor {
                     line.added = None;
                 }
             }
-            taken = wire.next::<Taken>()?.taken;
+            taken = wire.next::<TakenSockets>()?.taken;
             if !agree() {
                 return Err(io::Error::other("it was given up"));
             }
-            let slots = Slots::keep(handle, Remainder::HalfOfFree);
+            let slots = Slots::reserve_in_proxy(handle, Remainder::HalfOfFree);
             wire.send(&Yours { yours: true, slots })?;
             match wire.next::<Mine>() {
                 Ok(mine) => {
@@ -100,7 +102,7 @@ impl Successor {
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                 Err(e) => return Err(e),
             }
-            let index = |number: &usize| number.checked_sub(of_doors.len());
+            let index = |number: &usize| number.checked_sub(of_endpoints.len());
             let id = |index: usize| forwards.get(index).copied().flatten();
             Ok(taken.iter().filter_map(index).filter_map(id).collect())
         });
@@ -109,12 +111,12 @@ impl Successor {
             take_from_keepers(&guest_ports);
             return Err(e);
         }
-        let given = of_doors.into_iter().enumerate();
+        let given = of_endpoints.into_iter().enumerate();
         let given: Vec<_> = given
             .filter(|(number, _)| taken.contains(number))
             .map(|(_, ((endpoint, _), _))| *endpoint)
             .collect();
-        drop(doors);
+        drop(served);
         for endpoint in &given {
             endpoint.give_away();
         }
@@ -122,7 +124,7 @@ impl Successor {
         for endpoint in given {
             endpoint.wait_until_closed();
         }
-        let slots = Slots::keep(handle, Remainder::Used);
+        let slots = Slots::reserve_in_proxy(handle, Remainder::Used);
         let done = Done {
             done: true,
             slots: slots.clone(),
@@ -159,9 +161,9 @@ impl Finishing {
     pub(in crate::app::control) fn send_progress(
         &mut self,
         handle: &Handle,
-        ended: Vec<Ended>,
+        ended: Vec<EndedInfo>,
     ) -> io::Result<()> {
-        let slots = Slots::keep(handle, Remainder::Used);
+        let slots = Slots::reserve_in_proxy(handle, Remainder::Used);
         if slots != self.told {
             self.wire.send(&slots)?;
             self.told = slots;
@@ -169,7 +171,7 @@ impl Finishing {
         let Some(known) = &mut self.ended else {
             return Ok(());
         };
-        let name = |it: &Ended| (it.carried_by, it.id);
+        let name = |it: &EndedInfo| (it.carried_by, it.id);
         let now: HashSet<_> = ended.iter().map(name).collect();
         for ended in ended {
             if !known.contains(&name(&ended)) {
@@ -182,13 +184,13 @@ impl Finishing {
     }
 }
 
-fn door_line(endpoint: &Endpoint, listener: &Listener) -> SocketLine {
+fn endpoint_line(endpoint: &ServiceEndpoint, listener: &Listener) -> SocketLine {
     let identity = listener.file().map(|file| file.identity());
     SocketLine {
         used_for: match endpoint.service {
-            Service::Control => Use::Control,
-            Service::GuestControl => Use::GuestControl,
-            Service::Metrics => Use::Metrics,
+            ServedInterface::Control => Use::Control,
+            ServedInterface::GuestControl => Use::GuestControl,
+            ServedInterface::Metrics => Use::Metrics,
         },
         name: None,
         asked: Some(endpoint.asked.to_string()),

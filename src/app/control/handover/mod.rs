@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | predecessor | [`Head`] | how many sockets follow |
 //! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
-//! | successor | [`Taken`] | it is ready to accept at these, and has accepted nobody yet |
+//! | successor | [`TakenSockets`] | it is ready to accept at these, and has accepted nobody yet |
 //! | predecessor | [`Yours`] | they are the successor's, and their files are |
 //! | successor | [`Mine`] | it accepts at them |
 //! | predecessor | [`Done`] | it accepts nobody any more |
@@ -43,7 +43,7 @@ use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
 use crate::app::control::added::Added;
-use crate::app::control::model::Ended;
+use crate::app::control::model::EndedInfo;
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::keeper;
 use crate::proxy::Handle;
@@ -64,7 +64,7 @@ const LONGEST_LINE: usize = 64 * 1024;
 
 /// The body of `POST /v1/take-over`.
 #[derive(Debug, Deserialize, Serialize)]
-pub(super) struct Request {
+pub(super) struct TakeOverRequest {
     pub(super) protocol: u32,
     /// The successor's process.
     pub(super) pid: u32,
@@ -120,7 +120,7 @@ struct FileLine {
 /// Which sockets the successor takes, by their numbers from 0. The others are closed by the
 /// predecessor.
 #[derive(Debug, Deserialize, Serialize)]
-struct Taken {
+struct TakenSockets {
     taken: Vec<usize>,
 }
 
@@ -149,13 +149,13 @@ pub(crate) type FailedForwards = BTreeMap<String, String>;
 /// A connection that has ended, before the hand-over or while the predecessor finishes.
 #[derive(Debug, Deserialize, Serialize)]
 struct EndedLine {
-    ended: Ended,
+    ended: EndedInfo,
 }
 
 /// What the predecessor says while it finishes.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
-enum Last {
+enum FinalLine {
     Slots(Slots),
     Ended(Box<EndedLine>),
 }
@@ -183,7 +183,7 @@ struct VmSlots {
 
 impl Slots {
     /// Keeps what this process may go on to use.
-    fn keep(handle: &Handle, what: Remainder) -> Slots {
+    fn reserve_in_proxy(handle: &Handle, what: Remainder) -> Slots {
         let kept = handle.shared_slots().keep_remainders(what).into_iter();
         let line = |(socket, slots): (PathBuf, OtherSlots)| VmSlots {
             vm: address_of(&socket),
@@ -216,7 +216,7 @@ fn path_of(address: &str) -> io::Result<PathBuf> {
     let parsed = address.parse::<Address>().ok();
     let path = parsed.as_ref().and_then(Address::unix_path);
     path.map(Path::to_path_buf)
-        .ok_or_else(|| invalid(format!("{address:?} is no path")))
+        .ok_or_else(|| invalid_data(format!("{address:?} is no path")))
 }
 
 /// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for
@@ -234,7 +234,7 @@ fn guest_port(address: &Address) -> Option<PathBuf> {
     address.listen_path().map(PathBuf::from)
 }
 
-fn invalid(why: impl Into<String>) -> io::Error {
+fn invalid_data(why: impl Into<String>) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why.into())
 }
 
@@ -266,7 +266,7 @@ impl Wire {
     }
 
     fn send(&mut self, line: &impl Serialize) -> io::Result<()> {
-        self.stream.write_all(&to_line(line)?).map_err(late)
+        self.stream.write_all(&to_line(line)?).map_err(name_timeout)
     }
 
     /// Sends a line, and a descriptor with it.
@@ -288,7 +288,7 @@ impl Wire {
             }
         };
         // The descriptor goes with the first byte.
-        self.stream.write_all(&line[sent..]).map_err(late)
+        self.stream.write_all(&line[sent..]).map_err(name_timeout)
     }
 
     /// Returns the next line, which must come within [`PATIENCE`].
@@ -299,7 +299,7 @@ impl Wire {
                 break length;
             }
             if self.read.len() > LONGEST_LINE {
-                return Err(invalid("a line has no end"));
+                return Err(invalid_data("a line has no end"));
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -309,7 +309,7 @@ impl Wire {
             let mut buffer = [0; 16 * 1024];
             let received = match sys::receive(self.stream.as_fd(), &mut buffer) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                received => received.map_err(late)?,
+                received => received.map_err(name_timeout)?,
             };
             if received.bytes == 0 {
                 return Err(ErrorKind::UnexpectedEof.into());
@@ -318,7 +318,7 @@ impl Wire {
             self.descriptors.extend(received.descriptors);
         };
         let line: Vec<u8> = self.read.drain(..=length).collect();
-        serde_json::from_slice(&line).map_err(|e| invalid(e.to_string()))
+        serde_json::from_slice(&line).map_err(|e| invalid_data(e.to_string()))
     }
 
     /// Returns the next line that came with a descriptor. Each such line has one, and both come in
@@ -327,7 +327,7 @@ impl Wire {
         let line = self.next()?;
         let descriptor = self.descriptors.pop_front();
         // There was no room for it: the process has too many.
-        let descriptor = descriptor.ok_or_else(|| invalid("a socket was lost on its way"))?;
+        let descriptor = descriptor.ok_or_else(|| invalid_data("a socket was lost on its way"))?;
         Ok((line, descriptor))
     }
 }
@@ -339,7 +339,7 @@ fn to_line(line: &impl Serialize) -> io::Result<Vec<u8>> {
 }
 
 /// Calls by its name what the system calls `WouldBlock`: that a call took too long.
-fn late(error: io::Error) -> io::Error {
+fn name_timeout(error: io::Error) -> io::Error {
     match error.kind() {
         ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),
         _ => error,

@@ -9,15 +9,17 @@ use std::sync::Arc;
 
 use tempfile::TempDir;
 
-use super::{Done, FailedForwards, Head, Last, Mine, PATIENCE, PROTOCOL, Request, SocketLine};
-use super::{LONGEST_LINE, address_of, guest_port, invalid, path_of, take_from_keepers};
-use super::{Taken, Use, Wire, Yours};
+use super::{
+    Done, FailedForwards, FinalLine, Head, Mine, PATIENCE, PROTOCOL, SocketLine, TakeOverRequest,
+};
+use super::{LONGEST_LINE, address_of, guest_port, invalid_data, path_of, take_from_keepers};
+use super::{TakenSockets, Use, Wire, Yours};
 use crate::address::Address;
 use crate::app::control::added::Added;
 use crate::app::control::client::{Unanswered, ask};
 use crate::app::control::inherited::Inherited;
-use crate::app::control::model::{Ended, read_rule};
-use crate::app::control::problem::Problem;
+use crate::app::control::model::{EndedInfo, read_rule};
+use crate::app::control::problem::ApiProblem;
 use crate::app::rule::RuleOptions;
 use crate::listener::file::SocketFile;
 use crate::listener::{FileAccess, Handed, Key, Listener, Ready};
@@ -28,7 +30,7 @@ use crate::sys::{self, Identity};
 #[derive(Debug)]
 pub(crate) struct Predecessor {
     wire: Wire,
-    sockets: Ready<Socket>,
+    sockets: Ready<PassedSocket>,
     taken: Vec<usize>,
     /// The files of the sockets that are taken, each with the access that it is to have.
     files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
@@ -39,7 +41,7 @@ pub(crate) struct Predecessor {
 }
 
 #[derive(Debug)]
-struct Socket {
+struct PassedSocket {
     used_for: Use,
     listener: Listener,
     /// Its rule, if it was added by hand.
@@ -54,11 +56,11 @@ impl Predecessor {
     pub(crate) fn ask(control: &Path) -> Result<Predecessor, Unanswered> {
         let fail = |e: io::Error| {
             let why = format!("its sockets can't be taken over: {e}");
-            Unanswered::Refused(Problem::new(500, why))
+            Unanswered::Refused(ApiProblem::new(500, why))
         };
         // Beside the control socket: both can get there, whatever else is private to one of them.
         let meeting = MeetingPoint::new(control).map_err(fail)?;
-        let request = Request {
+        let request = TakeOverRequest {
             protocol: PROTOCOL,
             pid: std::process::id(),
             socket: meeting.address.clone(),
@@ -86,7 +88,7 @@ impl Predecessor {
     }
 
     /// Takes the socket of a service of the control interface, if it has one there.
-    pub(in crate::app::control) fn take_door(
+    pub(in crate::app::control) fn take_endpoint(
         &mut self,
         service: Use,
         asked: &Address,
@@ -102,7 +104,7 @@ impl Predecessor {
     }
 
     /// Returns the rules that were added by hand.
-    pub(crate) fn added(&self) -> Vec<Rule> {
+    pub(crate) fn added_rules(&self) -> Vec<Rule> {
         let added = self.sockets.iter().filter_map(|it| it.added.clone());
         added.collect()
     }
@@ -127,7 +129,7 @@ impl Predecessor {
             listeners.push(first);
             listeners.extend(other);
         }
-        let is_kept = |it: &Socket| it.used_for == Use::Forward && it.listener.is_foreign();
+        let is_kept = |it: &PassedSocket| it.used_for == Use::Forward && it.listener.is_foreign();
         for number in self.sockets.numbers(is_kept) {
             listeners.extend(self.take_numbered(number, None));
         }
@@ -141,7 +143,7 @@ impl Predecessor {
         access: Option<FileAccess>,
         fits: impl Fn(&Listener) -> bool,
     ) -> Option<Listener> {
-        let fits = |it: &Socket| it.used_for == used_for && fits(&it.listener);
+        let fits = |it: &PassedSocket| it.used_for == used_for && fits(&it.listener);
         let number = self.sockets.find(keys, fits)?;
         self.take_numbered(number, access)
     }
@@ -157,7 +159,7 @@ impl Predecessor {
     }
 
     /// Returns the addresses of the sockets that are left, which it closes.
-    pub(crate) fn left(&self) -> Vec<Address> {
+    pub(crate) fn untaken_addresses(&self) -> Vec<Address> {
         let left = self.sockets.iter();
         let left = left.filter(|it| it.used_for == Use::Forward);
         let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
@@ -173,13 +175,13 @@ impl Predecessor {
     /// # Errors
     /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this
     /// took too long.
-    pub(crate) fn agree(mut self, handle: &Handle) -> io::Result<Agreed> {
-        self.wire.send(&Taken {
+    pub(crate) fn agree_on_sockets(mut self, handle: &Handle) -> io::Result<Agreed> {
+        self.wire.send(&TakenSockets {
             taken: std::mem::take(&mut self.taken),
         })?;
         let yours: Yours = self.wire.next()?;
         if !yours.yours {
-            return Err(invalid("it keeps them"));
+            return Err(invalid_data("it keeps them"));
         }
         for (file, access) in self.files.drain(..) {
             file.own();
@@ -231,7 +233,9 @@ impl Agreed {
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
                 // Without a thread they are left out for ever, which is safe.
                 let hear = move || {
-                    hear_on(self.wire, &handle, |ended| inherited.note(ended, process));
+                    hear_on(self.wire, &handle, |ended| {
+                        inherited.add_ended(ended, process)
+                    });
                 };
                 let _ = thread.spawn(hear);
             }
@@ -246,23 +250,26 @@ impl Agreed {
 
 /// Hears of the slots that the predecessor still has, and of its connections that have ended, until
 /// it has itself.
-fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(Ended)) {
+fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
     loop {
-        match wire.next::<Last>() {
-            Ok(Last::Slots(slots)) => slots.leave_out(handle),
-            Ok(Last::Ended(line)) => note(line.ended),
+        match wire.next::<FinalLine>() {
+            Ok(FinalLine::Slots(slots)) => slots.leave_out(handle),
+            Ok(FinalLine::Ended(line)) => note(line.ended),
             Err(e) if e.kind() == ErrorKind::TimedOut => {}
             Err(_) => return handle.shared_slots().forget_predecessor(),
         }
     }
 }
 
-fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<Socket> {
-    let address = |text: &str| text.parse::<Address>().map_err(|e| invalid(e.to_string()));
+fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<PassedSocket> {
+    let address = |text: &str| {
+        text.parse::<Address>()
+            .map_err(|e| invalid_data(e.to_string()))
+    };
     let asked = line.asked.as_deref().map(address).transpose()?;
     let file = line.file.map(|file| {
         let identity = Identity::from_text(&file.identity);
-        let identity = identity.ok_or_else(|| invalid("a file's identity is none"))?;
+        let identity = identity.ok_or_else(|| invalid_data("a file's identity is none"))?;
         Ok::<_, io::Error>((path_of(&file.at)?, identity))
     });
     let handed = Handed {
@@ -273,9 +280,9 @@ fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<Socket> {
     };
     let added = line.added.map(|body| {
         let rule = read_rule(body.to_string().as_bytes(), RuleOptions::default());
-        rule.map_err(|problem| invalid(problem.to_string()))
+        rule.map_err(|problem| invalid_data(problem.to_string()))
     });
-    Ok(Socket {
+    Ok(PassedSocket {
         used_for: line.used_for,
         listener: Listener::handed(descriptor, handed).map_err(io::Error::other)?,
         added: added.transpose()?,

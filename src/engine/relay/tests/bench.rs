@@ -146,13 +146,13 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
                 Carrier::Empty => continue,
                 Carrier::Memory { .. } => buffers += 1,
                 Carrier::Pipe { pipe, .. } => {
-                    assert_eq!(pipe.len(), carrier.left());
+                    assert_eq!(pipe.len(), carrier.bytes_left());
                     pipes += 1;
                 }
             }
-            assert!(carrier.left() > 0, "it carries nothing");
+            assert!(carrier.bytes_left() > 0, "it carries nothing");
         }
-        assert_eq!(self.pool.resting() + buffers, BUFFERS);
+        assert_eq!(self.pool.free_buffers() + buffers, BUFFERS);
         assert_eq!(self.pool.resting_pipes() + pipes, PIPES);
     }
 
@@ -170,7 +170,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
 
     /// What is carried of what `side` sent.
     pub(super) fn carried(&self, side: Side) -> u64 {
-        self.pair.flows[side].carrier.left() as u64
+        self.pair.flows[side].carrier.bytes_left() as u64
     }
 
     pub(super) fn close_modes(&self) -> [CloseMode; 2] {
@@ -194,7 +194,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             refused: pair.was_refused(),
         };
         let ends = pair.into_ends(&mut pool);
-        assert_eq!(pool.resting(), BUFFERS);
+        assert_eq!(pool.free_buffers(), BUFFERS);
         let mut lingering = None;
         for (side, end) in Side::BOTH.into_iter().zip(ends) {
             let mut wire = wires[side].borrow_mut();
@@ -212,7 +212,7 @@ impl<const KERNEL_EDGES: bool> Bench<KERNEL_EDGES> {
             let event = wires[side].borrow_mut().poll(KERNEL_EDGES);
             end.latch(event.unwrap_or_default());
             let again = end.discard(&mut pool);
-            assert_eq!(pool.resting(), BUFFERS);
+            assert_eq!(pool.free_buffers(), BUFFERS);
             if end.input_ended() || !(go_on(&wires) || again) {
                 break;
             }

@@ -201,12 +201,12 @@ fn buffers_are_kept_as_long_as_they_are_needed_and_a_few_for_ever() {
     burst(&mut pool, 9);
     pool.trim();
     burst(&mut pool, 5);
-    assert_eq!(pool.resting(), 9);
+    assert_eq!(pool.free_buffers(), 9);
     pool.trim();
-    assert_eq!(pool.resting(), 5);
+    assert_eq!(pool.free_buffers(), 5);
     assert!(pool.wants_trim());
     pool.trim();
-    assert_eq!(pool.resting(), 2);
+    assert_eq!(pool.free_buffers(), 2);
     assert!(!pool.wants_trim());
 }
 

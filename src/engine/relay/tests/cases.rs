@@ -149,13 +149,19 @@ fn a_server_that_reads_nothing_costs_one_buffer() {
         ),
         (16, 10)
     );
-    assert_eq!((pair.carried(Side::Client), pair.pool.resting()), (6, 1));
+    assert_eq!(
+        (pair.carried(Side::Client), pair.pool.free_buffers()),
+        (6, 1)
+    );
     // The other direction isn't held up.
     pair.server().say(100);
     pair.settle();
     assert_eq!(pair.wire(Side::Client).written, 100);
     hear_out(&mut pair, Side::Server, 1000);
-    assert_eq!((pair.carried(Side::Client), pair.pool.resting()), (0, 2));
+    assert_eq!(
+        (pair.carried(Side::Client), pair.pool.free_buffers()),
+        (0, 2)
+    );
 }
 
 #[test]
