@@ -557,6 +557,49 @@ fn a_refusal_is_told_as_one() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
+/// Of what a device says, and when, a listener in its place.
+#[test]
+fn a_late_refusal_is_told_as_one_and_a_late_answer_is_none() {
+    type Device = fn(&mut UnixStream);
+    let says_nothing: Device = |_| ();
+    let cases: [(&[u8], Device, Result<&[u8], ()>); 4] = [
+        (b"", says_nothing, Err(())),
+        // It leaves what was sent unread.
+        (b"a request", says_nothing, Err(())),
+        (b"", |dial| dial.write_all(b"late").unwrap(), Ok(b"late")),
+        // An empty answer to all that was sent.
+        (
+            b"a request",
+            |dial| {
+                dial.read_to_end(&mut Vec::new()).unwrap();
+            },
+            Ok(b""),
+        ),
+    ];
+    for (input, device, right) in cases {
+        let dir = private_dir();
+        let listener = UnixListener::bind(dir.path().join("connect")).unwrap();
+        let mut cat = Cat::start(&["--vm", text(dir.path()), "80"]);
+        let (mut dial, _) = listener.accept().unwrap();
+        let mut line = [0; "00000003.00000050\n".len()];
+        dial.read_exact(&mut line).unwrap();
+        cat.feed(input);
+        // Longer than a device takes that has nothing else to do.
+        thread::sleep(std::time::Duration::from_millis(60));
+        device(&mut dial);
+        drop(dial);
+        let ended = cat.end();
+        let err = &ended.err;
+        match right {
+            Ok(answer) => assert_eq!((ended.code, &*ended.out), (Some(0), answer), "{err}"),
+            Err(()) => {
+                assert_eq!(ended.code, Some(1), "{err}");
+                assert!(err.contains("vsock port 80 (0x50)"), "{err}");
+            }
+        }
+    }
+}
+
 #[test]
 fn no_end_of_ours_hurts_the_vm() {
     let dir = private_dir();

@@ -140,6 +140,22 @@ fn one_that_can_have_no_control_socket_says_so_and_goes_on() {
     assert!(resets_clients(hvsock.tcp_port()));
 }
 
+/// What nobody has asked for is no part of why it can't start.
+#[test]
+fn one_that_fails_tells_of_its_failure_alone() {
+    let dir = private_dir();
+    fs::write(home(dir.path()), "").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("tcp://{}", taken.local_addr().unwrap());
+    let (code, out, err) = said(dir.path(), &["forward", &listen, "unix:///nowhere"]);
+    assert_eq!((code, &*out), (Some(1), ""), "{err}");
+    assert!(
+        err.contains(&listen) && !err.contains("control socket"),
+        "{err}"
+    );
+    assert_eq!(err.trim_end().lines().count(), 1, "{err}");
+}
+
 #[test]
 fn one_has_one_line_unless_all_forwards_are_wanted() {
     let dir = private_dir();

@@ -959,6 +959,42 @@ fn what_has_ended_in_the_old_process_is_known_to_the_new_one() {
     });
 }
 
+/// By its name a range is removed as it was made, whichever process has it by then.
+#[test]
+fn how_a_forward_was_added_is_known_to_the_new_one() {
+    let scene = Scene::new();
+    scene.write(&scene.forward("tcp", 0));
+    let mut old = scene.run();
+    let add = |name: &str, listen: &str| {
+        let place = |port: &str, end: &str| format!("vsock-mux://:{port}{}", text(&scene.at(end)));
+        let rule =
+            json!({"name": name, "listen": place(listen, "vm"), "connect": place(listen, "guest")});
+        let (status, answer) = scene.call("POST", "/v1/forwards", &rule.to_string());
+        assert_eq!(status, 201, "{answer}");
+    };
+    // One that is left of a range doesn't look like one; two that were added singly do.
+    add("range", "80-81");
+    assert_eq!(scene.call("DELETE", "/v1/forwards/range-80", "").0, 200);
+    for (name, port) in [("alone-90", "90"), ("alone-91", "91")] {
+        add(name, port);
+    }
+    // The second hears of it from one that has heard of it itself.
+    for _ in 0..2 {
+        let new = scene.take_over();
+        new.says("took over");
+        assert_eq!(old.exit_code(), Some(0));
+        old = new;
+    }
+    let (status, why) = scene.call("DELETE", "/v1/forwards/alone", "");
+    assert_eq!(status, 404, "{why}");
+    let (status, removed) = scene.call("DELETE", "/v1/forwards/range", "");
+    assert_eq!(status, 200, "{removed}");
+    assert_eq!(removed[0]["name"], "range-81");
+    assert_eq!(scene.names(), ["tcp", "alone-90", "alone-91"]);
+    old.signal("TERM");
+    assert_eq!(old.exit_code(), Some(0));
+}
+
 /// A user who isn't the owner is let in by no permission, and believed by nobody, root not either.
 #[test]
 fn a_process_of_another_user_is_neither_taken_over_nor_given_anything() {

@@ -388,6 +388,11 @@ pub(crate) fn refused_by_eof(address: &Address) -> Error {
     }
 }
 
+/// Returns why a dial fails whose VM, which has a CID, is gone.
+pub(crate) fn vm_is_gone() -> io::Error {
+    sys::no_such_cid()
+}
+
 /// Returns the error of a dial whose VM has ended before its guest has answered.
 pub(crate) fn vm_has_ended(address: &Address) -> Error {
     let cause = io::Error::new(io::ErrorKind::ConnectionReset, "its VM has ended");

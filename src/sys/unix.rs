@@ -60,6 +60,11 @@ pub(crate) fn is_no_such_cid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::ENODEV)
 }
 
+/// Returns the error of a socket call that fails because there is no such CID.
+pub(crate) fn no_such_cid() -> io::Error {
+    io::Error::from_raw_os_error(nix::libc::ENODEV)
+}
+
 /// Returns whether a socket call failed because the kernel has no such address family.
 pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT)

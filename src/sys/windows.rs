@@ -160,6 +160,11 @@ pub(crate) fn is_no_such_cid(_: &io::Error) -> bool {
     false
 }
 
+/// Returns the error of a CID that is gone.
+pub(crate) fn no_such_cid() -> io::Error {
+    io::ErrorKind::NotFound.into()
+}
+
 /// Returns whether a socket call failed because the system has no such address family.
 pub(crate) fn is_no_such_family(error: &io::Error) -> bool {
     error.raw_os_error() == Some(WinSock::WSAEAFNOSUPPORT)

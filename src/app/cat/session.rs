@@ -30,6 +30,14 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// EOF, some 50 µs after the dial, and behind our half-close that would look like an empty answer.
 const HOLD: Duration = Duration::from_millis(10);
 
+/// The same where nothing was sent: nothing waits for an answer then, and a machine under load may
+/// take its time to refuse. Where something was sent, a refusal mostly leaves that unread, which is
+/// told by a reset however late it comes.
+const HOLD_WITHOUT_REQUEST: Duration = Duration::from_secs(1);
+
+/// How often it is looked meanwhile whether an answer has begun.
+const HOLD_LOOK: Duration = Duration::from_millis(1);
+
 /// A wait at the end is told of if it is longer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -290,6 +298,7 @@ fn carry_from_input(
     tell: &dyn Fn(SessionEvent),
 ) {
     let mut stream = &*shared.stream;
+    let mut hold = HOLD_WITHOUT_REQUEST;
     loop {
         let next = lock(chunks).next(|| shared.over.load(Ordering::Acquire));
         let chunk = match next {
@@ -300,6 +309,7 @@ fn carry_from_input(
         match chunk {
             Ok(chunk) if chunk.is_empty() => break,
             Ok(chunk) => {
+                hold = HOLD;
                 if let Err(e) = stream.write_all(&chunk) {
                     return tell(SessionEvent::SendFailed(e));
                 }
@@ -309,9 +319,14 @@ fn carry_from_input(
     }
     let address = stream.address();
     if address.transport().refusal.by_eof().is_some() {
-        thread::sleep(HOLD.saturating_sub(connected.elapsed()));
+        let is_answered = || shared.received.load(Ordering::Relaxed) > 0;
+        let is_over = || shared.over.load(Ordering::Acquire);
+        while connected.elapsed() < hold && !is_answered() && !is_over() {
+            thread::sleep(HOLD_LOOK);
+        }
     }
-    if !stream.half_close_ends_both() {
+    // What has ended before it didn't answer to it, though that may be told only later.
+    if !stream.half_close_ends_both() && !stream.is_hung_up() {
         shared.half_closed.store(true, Ordering::Relaxed);
         // A peer that has gone needs none.
         let _ = stream.shutdown(Shutdown::Write);

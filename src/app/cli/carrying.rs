@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+#[cfg(unix)]
+use tracing::warn;
+
 use super::console::{complain, say};
 #[cfg(unix)]
 use super::control_socket;
@@ -14,7 +17,7 @@ use super::outcome::{Failure, Outcome};
 use super::rules::{Later, refuse_collisions, refuse_useless_access, refuse_what_can_not_work};
 use super::signals::EndSignals;
 #[cfg(unix)]
-use crate::app::control::Actions;
+use crate::app::control::{Actions, Bound};
 use crate::app::needs::{Weight, look_at_targets};
 use crate::proxy::Rule;
 
@@ -52,9 +55,15 @@ pub(super) fn carry(
         .control()
         .sockets(patience.unavailable())
         .map(|sockets| control_socket::open(&sockets, &mut config))
-        .transpose()?
-        .filter(|bound| !bound.is_empty());
+        .transpose()?;
+    #[cfg(unix)]
+    let warning = bound.as_ref().and_then(Bound::warning);
+    #[cfg(unix)]
+    let bound = bound.filter(|bound| !bound.is_empty());
     let (proxy, kept) = patience.start(config, later, describe)?;
+    // Of a start that fails its failure alone is told.
+    #[cfg(unix)]
+    warning.iter().for_each(|warning| warn!("{warning}"));
     let kept = kept.map(Arc::new);
     #[cfg(unix)]
     let _control = bound

@@ -254,6 +254,7 @@ impl Running {
                 failed.insert(name, format!("{e}; it was added by hand"));
             }
         }
+        sockets.note_added(&predecessor, running.handle());
         let left = predecessor.untaken_addresses();
         for vm in rules.iter().filter_map(|rule| guest_of(&rule.listen)) {
             running.handle().start_keeper(&vm.state_dir);

@@ -1,6 +1,6 @@
 //! The calls: what a request asks for, and what it is answered.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io::{self, Read as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -25,6 +25,7 @@ use crate::error::counted;
 use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
+use super::added::{Added, AddedForwards};
 use super::endpoint::{ServedInterface, ServiceEndpoint};
 use super::events::Events;
 use super::handover::give::{Finishing, Successor};
@@ -113,20 +114,12 @@ pub(super) struct Api {
     endpoints: Vec<Arc<ServiceEndpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
-    /// How the forwards came that were added here and are there still.
-    added: Mutex<HashMap<ForwardId, Added>>,
+    added: AddedForwards,
     handover: Mutex<HandoverState>,
     inherited: Inherited,
     /// What is told to the process that has taken over, until the end of this one.
     finishing: Mutex<Option<Finishing>>,
     started: Instant,
-}
-
-/// How a forward was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Added {
-    Alone,
-    InRange,
 }
 
 /// How far it is with another process that takes over.
@@ -204,7 +197,7 @@ impl Api {
                 stops: lane(1),
                 upgrades: lane(1),
             },
-            added: Mutex::default(),
+            added: AddedForwards::default(),
             handover: Mutex::default(),
             inherited: Inherited::default(),
             finishing: Mutex::default(),
@@ -212,9 +205,13 @@ impl Api {
         }
     }
 
-    /// Shows these beside the own connections that have ended.
-    pub(super) fn with_inherited(self, inherited: Inherited) -> Api {
-        Api { inherited, ..self }
+    /// Shows these beside the own connections that have ended, and knows how these forwards came.
+    pub(super) fn with_inherited(self, inherited: Inherited, added: AddedForwards) -> Api {
+        Api {
+            inherited,
+            added,
+            ..self
+        }
     }
 
     /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon
@@ -463,7 +460,7 @@ impl Api {
             }
         }
         let forwards = self.handle.forwards();
-        self.note_added(&ids, &new, &forwards);
+        self.added.note(&ids, &new, &forwards);
         let lookup = ForwardLookup::new(&forwards);
         let are_new: HashSet<ForwardId> = new.iter().copied().collect();
         let added = ids.iter().filter_map(|id| {
@@ -482,17 +479,6 @@ impl Api {
             )),
             [one] if asked == 1 => json(status, one),
             all => json(status, &all),
-        }
-    }
-
-    /// Notes how forwards were asked for, of which these are new. One of a range stays one.
-    fn note_added(&self, ids: &[ForwardId], new: &[ForwardId], forwards: &[ForwardStatus]) {
-        let there: HashSet<ForwardId> = forwards.iter().map(|it| it.id).collect();
-        let mut added = lock(&self.added);
-        added.retain(|id, _| there.contains(id));
-        match ids {
-            [_] => added.extend(new.iter().map(|id| (*id, Added::Alone))),
-            all => added.extend(all.iter().map(|id| (*id, Added::InRange))),
         }
     }
 
@@ -522,8 +508,7 @@ impl Api {
         let is_named =
             |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
         let alike: Vec<_> = forwards.iter().filter(is_named).collect();
-        let added = lock(&self.added);
-        let is = |it: &ForwardStatus, how| added.get(&it.id).copied() == how;
+        let is = |it: &ForwardStatus, how| self.added.of(it.id) == how;
         let unknown = alike.iter().filter(|it| is(it, None));
         let unknown: Vec<_> = unknown.map(|it| (&it.listen, &it.rule.connect)).collect();
         let unknown_are_meant = are_a_range(&unknown);
@@ -714,7 +699,7 @@ impl Api {
             let Some(successor) = successor.take() else {
                 return;
             };
-            match successor.give(&self.handle, &self.endpoints, listed, agree) {
+            match successor.give(&self.handle, &self.endpoints, listed, &self.added, agree) {
                 Ok(left) => {
                     (succession.end)(pid);
                     for (name, why) in &left.failed {

@@ -48,6 +48,7 @@
 //! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two
 //! guards is there for them.
 
+mod added;
 mod api;
 mod client;
 mod clients;
@@ -67,11 +68,9 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tracing::warn;
-
 use crate::address::Address;
 use crate::app::guest_control::GuestControl;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Started, Succession};
@@ -86,6 +85,7 @@ pub(crate) use model::{
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::ApiProblem;
 
+use added::AddedForwards;
 use api::Api;
 use clients::most_clients;
 use endpoint::{BoundEndpoint, Demand, ServedInterface};
@@ -130,8 +130,11 @@ pub(crate) enum Unavailable {
 #[derive(Debug)]
 pub(crate) struct Bound {
     sockets: Vec<BoundEndpoint>,
+    /// Why there is no control socket at a [place](ControlPlace::Own) that nobody has asked for.
+    missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
+    added: AddedForwards,
 }
 
 /// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
@@ -164,7 +167,7 @@ fn open(
     options: &Options,
     mut take: impl FnMut(ServedInterface, &Address) -> Option<BoundEndpoint>,
 ) -> Result<Bound> {
-    let mut sockets = Vec::new();
+    let (mut sockets, mut missing) = (Vec::new(), None);
     let mut open = |service, address: &Address| match take(service, address) {
         Some(bound) => Ok(bound),
         None => BoundEndpoint::open(service, address, Demand::Asked),
@@ -179,7 +182,7 @@ fn open(
                     Some(_) => e,
                     None => e.with_remedy("choose another place with --control PATH"),
                 };
-                warn!("going on without a control socket: {e} (--control=off asks for none)");
+                missing = Some(e);
             }
         }
     }
@@ -215,8 +218,10 @@ fn open(
     }
     Ok(Bound {
         sockets,
+        missing,
         events: Arc::default(),
         inherited: Inherited::default(),
+        added: AddedForwards::default(),
     })
 }
 
@@ -224,6 +229,15 @@ impl Bound {
     /// Returns whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
         self.sockets.is_empty()
+    }
+
+    /// Returns a warning of the control socket that can't be had, for when the process goes on
+    /// without.
+    pub(crate) fn warning(&self) -> Option<String> {
+        let e = self.missing.as_ref()?;
+        Some(format!(
+            "going on without a control socket: {e} (--control=off asks for none)"
+        ))
     }
 
     /// Returns how many descriptors they and their clients need.
@@ -274,12 +288,18 @@ impl Bound {
         let endpoints = self.sockets.iter();
         let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
         let api = Api::new(handle, actions, endpoints, self.events);
-        let api = Arc::new(api.with_inherited(self.inherited));
+        let api = Arc::new(api.with_inherited(self.inherited, self.added));
         let server = Server::start(self.sockets, Arc::clone(&api))?;
         Ok(Control {
             api,
             _server: server,
         })
+    }
+
+    /// Notes how forwards were added in the process that is taken over from.
+    pub(crate) fn note_added(&self, from: &Predecessor, handle: &Handle) {
+        self.added
+            .note_named(from.ways_of_adding(), &handle.forwards());
     }
 
     /// Returns where the ended connections of the process are to be noted that was taken over from.

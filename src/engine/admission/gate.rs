@@ -183,6 +183,12 @@ pub(super) struct GateState {
     pub(super) is_looking: bool,
     /// Whether the last dial that found no VM said that there is no such CID, or the VM's end did.
     pub(super) is_looked_for: bool,
+    /// Whether a dial that has had no answer for a while asks for a look.
+    pub(super) is_look_wanted: bool,
+    /// The number of the last dial before the last look.
+    pub(super) dialled_before_look: u64,
+    /// The number of the last dial before the last look that has found no such CID.
+    pub(super) dialled_before_end: u64,
     /// The time at which a dial last told the VM's identity.
     pub(super) identified_at: Option<Instant>,
     /// Whether the last dial went through the `connect` socket, where any port can be dialled.
@@ -239,6 +245,9 @@ impl Gate {
             looked_at: None,
             is_looking: false,
             is_looked_for: false,
+            is_look_wanted: false,
+            dialled_before_look: 0,
+            dialled_before_end: 0,
             identified_at: None,
             has_connect_socket: true,
             waiting_for_slot: WaitingWorkers::default(),
@@ -330,6 +339,8 @@ impl Gate {
         }
         state.is_looking = true;
         state.looked_at = Some(now);
+        state.is_look_wanted = false;
+        state.dialled_before_look = self.dialled.load(Ordering::Relaxed);
         true
     }
 
@@ -342,7 +353,14 @@ impl Gate {
             return;
         }
         let news = match look.identity {
+            // One that is there and answers nothing is not up for that.
+            Some(VmIdentity::Cid) if !state.is_looked_for => None,
             Some(VmIdentity::Cid) => state.mark_up(now),
+            None if self.is_seen_by_dials() => {
+                state.dialled_before_end = state.dialled_before_look;
+                state.is_looked_for = true;
+                state.health.note_absence(now)
+            }
             Some(vm) => {
                 let news = self.note_identity(&mut state, vm, now);
                 let news = news.or(state.health.note_process(look.process, now));
@@ -505,11 +523,14 @@ impl GateState {
     }
 
     /// Returns whether a look can tell something that is not known. Where only dials tell, the look
-    /// is a dial: it is made only while there is no such VM, so that no guest gets it.
+    /// is a dial: it is made only while there is no such VM, so that no guest gets it, and while a
+    /// dial has no answer, which may have been that of a VM that is gone.
     fn is_worth_a_look(&self) -> bool {
         match self.traits.seen_by {
             SeenBy::Files => true,
-            SeenBy::Dials => self.is_looked_for && self.health.is_up() == Some(false),
+            SeenBy::Dials => {
+                self.is_look_wanted || self.is_looked_for && self.health.is_up() == Some(false)
+            }
         }
     }
 

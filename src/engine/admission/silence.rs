@@ -30,6 +30,27 @@ pub(crate) enum SilenceCheck {
     ProbeWanted,
 }
 
+/// What is to be reported of a guest.
+enum SilenceNews {
+    /// It has fallen silent. So many of the dials that it hasn't answered are probes.
+    Silent { probes: u64 },
+    /// It answers again.
+    Answers { after: Duration },
+}
+
+impl GateState {
+    /// Notes the state of the VM's process. Returns what is to be reported.
+    fn note_process(&mut self, process: ProcessState, now: Instant) -> Option<News> {
+        let news = self.silence.note_process(process, self.epoch, now);
+        if self.health.is_up() == Some(false) {
+            // That it is gone was reported, and is the end of a stop.
+            self.silence.forget_stop();
+            return None;
+        }
+        news
+    }
+}
+
 impl Gate {
     /// Returns the time since which no dial was answered and nothing else came from the guest;
     /// `None` if all dials were answered. The earlier of several dials may be forgotten: then
@@ -46,10 +67,35 @@ impl Gate {
     /// state of the VM's process, as a look at it has just found. It is called after what has come
     /// from the guest was read.
     pub(crate) fn check_silence(&self, process: ProcessState, now: Instant) -> SilenceCheck {
-        self.log_change(self.note_process_state(process, now));
-        let is_stopped = process == ProcessState::IsStopped;
         let mut state = self.state();
-        let nothing_since = self.nothing_since(&state);
+        let news = state.note_process(process, now);
+        let (found, is_probe_wanted) = self.judge_silence(&mut state, process, now);
+        // What is logged may take its time.
+        drop(state);
+        self.log_change(news);
+        match found {
+            Some(SilenceNews::Answers { after }) => {
+                let (seconds, vm) = (after.as_secs(), &self.vm);
+                info!("the guest of the VM at {vm} answers again, after {seconds} s");
+            }
+            Some(SilenceNews::Silent { probes }) => self.warn_of_silence(probes, process),
+            None => {}
+        }
+        match is_probe_wanted {
+            true => SilenceCheck::ProbeWanted,
+            false => SilenceCheck::Done,
+        }
+    }
+
+    /// Returns what is to be reported of the guest's silence, and whether a probe is wanted.
+    fn judge_silence(
+        &self,
+        state: &mut GateState,
+        process: ProcessState,
+        now: Instant,
+    ) -> (Option<SilenceNews>, bool) {
+        let is_stopped = process == ProcessState::IsStopped;
+        let nothing_since = self.nothing_since(state);
         let lasts = nothing_since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let is_gone = state.health.is_up() == Some(false);
         if lasts < ASKED_AFTER {
@@ -64,38 +110,18 @@ impl Gate {
             Some((_, of)) if is_gone || of != epoch => state.silence.reported = None,
             Some((since, _)) if lasts < SILENT_AFTER => {
                 state.silence.reported = None;
-                drop(state);
-                let seconds = now.saturating_duration_since(since).as_secs();
-                let vm = &self.vm;
-                info!("the guest of the VM at {vm} answers again, after {seconds} s");
-                return SilenceCheck::Done;
+                let after = now.saturating_duration_since(since);
+                return (Some(SilenceNews::Answers { after }), false);
             }
             None if !is_gone && is_asked && lasts >= SILENT_AFTER => {
                 state.silence.reported = nothing_since.map(|since| (since, epoch));
-                drop(state);
-                self.warn_of_silence(u64::from(is_probed), process);
-                return SilenceCheck::Done;
+                let probes = u64::from(is_probed);
+                return (Some(SilenceNews::Silent { probes }), false);
             }
             _ => {}
         }
         let wants_probe = lasts >= ASKED_AFTER && !is_probed && !is_stopped && !is_gone;
-        match wants_probe && state.has_connect_socket {
-            true => SilenceCheck::ProbeWanted,
-            false => SilenceCheck::Done,
-        }
-    }
-
-    /// Notes the state of the VM's process. Returns what is to be reported.
-    fn note_process_state(&self, process: ProcessState, now: Instant) -> Option<News> {
-        let mut state = self.state();
-        let epoch = state.epoch;
-        let news = state.silence.note_process(process, epoch, now);
-        if state.health.is_up() == Some(false) {
-            // That it is gone was reported, and is the end of a stop.
-            state.silence.reported_stop = None;
-            return None;
-        }
-        news
+        (None, wants_probe && state.has_connect_socket)
     }
 
     fn warn_of_silence(&self, probes: u64, process: ProcessState) {
@@ -296,21 +322,27 @@ mod tests {
             };
             gate.take_look(&look, at(number));
         };
-        let note = |process, seconds| gate.note_process_state(process, at(seconds));
+        let note = |process, seconds| gate.state().note_process(process, at(seconds));
         let (runs, stopped) = (ProcessState::Runs, ProcessState::IsStopped);
         see(1);
         assert_eq!(note(runs, 1), None);
         assert_eq!(note(stopped, 2), Some(News::Paused));
         assert_eq!(note(stopped, 3), None);
-        assert_eq!(note(runs, 9), Some(News::Resumed(7 * SECOND)));
-        assert_eq!(note(runs, 10), None);
+        // It may have been killed just now: only one that goes on for a while goes on.
+        assert_eq!(note(runs, 4), None);
+        assert!(!gate.status(at(4)).paused);
+        assert_eq!(note(stopped, 5), None);
+        assert_eq!(note(runs, 9), None);
+        assert_eq!(note(runs, 10), Some(News::Resumed(7 * SECOND)));
+        assert_eq!(note(runs, 11), None);
         // Another VM doesn't go on.
         assert_eq!(note(stopped, 11), Some(News::Paused));
         see(12);
-        assert_eq!(note(runs, 12), None);
+        assert_eq!((note(runs, 12), note(runs, 12)), (None, None));
         // Nor does one that is gone.
         assert_eq!(note(stopped, 13), Some(News::Paused));
         assert!(gate.begin_look(at(14), SECOND));
+        assert_eq!(note(runs, 14), None);
         gate.take_look(&VmLook::default(), at(14));
         assert_eq!(note(runs, 14), None);
         assert_eq!(note(stopped, 15), None);

@@ -17,6 +17,8 @@ pub(super) struct Silence {
     pub(super) is_stopped: bool,
     /// The time since which it is stopped, and the epoch of the VM, once that was reported.
     pub(super) reported_stop: Option<(Instant, u64)>,
+    /// The time at which it was first seen to go on after that.
+    pub(super) resumed_at: Option<Instant>,
 }
 
 impl Silence {
@@ -35,19 +37,40 @@ impl Silence {
         now: Instant,
     ) -> Option<News> {
         self.is_stopped = process == ProcessState::IsStopped;
-        match (self.reported_stop, process) {
-            (Some((_, of)), ProcessState::IsStopped) if of == epoch => None,
-            (_, ProcessState::IsStopped) => {
+        let reported = self.reported_stop.filter(|(_, of)| *of == epoch);
+        match (reported, process) {
+            (Some(_), ProcessState::IsStopped) => {
+                self.resumed_at = None;
+                None
+            }
+            (None, ProcessState::IsStopped) => {
                 self.reported_stop = Some((now, epoch));
+                self.resumed_at = None;
                 Some(News::Paused)
             }
-            (reported, ProcessState::Runs) => {
-                self.reported_stop = None;
-                // Of another VM, its start was reported.
-                let (since, _) = reported.filter(|(_, of)| *of == epoch)?;
-                Some(News::Resumed(now.saturating_duration_since(since)))
+            // Of another VM, its start was reported.
+            (None, ProcessState::Runs) => {
+                self.forget_stop();
+                None
             }
+            (Some((since, _)), ProcessState::Runs) => match self.resumed_at {
+                // A process that was killed runs until it has ended, and its VM is gone at the next
+                // look.
+                None => {
+                    self.resumed_at = Some(now);
+                    None
+                }
+                Some(at) => {
+                    self.forget_stop();
+                    Some(News::Resumed(at.saturating_duration_since(since)))
+                }
+            },
         }
+    }
+
+    /// Forgets that a stop was reported.
+    pub(super) fn forget_stop(&mut self) {
+        (self.reported_stop, self.resumed_at) = (None, None);
     }
 
     /// Returns the time since which the guest is silent, if that was reported.

@@ -145,6 +145,17 @@ impl Slot {
         }
     }
 
+    /// Returns whether a look that was begun after the dial has found its VM gone. If not, another
+    /// look is asked for.
+    pub(crate) fn is_vm_gone(&self) -> bool {
+        let mut state = self.gate.state();
+        let is_gone = self
+            .number()
+            .is_some_and(|number| number <= state.dialled_before_end);
+        state.is_look_wanted |= !is_gone;
+        is_gone
+    }
+
     /// Notes that the connection is drained, and its guest goes on sending.
     pub(crate) fn note_drain(&mut self) {
         let mut state = self.gate.state();

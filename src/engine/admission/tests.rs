@@ -697,6 +697,31 @@ fn a_cid_is_up_or_down_as_its_answers_say() {
 }
 
 #[test]
+fn the_vm_of_a_dial_without_an_answer_is_looked_for() {
+    let gate = other_gate(AnyVm::Vsock(3), usize::MAX);
+    let (now, second) = (Instant::now(), Duration::from_secs(1));
+    let first = go(&gate, now);
+    assert!(!gate.begin_look(now, second));
+    // A look that has found it says nothing else of it, and is made once for all that ask.
+    assert!(!first.is_vm_gone() && !first.is_vm_gone());
+    assert!(gate.begin_look(now + second, second));
+    gate.take_look(&look(Some(VmIdentity::Cid)), now + second);
+    assert_eq!(gate.status(now).up, None);
+    assert!(!gate.begin_look(now + 9 * second, second));
+    assert!(!first.is_vm_gone());
+    assert!(gate.begin_look(now + 10 * second, second));
+    // That of a dial which was made meanwhile may be another one.
+    let later = go(&gate, now + 10 * second);
+    gate.take_look(&look(None), now + 10 * second);
+    assert!(first.is_vm_gone() && !later.is_vm_gone());
+    assert_eq!(gate.status(now).up, Some(false));
+    // It is looked for until it is there.
+    assert!(gate.begin_look(now + 11 * second, second));
+    gate.take_look(&look(Some(VmIdentity::Cid)), now + 11 * second);
+    assert_eq!(gate.status(now).up, Some(true));
+}
+
+#[test]
 fn the_end_of_a_vm_is_no_answer_and_leaves_nothing_behind() {
     let gate = gate(2, 64);
     let now = Instant::now();

@@ -365,32 +365,47 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.begin_relaying(Acceptance::Unknown, cx);
             }
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
-            Ok(false) => self.wait_for_answers(cx),
+            Ok(false) => match self.is_vm_gone(cx) {
+                true => self.attempt_ended(dial::vm_is_gone(), cx),
+                false => self.wait_for_answers(cx),
+            },
             Err(_) if self.return_to_earlier(cx) => {}
-            Err(error) => {
-                let mut has_vm_ended = false;
-                if let State::Connecting {
-                    client,
-                    server,
-                    race,
-                } = self.take_state()
-                {
-                    if let Some(endpoint) = race.dial.endpoint() {
-                        self.note_failed(endpoint, cx);
-                    }
-                    has_vm_ended = self.has_vm_ended(&server, cx);
-                    self.enter(State::waiting(client, race.dial));
-                    cx.request(Action::Discard(server.socket));
-                }
-                if was_asked && !has_vm_ended {
-                    self.note_handshake(cx);
-                }
-                match has_vm_ended {
-                    true => self.take_vm_end(cx),
-                    false => self.attempt_failed(error, cx),
-                }
-            }
+            Err(error) => self.attempt_ended(error, cx),
         }
+    }
+
+    /// Closes the socket of an attempt that has failed.
+    fn attempt_ended(&mut self, error: io::Error, cx: &mut Context<'_, S>) {
+        let (mut was_asked, mut has_vm_ended) = (false, false);
+        if let State::Connecting {
+            client,
+            server,
+            race,
+        } = self.take_state()
+        {
+            if let Some(endpoint) = race.dial.endpoint() {
+                self.note_failed(endpoint, cx);
+            }
+            was_asked = race.dial.is_shaking_hands();
+            has_vm_ended = self.has_vm_ended(&server, cx);
+            self.enter(State::waiting(client, race.dial));
+            cx.request(Action::Discard(server.socket));
+        }
+        if was_asked && !has_vm_ended {
+            self.note_handshake(cx);
+        }
+        match has_vm_ended {
+            true => self.take_vm_end(cx),
+            false => self.attempt_failed(error, cx),
+        }
+    }
+
+    /// Returns whether the VM that was dialled is gone: nothing tells the socket, which would wait
+    /// for its whole timeout. The first time it is asked is a while after the dial.
+    fn is_vm_gone(&self, cx: &Context<'_, S>) -> bool {
+        let is_due = self.wake_at.is_none_or(|at| at <= cx.now);
+        let slot = self.slots[Side::Server].as_ref();
+        is_due && self.forward.resets_when_gone(Side::Server) && slot.is_some_and(Slot::is_vm_gone)
     }
 
     /// Notes that the VMM has answered the dial, whether it was taken or refused.

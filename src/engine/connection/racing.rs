@@ -4,9 +4,10 @@
 //! it is about, so each of them is asked.
 
 use std::io;
+use std::time::Duration;
 
 use crate::dial::Race;
-use crate::engine::relay::{End, Readiness};
+use crate::engine::relay::{End, Readiness, Side};
 use crate::stream::endpoint::Endpoint;
 use crate::stream::peer_names::PeerNames;
 
@@ -14,6 +15,9 @@ use super::action::{Action, Context};
 use super::dialling::Dialled;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
+
+/// How often it is asked whether the VM is gone that a dial without an answer has gone to.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
 impl<S: ConnectionSocket> Connection<S> {
     /// Returns the latest attempt's socket, and the race that it is in.
@@ -99,12 +103,17 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         };
         let (deadline, next) = (race.dial.deadline(), race.next_attempt());
+        let before = self.wake_at.filter(|at| *at > cx.now);
         match next {
             Some(at) if at <= cx.now => {
                 self.wake_at = Some(deadline);
                 cx.request(Action::Connect);
             }
             next => self.wake_at = Some(next.map_or(deadline, |at| at.min(deadline))),
+        }
+        if self.forward.resets_when_gone(Side::Server) && self.slots[Side::Server].is_some() {
+            // However often its client makes it step meanwhile.
+            self.wake_by(before.map_or(cx.now + LOOK_PAUSE, |at| at.min(cx.now + LOOK_PAUSE)));
         }
     }
 

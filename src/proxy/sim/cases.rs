@@ -500,3 +500,23 @@ fn a_guest_that_falls_silent_is_logged_once() {
         assert_eq!(lines(&log), [0, 0], "{kind:?}: {log}");
     }
 }
+
+/// The kernel resets no connect that its guest has not answered, and waits for its whole timeout.
+#[test]
+fn a_dial_whose_vm_is_killed_ends_soon() {
+    let target = "vsock://5:80";
+    let mut plan = plan(&[("tcp://127.0.0.1:1000", target)]);
+    plan.silent = vec![place_of(&target.parse().unwrap())];
+    plan.acts = vec![(ms(5_000), Act::LoseCid(5))];
+    for _ in 0..3 {
+        let mut client = client(&plan, 0, orderly(), false);
+        // They are told while they wait.
+        (client.manner.ends, client.manner.patience) = (Ends::Never, Some(ms(9_000)));
+        plan.clients.push(client);
+    }
+    let refused = |plan| play_orders(plan, ORDERS, MOST_STEPS).remove("refused");
+    assert_eq!(refused(plan.clone()), Some(3 * ORDERS));
+    // One whose VM lives waits.
+    plan.acts = vec![(ms(5_000), Act::LoseCid(6))];
+    assert_eq!(refused(plan), None);
+}

@@ -49,6 +49,8 @@ pub(super) enum Act {
     Housekeeper(Pace),
     /// The machine has that many descriptors left for the process from now on.
     Descriptors(usize),
+    /// The VM of that CID is killed.
+    LoseCid(u32),
     /// Whether a poller can watch another listener from now on.
     CanWatch(bool),
 }
@@ -172,6 +174,7 @@ impl Operator {
                 stage.judge().hazard(now, Hazard::All);
                 stage.kernel().left = most;
             }
+            Act::LoseCid(cid) => stage.kernel().lose_cid(cid),
             Act::CanWatch(can_watch) => stage.kernel().can_watch = can_watch,
         }
     }

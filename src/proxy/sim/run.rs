@@ -129,6 +129,10 @@ fn set(plan: &Plan, logs: bool) -> Run {
     let mut kernel = Kernel::new(plan.habits.clone(), plan.workers, rng.fork());
     kernel.silent.extend(plan.silent.iter().cloned());
     kernel.cids.insert(5);
+    let is_lost = |(_, act): &(_, Act)| matches!(act, Act::LoseCid(_));
+    if plan.acts.iter().any(is_lost) {
+        kernel.vsock_timeout = Duration::from_secs(30);
+    }
     let stage = Stage::new(kernel, plan.workers, rng.fork(), logs);
     set_stage(Some(Rc::clone(&stage)));
     stage

@@ -225,6 +225,7 @@ impl<S, L> World<S, L> {
                 socket.or_else(|| of(&vm.pid_path()).map(VmIdentity::PidFile))
             }
             AnyVm::VsockMux(path) => of(path).map(VmIdentity::Socket),
+            AnyVm::Vsock(cid) => kernel.cids.contains(cid).then_some(VmIdentity::Cid),
             other => unreachable!("there is no {other}"),
         }
     }
@@ -248,6 +249,12 @@ impl<S, L> World<S, L> {
                 (vm.connect_path(), process)
             }
             AnyVm::VsockMux(path) => (path.clone(), None),
+            cid @ AnyVm::Vsock(_) => {
+                return VmLook {
+                    identity: self.identity_of_vm(cid),
+                    ..VmLook::default()
+                };
+            }
             other => unreachable!("there is no {other}"),
         };
         let is_left = {

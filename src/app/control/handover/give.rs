@@ -13,6 +13,7 @@ use super::{
 use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
+use crate::app::control::added::AddedForwards;
 use crate::app::control::endpoint::{ServedInterface, ServiceEndpoint};
 use crate::app::control::model::{EndedInfo, RuleBody};
 use crate::engine::admission::sharing::Remainder;
@@ -36,7 +37,8 @@ impl Successor {
     }
 
     /// Gives it all sockets that it takes. The configuration asks for the forwards that are
-    /// `listed`; `agree` says whether the hand-over is still wanted when the successor is ready.
+    /// `listed`, and `added` knows how others came; `agree` says whether the hand-over is still
+    /// wanted when the successor is ready.
     ///
     /// Returns the connection to it, by which it is told of the slots that this process still has.
     ///
@@ -47,6 +49,7 @@ impl Successor {
         handle: &Handle,
         endpoints: &[Arc<ServiceEndpoint>],
         listed: &HashSet<ForwardId>,
+        added: &AddedForwards,
         agree: impl FnOnce() -> bool,
     ) -> io::Result<Finishing> {
         let wire = &mut self.0;
@@ -73,7 +76,7 @@ impl Successor {
             let mut forwards = Vec::new();
             for mut it in offered {
                 let sockets = std::mem::take(&mut it.sockets);
-                let mut line = forward_line(&it, listed);
+                let mut line = forward_line(&it, listed, added);
                 let id = it.forward.map(|(id, _)| id);
                 guest_ports.extend(guest_port(&it.bound));
                 // Its descriptors are closed by that: there may be many.
@@ -195,10 +198,17 @@ fn endpoint_line(endpoint: &ServiceEndpoint, listener: &Listener) -> SocketLine 
         file: file_line(&endpoint.address, identity),
         foreign: false,
         added: None,
+        added_as: None,
     }
 }
 
-fn forward_line(offered: &Offered, listed: &HashSet<ForwardId>) -> SocketLine {
+fn forward_line(
+    offered: &Offered,
+    listed: &HashSet<ForwardId>,
+    all_added: &AddedForwards,
+) -> SocketLine {
+    let forward = offered.forward.as_ref();
+    let added_as = forward.and_then(|(id, _)| all_added.of(*id));
     let added = offered
         .forward
         .as_ref()
@@ -213,6 +223,7 @@ fn forward_line(offered: &Offered, listed: &HashSet<ForwardId>) -> SocketLine {
         file: file_line(&offered.bound, offered.file),
         foreign: offered.is_foreign,
         added,
+        added_as,
     }
 }
 

@@ -42,6 +42,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::address::{Address, UnixAddress};
+use crate::app::control::added::Added;
 use crate::app::control::model::EndedInfo;
 use crate::engine::admission::sharing::{OtherSlots, Remainder};
 use crate::keeper;
@@ -103,6 +104,9 @@ struct SocketLine {
     foreign: bool,
     /// The rule, if the configuration doesn't ask for it: it was added by hand.
     added: Option<Value>,
+    /// How it was asked for by the control socket. One of an earlier version doesn't say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    added_as: Option<Added>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

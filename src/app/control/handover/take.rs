@@ -1,5 +1,6 @@
 //! The successor's part: it takes the sockets of an hvsock that runs.
 
+use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -14,6 +15,7 @@ use super::{
 use super::{LONGEST_LINE, address_of, guest_port, invalid_data, path_of, take_from_keepers};
 use super::{TakenSockets, Use, Wire, Yours};
 use crate::address::Address;
+use crate::app::control::added::Added;
 use crate::app::control::client::{Unanswered, ask};
 use crate::app::control::inherited::Inherited;
 use crate::app::control::model::{EndedInfo, read_rule};
@@ -34,6 +36,8 @@ pub(crate) struct Predecessor {
     files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
     /// The paths of those of them at which guests dial.
     guest_ports: Vec<PathBuf>,
+    /// How the forwards of these names were added to it.
+    added_as: HashMap<String, Added>,
 }
 
 #[derive(Debug)]
@@ -67,8 +71,10 @@ impl Predecessor {
         drop(meeting);
         let mut sockets = Vec::new();
         let head: Head = wire.next().map_err(fail)?;
+        let mut added_as = HashMap::new();
         for _ in 0..head.sockets {
-            let (line, descriptor) = wire.next_with().map_err(fail)?;
+            let (line, descriptor): (SocketLine, _) = wire.next_with().map_err(fail)?;
+            added_as.extend(line.name.clone().zip(line.added_as));
             sockets.push(read(line, descriptor).map_err(fail)?);
         }
         Ok(Predecessor {
@@ -77,6 +83,7 @@ impl Predecessor {
             taken: Vec::new(),
             files: Vec::new(),
             guest_ports: Vec::new(),
+            added_as,
         })
     }
 
@@ -100,6 +107,11 @@ impl Predecessor {
     pub(crate) fn added_rules(&self) -> Vec<Rule> {
         let added = self.sockets.iter().filter_map(|it| it.added.clone());
         added.collect()
+    }
+
+    /// Returns how the forwards of these names were asked for by its control socket.
+    pub(in crate::app::control) fn ways_of_adding(&self) -> &HashMap<String, Added> {
+        &self.added_as
     }
 
     /// Takes the sockets of these rules. A socket that another program has bound is taken in any

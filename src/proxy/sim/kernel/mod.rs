@@ -19,7 +19,7 @@
 //! - **Listeners**: a backlog, EADDRINUSE, EINVAL once somebody has shut it down, EMFILE when the
 //!   process has no descriptor left; the client waits in the backlog then.
 //! - **Connects**: of TCP refused, established, or silent for ever; of AF_VSOCK ECONNRESET where
-//!   nobody listens, ETIMEDOUT after two seconds where the guest is silent, ENODEV for no such CID.
+//!   nobody listens, ETIMEDOUT after a while where the guest is silent, ENODEV for no such CID.
 //!
 //! It asserts that the proxy writes nothing after its half-close.
 
@@ -42,8 +42,9 @@ use crate::name::SocketName;
 /// A guest that has sent nothing for so long is silent.
 pub(super) const SILENT: Duration = Duration::from_secs(5);
 
-/// How long AF_VSOCK waits for a guest that is silent (Linux: `VSOCK_DEFAULT_CONNECT_TIMEOUT`).
-const VSOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long AF_VSOCK waits for a guest that is silent unless a plan is about that time (Linux:
+/// `VSOCK_DEFAULT_CONNECT_TIMEOUT`).
+pub(super) const VSOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How the paths of VMs begin.
 pub(super) const VMS: &str = "/sim/vm";
@@ -211,6 +212,8 @@ pub(super) struct Kernel {
     pub(super) silent: HashSet<Place>,
     /// CIDs that there are.
     pub(super) cids: HashSet<u32>,
+    /// How long AF_VSOCK waits for a guest that is silent.
+    pub(super) vsock_timeout: Duration,
     moves: Vec<Move>,
     /// What each worker's poller is to tell: sockets and listeners.
     raised: Vec<Vec<Raised>>,
@@ -265,6 +268,7 @@ impl Kernel {
             next_port: 40_000,
             silent: HashSet::new(),
             cids: HashSet::new(),
+            vsock_timeout: VSOCK_TIMEOUT,
             moves: Vec::new(),
             raised: (0..workers).map(|_| Vec::new()).collect(),
             woken: Vec::new(),

@@ -12,8 +12,7 @@ use crate::engine::relay::Readiness;
 use crate::name::{SocketName, VsockName};
 
 use super::{
-    Fate, Kernel, ListenerKey, Move, Owner, Place, SILENT, Socket, SocketId, State, VMS,
-    VSOCK_TIMEOUT, fail,
+    Fate, Kernel, ListenerKey, Move, Owner, Place, SILENT, Socket, SocketId, State, VMS, fail,
 };
 
 impl Kernel {
@@ -28,6 +27,15 @@ impl Kernel {
             self.note_failure(place, e.raw_os_error().unwrap_or_default());
         }
         begun
+    }
+
+    /// Ends the VM of a CID. Sockets that connect to it are told nothing.
+    pub(in crate::proxy::sim) fn lose_cid(&mut self, cid: u32) {
+        self.cids.remove(&cid);
+        let is_there = |it: &&Place| matches!(it, Place::Vsock { cid: its, .. } if *its == cid);
+        for place in self.silent.clone().iter().filter(is_there) {
+            self.note_fate(place, Fate::Absent);
+        }
     }
 
     pub(super) fn note_fate(&mut self, place: &Place, fate: Fate) {
@@ -83,7 +91,7 @@ impl Kernel {
             None => {
                 let silent = self.silent.contains(place);
                 let at = match place {
-                    Place::Vsock { .. } if silent => Some(self.now + VSOCK_TIMEOUT),
+                    Place::Vsock { .. } if silent => Some(self.now + self.vsock_timeout),
                     _ if silent => None,
                     _ => Some(self.now + self.latency()),
                 };
