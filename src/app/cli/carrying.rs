@@ -19,15 +19,15 @@ use crate::app::needs::{Weight, look_at_access, look_at_targets};
 use crate::app::rule::RuleOptions;
 use crate::proxy::Rule;
 
-/// What a command line asks for.
+/// The rules that a command line asks for.
 pub(super) struct WantedRules {
     pub(super) rules: Vec<Rule>,
     /// The rules as they will be when the VM is there.
     pub(super) later: Option<Later>,
 }
 
-/// Carries rules as the options have it until the end is asked for; the control socket and the
-/// metrics beside it, if they were asked for.
+/// Carries rules until the end is asked for, and serves the control socket and the metrics, as the
+/// options say.
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
@@ -65,9 +65,9 @@ pub(super) fn carry(
     run_proxy(proxy, options, signals)
 }
 
-/// Says what the rules of a command line need that isn't there, and refuses what can never work.
+/// Prints what the rules of a command line need and lack now, and refuses what can never work.
 fn look_at_needs(rules: &[Rule]) -> Outcome {
-    // The options are those of all rules, and may be meant for one.
+    // The options hold for all rules, and may be meant for one of them.
     let usual = RuleOptions::default();
     let access: Vec<_> = rules.iter().map(|it| look_at_access(it, &usual)).collect();
     let has_file = rules.iter().any(|it| it.listen.listen_path().is_some());
