@@ -197,6 +197,9 @@ impl Forwards {
     }
 }
 
+/// The part of the process' connections that remnants may have: an eighth.
+const FOR_REMNANTS: usize = 8;
+
 /// What the workers of a proxy share.
 #[derive(Debug)]
 pub(crate) struct Shared<D: Driver> {
@@ -213,8 +216,8 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) routes: Routes,
     /// The connections and probes of all workers, counted from the accept or dial on.
     pub(crate) live: AtomicUsize,
-    /// How many of them are probes.
-    probes: AtomicUsize,
+    /// How many of them are probes or remnants, which no client has made or is behind any more.
+    unnamed: AtomicUsize,
     /// The time at which the proxy began, and how many milliseconds later the last connection
     /// ended.
     begun: Instant,
@@ -259,7 +262,7 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
-            probes: AtomicUsize::new(0),
+            unnamed: AtomicUsize::new(0),
             begun: D::clock(),
             last_end: AtomicU64::new(0),
             stop_asked: AtomicBool::new(false),
@@ -311,21 +314,23 @@ impl<D: Driver> Shared<D> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection
-    /// of the forward and takes none of its slots.
+    /// Counts a connection of a forward that begins, or a probe of its VM or a remnant, which is no
+    /// connection of the forward and takes none of its slots.
     pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
         match holder {
-            Holder::Probes => drop(self.probes.fetch_add(1, Ordering::Relaxed)),
+            Holder::Probes | Holder::Lost => {
+                self.unnamed.fetch_add(1, Ordering::Relaxed);
+            }
             _ => add_one(&forward.tally.live),
         }
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Counts the end of a connection or probe.
+    /// Counts the end of a connection, probe or remnant.
     pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
-        if holder == Holder::Probes {
-            self.probes.fetch_sub(1, Ordering::Relaxed);
+        if matches!(holder, Holder::Probes | Holder::Lost) {
+            self.unnamed.fetch_sub(1, Ordering::Relaxed);
         } else {
             forward.tally.live.fetch_sub(1, Ordering::Relaxed);
             let age = now.saturating_duration_since(self.begun).as_millis();
@@ -338,10 +343,17 @@ impl<D: Driver> Shared<D> {
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
+    /// Returns whether one more remnant may be held: they have no more than their part of the
+    /// process' connections.
+    pub(super) fn may_hold(&self) -> bool {
+        let quotas = self.quotas();
+        quotas.live_of(Holder::Lost) < quotas.cap() / FOR_REMNANTS
+    }
+
     /// Returns how many connections there are that clients have made.
     pub(super) fn connections(&self) -> usize {
-        let probes = self.probes.load(Ordering::Relaxed);
-        self.live.load(Ordering::Acquire).saturating_sub(probes)
+        let unnamed = self.unnamed.load(Ordering::Relaxed);
+        self.live.load(Ordering::Acquire).saturating_sub(unnamed)
     }
 
     /// Returns how long there has been no connection, or `None` if there is one.

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const OTHER: &str = "`hvsock ps` lists those that run, and what each leads to";
 
 /// The remedy where slots are lost.
-const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, or restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
 
 /// The hvsocks that were asked.
 pub(super) struct Hvsocks {

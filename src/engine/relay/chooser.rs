@@ -1,7 +1,7 @@
 //! The choice of the carrier for flows of one kind, by what a byte costs through each on this
 //! machine.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What carries bytes from one socket to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,27 +23,38 @@ impl Through {
     }
 }
 
-/// How many buffers of bytes a sample is. A process that is interrupted in one spoils that one.
-const SAMPLE: u64 = 8;
+/// How many buffers of bytes a sample is, 8 MiB of 128 KiB: some for each of many flows. A process
+/// that is interrupted in one spoils that one.
+const SAMPLE: u64 = 64;
 
 /// How many buffers of bytes are left out after a change: they meet queues and caches as the other
-/// carrier has left them.
-const SETTLING: u64 = 2;
+/// carrier has left them. Sixteen flows hold 7 MiB in Linux' Unix sockets and in pipes.
+const SETTLING: u64 = 32;
 
-/// How many samples of each carrier a comparison takes. It compares their medians.
-const SAMPLES: usize = 7;
+/// How many samples of each carrier a comparison takes at most. It compares their medians.
+const SAMPLES: usize = 5;
+
+/// How many are enough, if all of one carrier took less time than all of the other.
+const CLEAR_SAMPLES: usize = 3;
 
 /// A comparison for which so many buffers of bytes were not enough is given up, as where no pipe
 /// can be had.
-const LONGEST: u64 = 8 * (SAMPLE + SETTLING) * SAMPLES as u64;
+const LONGEST: u64 = 4 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
 /// How many buffers of bytes pass between two comparisons. So one byte of 200 tries the carrier
 /// that was worse.
 const PAUSE: u64 = 200 * (SAMPLE + SETTLING) * SAMPLES as u64;
 
-/// The other carrier is chosen if it costs less than this part of what the chosen one does. Without
-/// such a gap two that cost the same would take turns.
+/// The other carrier is chosen if it needs less than this part of what the chosen one does. Without
+/// such a gap two that need the same would take turns.
 const GAIN: f64 = 0.97;
+
+/// The time is the same if it differs by less than this part: then the cost decides.
+const SAME_PACE: f64 = 0.95;
+
+/// The most that a wait between two turns counts. A longer one is a peer's that has nothing to send
+/// or nothing to say, and no carrier's.
+const LONGEST_WAIT: Duration = Duration::from_millis(1);
 
 /// What a wake-up costs besides the calls that move bytes: an `epoll_wait` that sleeps, on machines
 /// of the last ten years one to five microseconds.
@@ -51,9 +62,13 @@ const WAKE: Duration = Duration::from_micros(2);
 
 /// Chooses the carrier for flows of one kind.
 ///
-/// Now and then it compares: the flows take one carrier and the other in turn, a few buffers of
-/// bytes at a time, and what a byte has cost through each decides. In between it counts bytes, and
-/// no time is measured.
+/// Now and then it compares: the flows take one carrier and the other in turn, a few MiB at a time.
+/// The faster one is chosen. If both are as fast, since a peer or a network sets the pace, it is the
+/// one whose calls cost less. In between it counts bytes, and no time is measured.
+///
+/// The calls alone don't say which is faster: where the peers share the processors with the proxy,
+/// what wakes them, and what they pay for the bytes that one carrier or the other has left them,
+/// is seen only in how much passes.
 #[derive(Debug)]
 pub(crate) struct Chooser {
     chosen: Through,
@@ -64,6 +79,23 @@ pub(crate) struct Chooser {
     comparison: Option<Comparison>,
 }
 
+/// When the calls of a turn began, and when they ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) begun: Instant,
+    pub(crate) ended: Instant,
+}
+
+/// What bytes needed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Need {
+    bytes: u64,
+    /// The time in the calls, and the cost of wake-ups.
+    cost: Duration,
+    /// The time that passed.
+    pace: Duration,
+}
+
 #[derive(Debug)]
 struct Comparison {
     tried: Through,
@@ -71,10 +103,11 @@ struct Comparison {
     settling: u64,
     /// The bytes after which it is given up.
     left: u64,
-    time: Duration,
-    bytes: u64,
-    /// Nanoseconds a byte through memory and through a pipe.
-    samples: [Vec<f64>; 2],
+    /// When the last turn ended.
+    last: Option<Instant>,
+    sample: Need,
+    /// Those of memory and of a pipe.
+    samples: [Vec<Need>; 2],
 }
 
 impl Comparison {
@@ -83,41 +116,86 @@ impl Comparison {
             tried,
             settling: SETTLING * unit,
             left: LONGEST * unit,
-            time: Duration::ZERO,
-            bytes: 0,
+            last: None,
+            sample: Need::default(),
             samples: [Vec::new(), Vec::new()],
         }
     }
 
-    fn note(&mut self, through: Option<Through>, bytes: u64, time: Duration, unit: u64) {
+    /// Returns whether a sample ended.
+    fn note(
+        &mut self,
+        through: Option<Through>,
+        bytes: u64,
+        span: Option<Span>,
+        rest: Rest,
+        unit: u64,
+    ) -> bool {
         self.left = self.left.saturating_sub(bytes);
+        let Some(span) = span else {
+            return false;
+        };
+        let last = self.last.replace(span.ended);
         if through != Some(self.tried) {
-            return;
+            return false;
         }
         if self.settling > 0 {
             self.settling = self.settling.saturating_sub(bytes);
-            return;
+            return false;
         }
-        self.time += time;
-        self.bytes += bytes;
-        if self.bytes >= SAMPLE * unit {
-            let cost = self.time.as_nanos() as f64 / self.bytes as f64;
-            self.samples[self.tried as usize].push(cost);
+        let calls = span.ended.saturating_duration_since(span.begun);
+        let wait = last.map_or(Duration::ZERO, |last| {
+            span.begun.saturating_duration_since(last)
+        });
+        let wake = match rest {
+            Rest::Sleeps => WAKE,
+            Rest::GoesOn => Duration::ZERO,
+        };
+        self.sample.bytes += bytes;
+        self.sample.cost += calls + wake;
+        self.sample.pace += calls + wait.min(LONGEST_WAIT);
+        let has_ended = self.sample.bytes >= SAMPLE * unit;
+        if has_ended {
+            self.samples[self.tried as usize].push(std::mem::take(&mut self.sample));
             self.tried = self.tried.other();
             self.settling = SETTLING * unit;
-            self.time = Duration::ZERO;
-            self.bytes = 0;
         }
+        has_ended
+    }
+
+    /// Returns nanoseconds a byte of each sample, in order.
+    fn needs(&self, through: Through, time: fn(&Need) -> Duration) -> Vec<f64> {
+        let samples = self.samples[through as usize].iter();
+        let needs = samples.map(|need| time(need).as_nanos() as f64 / need.bytes as f64);
+        let mut needs: Vec<f64> = needs.collect();
+        needs.sort_unstable_by(f64::total_cmp);
+        needs
     }
 
     fn is_complete(&self) -> bool {
-        self.samples.iter().all(|it| it.len() >= SAMPLES)
+        let fewest = self.samples.iter().map(Vec::len).min();
+        match fewest.unwrap_or(0) {
+            SAMPLES.. => true,
+            CLEAR_SAMPLES.. => {
+                let [memory, pipe] = Through::ALL.map(|it| self.needs(it, |need| need.pace));
+                memory.last() < pipe.first() || pipe.last() < memory.first()
+            }
+            _ => false,
+        }
     }
 
-    fn median_cost(&mut self, through: Through) -> f64 {
-        let samples = &mut self.samples[through as usize];
-        let middle = samples.len() / 2;
-        *samples.select_nth_unstable_by(middle, f64::total_cmp).1
+    /// Returns whether the other carrier than the chosen one is the better.
+    fn is_better(&self, other: Through) -> bool {
+        let median = |through, time| {
+            let needs = self.needs(through, time);
+            needs.get(needs.len() / 2).copied().unwrap_or(f64::MAX)
+        };
+        let ratio = |time| median(other, time) / median(other.other(), time);
+        match ratio(|need| need.pace) {
+            pace if pace < SAME_PACE => true,
+            pace if pace > 1.0 / SAME_PACE => false,
+            _ => ratio(|need| need.cost) < GAIN,
+        }
     }
 }
 
@@ -146,14 +224,14 @@ impl Chooser {
         self.comparison.is_some()
     }
 
-    /// Notes that `bytes` have passed, how long the calls took that moved them, and whether a
+    /// Notes that `bytes` have passed, when the calls were made that moved them, and whether a
     /// wake-up follows. `through` is the carrier, if it was the same for all of them; otherwise
     /// they say nothing about the cost.
     pub(crate) fn note(
         &mut self,
         through: Option<Through>,
         bytes: u64,
-        time: Duration,
+        span: Option<Span>,
         rest: Rest,
     ) {
         let Some(comparison) = &mut self.comparison else {
@@ -163,14 +241,10 @@ impl Chooser {
             }
             return;
         };
-        let wake = match rest {
-            Rest::Sleeps => WAKE,
-            Rest::GoesOn => Duration::ZERO,
-        };
-        comparison.note(through, bytes, time + wake, self.unit);
-        if comparison.is_complete() {
+        let has_sample = comparison.note(through, bytes, span, rest, self.unit);
+        if has_sample && comparison.is_complete() {
             let other = self.chosen.other();
-            if comparison.median_cost(other) < GAIN * comparison.median_cost(self.chosen) {
+            if comparison.is_better(other) {
                 self.chosen = other;
             }
         } else if comparison.left > 0 {

@@ -23,7 +23,6 @@
 //! [`Chooser`](chooser::Chooser).
 
 use std::io;
-use std::time::Duration;
 
 use crate::stream::socket::{Pipe, Socket};
 
@@ -36,8 +35,8 @@ mod tests;
 
 use carrier::FlowKind;
 pub(crate) use carrier::{Carried, Carrier, Pool};
-use chooser::Rest;
 pub(crate) use chooser::Through;
+use chooser::{Rest, Span};
 pub(crate) use end::{End, Half, Readiness};
 pub(crate) use side::Side;
 
@@ -250,15 +249,16 @@ impl<P: Pipe> Flow<P> {
             pool.count(through, moved.bytes[through as usize]);
         }
         if let Some(kind) = kind {
-            let time = begun.map_or(Duration::ZERO, |begun| {
-                source.socket.clock().saturating_duration_since(begun)
+            let span = begun.map(|begun| Span {
+                begun,
+                ended: source.socket.clock(),
             });
             let rest = match more {
                 true => Rest::GoesOn,
                 false => Rest::Sleeps,
             };
             let bytes = moved.bytes.iter().sum();
-            pool.chooser(kind).note(moved.only(), bytes, time, rest);
+            pool.chooser(kind).note(moved.only(), bytes, span, rest);
         }
         more
     }

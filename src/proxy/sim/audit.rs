@@ -214,6 +214,10 @@ impl Audit {
                         "a socket is closed, and keeps its slot in its VM"
                     );
                     began.insert(key, *self.began_to_close.get(&key).unwrap_or(&now));
+                    if conn.is_remnant {
+                        // It has had its time.
+                        continue;
+                    }
                     let until = times.forced_at().map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(

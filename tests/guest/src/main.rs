@@ -26,9 +26,10 @@ mod vms;
 mod vsudd;
 
 use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -172,6 +173,9 @@ fn prepare() -> io::Result<()> {
     for (kind, path) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
+    // hvsock keeps its control socket in its directory there.
+    fs::create_dir_all("/tmp")?;
+    fs::set_permissions("/tmp", Permissions::from_mode(0o1777))?;
     setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192)?;
     bring_up_lo()
 }

@@ -1,25 +1,30 @@
 //! The choice of the carrier: on machines where pipes are cheaper, where copies are, and where that
 //! changes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::bench::Bench;
 use super::kernel::{Costs, Habits, set_costs};
-use crate::engine::relay::chooser::{Chooser, Rest};
+use crate::engine::relay::chooser::{Chooser, Rest, Span};
 use crate::engine::relay::{Side, Through};
 
 const UNIT: usize = 1000;
 
 /// Bytes that are enough for a comparison and the pause after it.
-const LONG: u64 = 20_000 * UNIT as u64;
+const LONG: u64 = 220_000 * UNIT as u64;
 
-/// A machine on which a byte costs so many nanoseconds.
+/// A machine on which a byte takes so many nanoseconds in calls, and so many in waits between them.
 #[derive(Clone, Copy)]
 struct Machine {
     copied: u64,
     spliced: u64,
+    copied_waits: u64,
+    spliced_waits: u64,
     /// One call in so many takes a hundred times as long, since the process is interrupted.
     interrupts: Option<u64>,
+    /// Before some calls the client has nothing to say for a second, and that while bytes happen to
+    /// pass through this.
+    silences: Option<Through>,
 }
 
 /// Sends so many bytes, as many at a time as a turn allows. Returns how many went through a pipe,
@@ -27,26 +32,29 @@ struct Machine {
 fn send(chooser: &mut Chooser, machine: Machine, bytes: u64) -> (u64, u64) {
     let (mut piped, mut timed, mut sent) = (0, 0, 0);
     let most = 2 * UNIT as u64;
+    let mut now = Instant::now();
     while sent < bytes {
         let through = chooser.choice();
-        let cost = match through {
-            Through::Memory => machine.copied,
-            Through::Pipe => machine.spliced,
+        let (cost, wait) = match through {
+            Through::Memory => (machine.copied, machine.copied_waits),
+            Through::Pipe => (machine.spliced, machine.spliced_waits),
         };
-        let interrupted = |every| (sent / most).is_multiple_of(every);
-        let times = match machine.interrupts.is_some_and(interrupted) {
+        let happens = |every| (sent / most).is_multiple_of(every);
+        let times = match machine.interrupts.is_some_and(happens) {
             true => 100,
             false => 1,
         };
+        if machine.silences == Some(through) && happens(11) {
+            now += Duration::from_secs(1);
+        }
         if through == Through::Pipe {
             piped += most;
         }
-        let time = match chooser.needs_time() {
-            true => Duration::from_nanos(times * cost * most),
-            false => Duration::ZERO,
-        };
+        let begun = now + Duration::from_nanos(wait * most);
+        now = begun + Duration::from_nanos(times * cost * most);
+        let span = chooser.needs_time().then_some(Span { begun, ended: now });
         timed += if chooser.needs_time() { most } else { 0 };
-        chooser.note(Some(through), most, time, Rest::GoesOn);
+        chooser.note(Some(through), most, span, Rest::GoesOn);
         sent += most;
     }
     (piped, timed)
@@ -56,7 +64,10 @@ fn machine(copied: u64, spliced: u64) -> Machine {
     Machine {
         copied,
         spliced,
+        copied_waits: 0,
+        spliced_waits: 0,
         interrupts: None,
+        silences: None,
     }
 }
 
@@ -113,19 +124,58 @@ fn less_than_a_hundredth_goes_through_the_dearer_carrier() {
     assert!(timed > 0 && timed <= all / 50, "{timed} of {all}");
 }
 
+/// What a carrier costs the peers is in no call of ours.
+#[test]
+fn the_carrier_through_which_more_passes_is_chosen_though_its_calls_take_longer() {
+    let waits = |copied_waits, spliced_waits| Machine {
+        copied_waits,
+        spliced_waits,
+        ..machine(30, 20)
+    };
+    assert_eq!(choice_after(waits(10, 40)), Through::Memory);
+    assert_eq!(choice_after(waits(40, 10)), Through::Pipe);
+}
+
+#[test]
+fn where_a_network_sets_the_pace_the_cheaper_carrier_is_chosen() {
+    let paced = |copied, spliced| Machine {
+        copied_waits: 1000 - copied,
+        spliced_waits: 1000 - spliced,
+        ..machine(copied, spliced)
+    };
+    assert_eq!(choice_after(paced(20, 30)), Through::Memory);
+    assert_eq!(choice_after(paced(30, 20)), Through::Pipe);
+}
+
+#[test]
+fn silences_do_not_mislead() {
+    let silent = |through, copied, spliced| Machine {
+        silences: Some(through),
+        ..machine(copied, spliced)
+    };
+    let pipe = silent(Through::Pipe, 30_000, 20_000);
+    assert_eq!(choice_after(pipe), Through::Pipe);
+    let memory = silent(Through::Memory, 20_000, 30_000);
+    assert_eq!(choice_after(memory), Through::Memory);
+}
+
 #[test]
 fn where_wake_ups_outweigh_the_calls_fewer_are_preferred() {
     let mut chooser = Chooser::new(UNIT);
-    for _ in 0..100_000 {
+    let mut now = Instant::now();
+    for _ in 0..LONG / UNIT as u64 {
+        // As fast, with a wait for each kilobyte or for two.
         let (bytes, nanos, through) = match chooser.choice() {
             Through::Memory => (UNIT as u64, 1000, Through::Memory),
             Through::Pipe => (2 * UNIT as u64, 3000, Through::Pipe),
         };
-        let time = Duration::from_nanos(nanos);
-        chooser.note(Some(through), bytes, time, Rest::Sleeps);
+        let begun = now + Duration::from_nanos(10_000 * bytes / UNIT as u64 - nanos);
+        now = begun + Duration::from_nanos(nanos);
+        let span = Some(Span { begun, ended: now });
+        chooser.note(Some(through), bytes, span, Rest::Sleeps);
     }
     while chooser.needs_time() {
-        chooser.note(Some(chooser.choice()), 1, Duration::ZERO, Rest::GoesOn);
+        chooser.note(None, UNIT as u64, None, Rest::GoesOn);
     }
     assert_eq!(chooser.choice(), Through::Pipe);
 }
@@ -133,11 +183,15 @@ fn where_wake_ups_outweigh_the_calls_fewer_are_preferred() {
 #[test]
 fn a_comparison_ends_where_no_pipe_can_be_had() {
     let mut chooser = Chooser::new(UNIT);
-    let time = Duration::from_micros(1);
+    let begun = Instant::now();
+    let span = Span {
+        begun,
+        ended: begun + Duration::from_micros(1),
+    };
     let mut timed = 0;
     for _ in 0..LONG / UNIT as u64 {
         timed += u64::from(chooser.needs_time());
-        chooser.note(Some(Through::Memory), UNIT as u64, time, Rest::GoesOn);
+        chooser.note(Some(Through::Memory), UNIT as u64, Some(span), Rest::GoesOn);
     }
     assert!(timed < LONG / UNIT as u64 / 5, "{timed}");
 }
@@ -148,7 +202,7 @@ fn a_comparison_ends_where_flows_change_their_carrier_in_each_turn() {
     let mut timed = 0;
     for _ in 0..LONG / UNIT as u64 {
         timed += u64::from(chooser.needs_time());
-        chooser.note(None, UNIT as u64, Duration::ZERO, Rest::GoesOn);
+        chooser.note(None, UNIT as u64, None, Rest::GoesOn);
     }
     assert!(timed < LONG / UNIT as u64 / 10, "{timed}");
 }
@@ -156,6 +210,7 @@ fn a_comparison_ends_where_flows_change_their_carrier_in_each_turn() {
 /// The relay takes what the chooser says, and measures what it costs.
 #[test]
 fn a_flow_takes_what_is_cheaper() {
+    const ROUNDS: u64 = 40_000;
     let carried = |copied, spliced| {
         set_costs(Costs {
             copied: Duration::from_micros(copied),
@@ -167,18 +222,18 @@ fn a_flow_takes_what_is_cheaper() {
             ..Habits::default()
         };
         let mut pair = Bench::<true>::with([habits.clone(), habits]);
-        for _ in 0..4000 {
+        for _ in 0..ROUNDS {
             pair.client().say(64);
             pair.settle();
             pair.server().hear(64);
         }
-        assert_eq!(pair.wire(Side::Server).written, 64 * 4000);
+        assert_eq!(pair.wire(Side::Server).written, 64 * ROUNDS);
         Through::ALL.map(|through| pair.carried.bytes(through))
     };
     let [copied, spliced] = carried(20, 10);
-    assert_eq!(copied + spliced, 64 * 4000);
+    assert_eq!(copied + spliced, 64 * ROUNDS);
     assert!(spliced > copied * 3, "{copied} copied, {spliced} spliced");
     let [copied, spliced] = carried(10, 20);
-    assert_eq!(copied + spliced, 64 * 4000);
+    assert_eq!(copied + spliced, 64 * ROUNDS);
     assert!(copied > spliced * 3, "{copied} copied, {spliced} spliced");
 }
