@@ -63,8 +63,8 @@ const WAKE: Duration = Duration::from_micros(2);
 /// Chooses the carrier for flows of one kind.
 ///
 /// Now and then it compares: the flows take one carrier and the other in turn, a few MiB at a time.
-/// The faster one is chosen. If both are as fast, since a peer or a network sets the pace, it is the
-/// one whose calls cost less. In between it counts bytes, and no time is measured.
+/// The faster one is chosen. If both are as fast, since a peer or a network sets the pace, it is
+/// the one whose calls cost less. In between it counts bytes, and no time is measured.
 ///
 /// The calls alone don't say which is faster: where the peers share the processors with the proxy,
 /// what wakes them, and what they pay for the bytes that one carrier or the other has left them,

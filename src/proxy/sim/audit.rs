@@ -364,9 +364,9 @@ impl Audit {
         }
     }
 
-    /// Looks, before the clock goes on, whether a listener waits for a slot for longer than until its
-    /// next check though a connection of this process may wait there. That one must not wait: the
-    /// slot may be the one of the connection that it belongs to.
+    /// Looks, before the clock goes on, whether a listener waits for a slot for longer than until
+    /// its next check though a connection of this process may wait there. That one must not wait:
+    /// the slot may be the one of the connection that it belongs to.
     fn check_waiting_listeners(&self, worker: &Worker<SimDriver>, now: Duration) {
         let mut known = self.waiting_in_vain.borrow_mut();
         let listeners = worker.listeners.all().iter().filter(|it| it.is_served());
