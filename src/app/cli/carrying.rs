@@ -21,15 +21,15 @@ use crate::app::control::{Actions, Bound};
 use crate::app::needs::{Weight, look_at_targets};
 use crate::proxy::Rule;
 
-/// What a command line asks for.
+/// The rules that a command line asks for.
 pub(super) struct WantedRules {
     pub(super) rules: Vec<Rule>,
     /// The rules as they will be when the VM is there.
     pub(super) later: Option<Later>,
 }
 
-/// Carries rules as the options have it until the end is asked for; the control socket and the
-/// metrics beside it, if they were asked for.
+/// Carries rules until the end is asked for, and serves the control socket and the metrics, as the
+/// options say.
 pub(super) fn carry(
     options: &ProxyOptions,
     patience: KeepTrying,
@@ -75,7 +75,7 @@ pub(super) fn carry(
     run_proxy(proxy, options, signals)
 }
 
-/// Says what the rules of a command line need that isn't there, and refuses what can never work.
+/// Prints what the rules of a command line need and lack now, and refuses what can never work.
 fn look_at_needs(rules: &[Rule]) -> Outcome {
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         complain(format_args!("the targets were not looked at: {why}"));

@@ -24,10 +24,10 @@ use crate::thread::start_thread;
 /// The variable in which a script names its shell.
 const SHELL: &str = "HVSOCK_COMPLETE";
 
-/// How long a name may take to be looked up. Someone waits with a finger on a key.
+/// How long the lookup of a name may take, since the user waits for it.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Answers a shell, if one asks; `None` if this is another run.
+/// Answers a shell that asks for completions. Returns `None` if this is another run.
 pub(super) fn answer(
     arguments: impl IntoIterator<Item = OsString>,
     hvsock: Command,
@@ -178,8 +178,8 @@ fn matching(
     candidates.collect()
 }
 
-/// Looks something up that may hang, as a disk or a process does. Returns `None` if it takes too
-/// long, or no thread can be started.
+/// Calls `look`, which may hang as a disk or a process does. Returns `None` if it takes too long,
+/// or if no thread can be started.
 fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (found, answer) = channel();
     start_thread("hvsock-look", "to look up a name", move || {

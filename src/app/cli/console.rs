@@ -1,4 +1,5 @@
-//! What a command says of itself, and prints on standard output, each line made fit for a terminal.
+//! The output of commands: messages on standard error and results on standard output, each line
+//! escaped for a terminal.
 
 use std::fmt;
 use std::io;
@@ -8,24 +9,24 @@ use tracing::Level;
 use super::outcome::{Failure, Outcome};
 use crate::app::{escape, log, output};
 
-/// Says what people should know. One that serves never waits for it to be read.
+/// Prints a message on standard error. A command that serves never waits for it to be read.
 pub(super) fn complain(what: impl fmt::Display) {
     log::say(Level::WARN, what);
 }
 
-/// Says why it ends.
+/// Prints why the command fails.
 pub(super) fn fail(what: impl fmt::Display) {
     log::say(Level::ERROR, what);
 }
 
-/// Says more of it, line by line.
+/// Prints more about a message, line by line.
 pub(super) fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
     for line in lines {
         log::say_more(Level::WARN, line);
     }
 }
 
-/// Says a line on standard output; a closed one is no reason to stop carrying.
+/// Prints a line on standard output. If that is closed, forwarding goes on all the same.
 pub(super) fn say(line: impl fmt::Display) {
     output::OUT.send(one_line(line).into_bytes());
 }
@@ -39,7 +40,7 @@ pub(super) fn print(line: impl fmt::Display) -> Outcome {
     write_out(one_line(line).as_bytes())
 }
 
-/// Prints what was asked for and has many lines; what stands in one of them was made fit for it.
+/// Prints a result of many lines, whose parts were escaped before.
 pub(super) fn print_text(text: impl fmt::Display) -> Outcome {
     write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
 }
@@ -49,7 +50,7 @@ pub(super) fn print_json(json: &str) -> Outcome {
     write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
-/// Writes to standard output. A reader that has gone, as `head` does, has seen enough.
+/// Writes to standard output. A reader that has gone, as `head` does, is no error.
 pub(super) fn write_out(bytes: &[u8]) -> Outcome {
     match output::print(bytes) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(

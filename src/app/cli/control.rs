@@ -89,7 +89,7 @@ const HEADINGS: [&str; 9] = [
     "NAME", "LISTEN", "CONNECT", "STATE", "LIVE", "TOTAL", "SENT", "RECEIVED", "REFUSED",
 ];
 
-/// A status as people read it.
+/// Returns a status as people read it.
 fn overview(status: &control::Status, now: SystemTime) -> String {
     let stopping = if status.stopping { ", stopping" } else { "" };
     let mut text = format!(
@@ -101,7 +101,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     );
     let rows = status.forwards.iter().map(|it| {
         let counters = &it.counters;
-        // One without a name has its id as soon as it is carried.
+        // A forward without a name gets its id only when it is carried.
         let id = it.id.map_or_else(|| "-".to_owned(), |id| id.to_string());
         [
             it.name.clone().unwrap_or(id),
@@ -169,7 +169,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     text
 }
 
-/// What the proxy knows of its keeper, unless none was needed yet.
+/// Describes what the proxy knows of its keeper, unless none was needed yet.
 fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
     let mut text = match (keeper.pid, &keeper.trouble) {
         (Some(pid), _) => format!(
@@ -192,7 +192,7 @@ fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
     Some(text)
 }
 
-/// How many were refused, and why.
+/// Describes how many clients were refused, and why.
 fn refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
         return "0".to_owned();
@@ -205,7 +205,7 @@ fn refusals(counters: &Counters) -> String {
     format!("{} ({})", counters.refused, why.join(", "))
 }
 
-/// How many connections have ended, and why; `None` if none has.
+/// Describes how many connections have ended, and why; `None` if none has.
 fn ends(counters: &Counters) -> Option<String> {
     let by_reason = serde_json::to_value(counters.ended).ok()?;
     let counts = by_reason.as_object()?.iter();
@@ -327,7 +327,7 @@ impl AddArgs {
     }
 }
 
-/// One forward, or those of a range.
+/// The answer to a forward that was added: that forward, or those of a range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
 pub(super) enum AddedForwards {
@@ -344,7 +344,7 @@ impl AddedForwards {
     }
 }
 
-/// Says which other hvsock listens where one of these was to listen.
+/// Adds to an error which other hvsock listens where one of these rules was to listen.
 fn name_occupant(why: Unanswered, rules: &[Rule]) -> Unanswered {
     match why {
         Unanswered::Refused(problem) if problem.error.contains("in use") => {
@@ -401,13 +401,13 @@ impl RemoveArgs {
         }
         match is_whole {
             true => Ok(()),
-            // It was said which is missing.
+            // The missing one was printed above.
             false => Err(Failure::Silent),
         }
     }
 }
 
-/// Says that a forward is removed, and what is dangerous about that.
+/// Prints that a forward is removed, and what is dangerous about that.
 fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
     let live = match removed.counters.live {
         0 => String::new(),
@@ -428,7 +428,7 @@ fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
 fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     let places = expand(range, BarePort::Tcp).unwrap_or_default();
     if places.len() < 2 {
-        // It was a name.
+        // It was found by its name.
         return Vec::new();
     }
     let addresses = |it: &control::ForwardInfo| {
@@ -450,8 +450,8 @@ fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     places.into_iter().filter(is_missing).collect()
 }
 
-/// Whether the hvsock that is controlled there has a keeper, which goes on to accept what guests
-/// dial.
+/// Returns whether the hvsock at that control socket has a keeper, which goes on accepting what
+/// guests dial.
 fn has_keeper(path: &Path) -> bool {
     let status = control::get::<control::Status>(path, "/v1/status");
     let keeper = status.ok().and_then(|status| status.keeper);
@@ -488,7 +488,7 @@ impl ReloadArgs {
         }
         match report.failed.is_empty() {
             true => Ok(()),
-            // It was said which, and why.
+            // Which ones, and why, was printed above.
             false => Err(Failure::Silent),
         }
     }
@@ -544,7 +544,7 @@ impl UpgradeArgs {
                 grace.ceil()
             ))?;
         }
-        // One of an earlier version says nothing of them.
+        // An earlier version does not report them.
         let failed = done["failed"].as_object().into_iter().flatten();
         let mut missing: Vec<String> = failed
             .map(|(name, why)| {
@@ -559,7 +559,7 @@ impl UpgradeArgs {
         missing.iter().for_each(complain);
         match missing.is_empty() {
             true => Ok(()),
-            // It was said which, and why.
+            // Which ones, and why, was printed above.
             false => Err(Failure::Silent),
         }
     }

@@ -90,7 +90,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
     Ok(bound)
 }
 
-/// Serves on sockets where a proxy lets no forward lead; where they are is told.
+/// Serves on sockets to which the proxy lets no forward lead, and prints where they are.
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
     let states = bound.endpoint_states();
     let control = bound.serve(proxy.handle(), actions)?;

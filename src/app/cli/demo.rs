@@ -109,7 +109,7 @@ fn ask_unix(path: &Path) -> io::Result<String> {
     ask(stream)
 }
 
-/// Asks for a page; the answer's first line and size.
+/// Requests a page, and returns the answer's first line and size.
 fn ask(mut stream: impl Read + Write) -> io::Result<String> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();

@@ -29,7 +29,7 @@ pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignal
     run_until_told(proxy, signals, end, || {})
 }
 
-/// How a process comes to its end.
+/// The conditions under which a process ends.
 pub(super) struct ProcessEnd<G> {
     /// Returns how long connections may take to finish; it is called when the end begins.
     pub(super) grace: G,
@@ -79,7 +79,7 @@ pub(super) fn tell_manager_of_end(live: usize, grace: Duration) {
 
 /// Begins the end, and says why.
 fn begin_to_end(handle: &Handle, grace: Duration, status: String) {
-    // First what ends it, then what is said of it.
+    // The end is begun first, and then announced.
     handle.stop(grace);
     end_without_what_hangs(grace);
     complain(&status);
@@ -101,7 +101,7 @@ fn end_when_idle(
     let mut left = limit;
     while over.recv_timeout(left) == Err(RecvTimeoutError::Timeout) && !handle.is_stopping() {
         left = match handle.idle_for() {
-            // The soonest that it can be.
+            // This is the earliest time at which the limit can be reached.
             None => limit,
             Some(idle) => limit.saturating_sub(idle),
         };
@@ -169,7 +169,7 @@ pub(super) fn run_until_told(
         }
     };
     start_thread("hvsock-signals", "to wait for signals", hear)?;
-    // So the file alone shows where a process begins and ends.
+    // This lets the log's file alone show where a process begins and ends.
     if log::is_in_file() {
         let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
         info!("hvsock {version} has started, process {process}");
@@ -178,7 +178,7 @@ pub(super) fn run_until_told(
     let ended = proxy.wait();
     info!("has stopped");
     closer.close();
-    // It has nothing to send: this is the thread's end.
+    // Nothing is sent: this ends the thread.
     let _ = silence.recv_timeout(LAST_DELIVERY);
     Ok(ended?)
 }

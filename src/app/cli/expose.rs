@@ -62,7 +62,7 @@ impl ExposeArgs {
     }
 }
 
-/// A forward, on one line.
+/// Describes a forward on one line.
 fn describe(forward: &ForwardStatus) -> String {
     let (listen, connect) = (&forward.listen, &forward.rule.connect);
     match (listen.guest_port(), connect.guest_port()) {

@@ -538,7 +538,7 @@ fn waits_for(rule: &Rule, missing: &HashSet<&HyperkitVm>) -> Option<String> {
     Some(format!("waits for the VM's state directory, {directory}"))
 }
 
-/// A forward, on one line.
+/// Describes a forward on one line.
 pub(super) fn describe(
     name: &str,
     listen: &Address,

@@ -1,4 +1,4 @@
-//! The calls: what a request asks for, and what it is answered.
+//! The calls of the control interface, and their answers.
 
 use std::collections::HashSet;
 use std::io::{self, Read as _};
@@ -37,21 +37,21 @@ use super::metrics;
 use super::model::{ConnectionInfo, EndedInfo, ForwardInfo, RuleBody, Status, read_rules};
 use super::problem::ApiProblem;
 
-/// What the server needs of its program.
+/// What the program supplies to the server.
 pub(crate) struct Actions {
-    /// The options of a rule that says none.
+    /// The default options of rules that are added.
     pub(crate) options: Box<dyn Fn() -> RuleOptions + Send + Sync>,
     /// The forwards that are wanted and can't be had now.
     pub(crate) pending: Box<dyn Fn() -> Vec<ForwardInfo> + Send + Sync>,
-    /// Tells that the end was asked for here, how many connections there are then, and how long
-    /// they may take.
+    /// Called when the end was asked for here, with the number of connections and how long they may
+    /// take.
     pub(crate) stopping: fn(usize, Duration),
-    /// Reads the configuration again, if there is one, and says what has changed. Nothing else is
-    /// changed meanwhile.
+    /// Reads the configuration again, if there is one, and returns what has changed. No other
+    /// change is made meanwhile.
     pub(crate) reload: Option<Reload>,
     /// How another process takes its place, if one can.
     pub(crate) succession: Option<Succession>,
-    /// How long connections may take to finish unless it is said.
+    /// How long connections may take to finish unless a request says so.
     pub(crate) grace: Box<dyn Fn() -> Duration + Send + Sync>,
     /// Whether a forward to a program may be added.
     pub(crate) allows_exec: Box<dyn Fn() -> bool + Send + Sync>,
@@ -63,15 +63,16 @@ pub(crate) type Reload =
 
 /// How another process takes the place of this one.
 pub(crate) struct Succession {
-    /// The file that says what is carried.
+    /// The configuration file.
     pub(crate) file: PathBuf,
     /// The process that this one has taken over from.
     pub(crate) predecessor: Option<u32>,
-    /// Calls its argument while that file is not read, with the forwards for which it asks.
+    /// Calls its argument with the forwards that the file asks for, and prevents a reload
+    /// meanwhile.
     pub(crate) while_unchanged: Box<WhileUnchanged>,
     /// Starts the program anew, so that it takes over.
     pub(crate) start: Box<dyn Fn() -> Result<Started, ApiProblem> + Send + Sync>,
-    /// Ends this one, since that process has all its listeners.
+    /// Ends this process, after the other has taken all its listeners.
     pub(crate) end: Box<dyn Fn(u32) + Send + Sync>,
 }
 
@@ -79,12 +80,12 @@ pub(crate) struct Succession {
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) child: Child,
-    /// What it says here is why it doesn't take over.
+    /// Its standard error, which says why it doesn't take over.
     pub(crate) report: UnixStream,
 }
 
 impl Started {
-    /// Returns what it has said, line by line, once it has ended.
+    /// Returns the lines that it has written, once it has ended.
     fn reasons(mut self) -> Vec<String> {
         const MOST_BYTES: u64 = 64 * 1024;
         // Its own children may have the socket, too, and are not waited for.
@@ -110,55 +111,55 @@ impl fmt::Debug for Actions {
 pub(super) struct Api {
     handle: Handle,
     actions: Actions,
-    /// Where it is asked.
+    /// The endpoints at which it is asked.
     endpoints: Vec<Arc<ServiceEndpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
     added: AddedForwards,
     handover: Mutex<HandoverState>,
     inherited: Inherited,
-    /// What is told to the process that has taken over, until the end of this one.
+    /// The connection to the process that has taken over, until this one ends.
     finishing: Mutex<Option<Finishing>>,
     started: Instant,
 }
 
-/// How far it is with another process that takes over.
+/// The state of a hand-over to another process.
 #[derive(Debug, Default)]
 struct HandoverState {
-    /// The process that was started for it, and is not to take over any more.
+    /// The process that was started for it, and may not take over any more.
     given_up: Option<u32>,
     /// The process that is taking over, or has.
     successor: Option<u32>,
-    /// The forwards that it can't have.
+    /// The forwards that it could not take.
     failed: FailedForwards,
     is_done: bool,
 }
 
-/// How many calls of a kind are answered at a time. Each may block, and none keeps those of another
-/// kind: the end can be asked for though a change hangs.
+/// The queues of calls, one a kind. A call may block, and then holds up those of its own kind only:
+/// the end can be asked for though a change hangs.
 #[derive(Debug)]
 struct Lanes {
     looks: Arc<Semaphore>,
-    /// One: what is looked at before it still holds then.
+    /// For changes, one at a time: what a change has checked stays true while it is made.
     changes: Arc<Semaphore>,
     stops: Arc<Semaphore>,
-    /// Apart from the changes: the process that is started asks for one.
+    /// For upgrades. They are no changes, since the process that is started asks for one.
     upgrades: Arc<Semaphore>,
 }
 
 const LOOKS_AT_A_TIME: usize = 4;
 
-/// How long a call may wait for its turn: half as long as our clients wait for an answer.
+/// How long a call may wait for its turn: half as long as hvsock's own clients wait for an answer.
 const TURN: Duration = Duration::from_secs(5);
 
-/// Of all kinds together.
+/// The most calls at a time, of all kinds together.
 pub(super) const CALLS_AT_A_TIME: usize = LOOKS_AT_A_TIME + 3;
 
-/// How long a process that was started may take to take over: a little less than our clients wait
-/// for an answer.
+/// How long a process that was started may take to take over: a little less than hvsock's own
+/// clients wait for an answer.
 const UPGRADE: Duration = Duration::from_secs(9);
 
-/// How often it is looked whether that has happened.
+/// How often it is checked whether that has happened.
 const LOOK: Duration = Duration::from_millis(10);
 
 type ApiResult = Result<(u16, String), ApiProblem>;
@@ -205,7 +206,8 @@ impl Api {
         }
     }
 
-    /// Shows these beside the own connections that have ended, and knows how these forwards came.
+    /// Sets the ended connections of earlier processes, to be shown beside those of this one, and
+    /// how these forwards were added.
     pub(super) fn with_inherited(self, inherited: Inherited, added: AddedForwards) -> Api {
         Api {
             inherited,
@@ -214,8 +216,8 @@ impl Api {
         }
     }
 
-    /// Answers on a thread that may block, when it is the request's turn. If that doesn't come soon
-    /// it is never done: who asked would have given up.
+    /// Answers on a thread that may block, when it is the request's turn. A request whose turn
+    /// doesn't come soon is refused, since its client would have given up.
     pub(super) async fn answer(
         self: Arc<Api>,
         service: ServedInterface,
@@ -309,7 +311,7 @@ impl Api {
         }
     }
 
-    /// Answers as if there were nothing but the metrics.
+    /// Answers where only the metrics are served.
     fn answer_metrics(&self, request: &HttpRequest) -> Response {
         match (request.method.as_str(), request.path.as_str()) {
             ("GET", "/metrics") => {
@@ -388,7 +390,7 @@ impl Api {
         carried.or_else(|e| pending.ok_or(e))
     }
 
-    /// Shows a forward, or those of a range that are there.
+    /// Returns a forward, or those of a range that are there.
     fn show(&self, name: &str) -> ApiResult {
         let none = match self.forward(name) {
             Ok(found) => return json(200, &found),
@@ -399,14 +401,14 @@ impl Api {
         json(200, &range.map(ForwardInfo::from).collect::<Vec<_>>())
     }
 
-    /// The forward of that name, or of that address, that is wanted and can't be had now.
+    /// Returns the forward of that name or address that is wanted and can't be had now.
     fn pending(&self, name: &str) -> Option<ForwardInfo> {
         let mut pending = (self.actions.pending)().into_iter();
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
-    /// The forward of that name, or else that listens there, or else that has this id, or else the
-    /// only one that listens on this TCP port.
+    /// Returns the forward of that name, or else that listens there, or else that has this id, or
+    /// else the only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, ApiProblem> {
         let forwards = self.handle.forwards();
         ForwardLookup::new(&forwards).find(name).cloned()
@@ -482,9 +484,9 @@ impl Api {
         }
     }
 
-    /// Returns the forwards of a range that is written as an address, or named as it was when it
-    /// was made. Of those that weren't added here nobody knows how they were made: they are a range
-    /// if they look like one.
+    /// Returns the forwards of a range, which is written as an address or by its name. For forwards
+    /// that weren't added by the control socket it is not known whether they were a range; they
+    /// count as one if they look like one.
     ///
     /// # Errors
     /// Why the range is none; that none of it is there: `none`.
@@ -508,12 +510,12 @@ impl Api {
         let is_named =
             |it: &&ForwardStatus| it.rule.name.as_ref() == Some(&name_of(name, &it.listen));
         let alike: Vec<_> = forwards.iter().filter(is_named).collect();
-        let is = |it: &ForwardStatus, how| self.added.of(it.id) == how;
-        let unknown = alike.iter().filter(|it| is(it, None));
+        let is_unknown = |it: &ForwardStatus| self.added.of(it.id).is_none();
+        let is_of_range = |it: &ForwardStatus| self.added.of(it.id) == Some(Added::InRange);
+        let unknown = alike.iter().filter(|it| is_unknown(it));
         let unknown: Vec<_> = unknown.map(|it| (&it.listen, &it.rule.connect)).collect();
         let unknown_are_meant = are_a_range(&unknown);
-        let is_meant =
-            |it: &&ForwardStatus| is(it, Some(Added::InRange)) || unknown_are_meant && is(it, None);
+        let is_meant = |it: &&ForwardStatus| is_of_range(it) || unknown_are_meant && is_unknown(it);
         let (meant, others): (Vec<_>, Vec<_>) = alike.into_iter().partition(is_meant);
         match (&meant[..], &others[..]) {
             ([], []) => Err(none),
@@ -635,7 +637,7 @@ impl Api {
         json(200, &reload()?)
     }
 
-    /// What a process needs that is to take over, or why none can.
+    /// Returns what a process needs to take over, or why none can.
     fn succession(&self) -> Result<&Succession, ApiProblem> {
         let Some(succession) = &self.actions.succession else {
             let problem = ApiProblem::new(
@@ -729,7 +731,7 @@ impl Api {
         lock(&self.finishing)
     }
 
-    /// Tells the process that has taken over what is new. Returns false once that one has ended.
+    /// Sends what is new to the process that has taken over. Returns false once that one has ended.
     fn tell_successor(&self) -> bool {
         let mut finishing = self.finishing();
         let Some(wire) = &mut *finishing else {
@@ -742,8 +744,8 @@ impl Api {
         is_told
     }
 
-    /// Tells the process that has taken over, if one has, what has become of the last connections.
-    /// Nobody is told anything after that.
+    /// Sends the process that has taken over, if one has, the ends of the last connections. Nothing
+    /// is sent after that.
     pub(super) fn tell_successor_the_rest(&self) {
         self.tell_successor();
         *self.finishing() = None;
@@ -813,7 +815,7 @@ impl Api {
         }
     }
 
-    /// Lets a process take over no more. Returns false if it does already.
+    /// Keeps other processes from taking over. Returns false if one already does.
     fn give_up(&self, pid: u32) -> bool {
         let mut state = self.handover_state();
         state.given_up = Some(pid);
@@ -829,7 +831,7 @@ impl Api {
         json(202, &body)
     }
 
-    /// How long connections that are there may take, as the query says.
+    /// Returns how long live connections may take, as the query says.
     fn grace(&self, query: &[(String, String)]) -> Result<Duration, ApiProblem> {
         let mut grace = (self.actions.grace)();
         for (key, value) in query {
@@ -843,14 +845,14 @@ impl Api {
     }
 }
 
-/// Of this each connection has its own.
+/// The path below which each connection has one of its own.
 const CONNECTIONS: &str = "/v1/connections/";
 
 const ENDED: &str = "/v1/connections/ended";
 
 const EVENTS: &str = "/v1/events";
 
-/// Says in the log what the targets of rules lack now, and refuses a target that can never work.
+/// Logs what the targets of rules lack now, and refuses a target that can never work.
 fn look_at_targets_of(rules: &[Rule]) -> Result<(), ApiProblem> {
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         warn!("the targets were not looked at: {why}");
@@ -869,14 +871,14 @@ fn problem_of_finding(finding: Finding) -> ApiProblem {
     ApiProblem::new(400, finding.what).with_remedy(finding.remedy)
 }
 
-/// Returns a forward on a line: its name, if it has one, and both its ends.
+/// Describes a forward on one line: its name, if it has one, and both its addresses.
 fn describe(forward: &ForwardStatus) -> String {
     let name = forward.rule.name.as_ref();
     let name = name.map_or(String::new(), |name| format!("{name:?}: "));
     format!("{name}{} -> {}", forward.listen, forward.rule.connect)
 }
 
-/// What a forward is called.
+/// Returns what a forward is called.
 fn label(forward: &ForwardStatus) -> String {
     match &forward.rule.name {
         Some(name) => format!("{name:?}"),

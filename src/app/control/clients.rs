@@ -1,5 +1,5 @@
-//! The clients of a socket of the control interface: how many there are, and which has to go for a
-//! newcomer.
+//! The clients of a socket of the control interface: how many there may be, and which is
+//! disconnected for a new one.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,14 +11,14 @@ use super::endpoint::Demand;
 use crate::lock::lock;
 use crate::sys;
 
-/// Clients of one socket at a time, where there are descriptors enough.
+/// The most clients of one socket at a time, where there are enough descriptors.
 const MOST_CLIENTS: usize = 256;
 
-/// Clients at a time of a socket that nobody has asked for.
+/// The most clients at a time of a socket that the user has not asked for.
 const FEW_CLIENTS: usize = 8;
 
-/// How many clients one socket has at a time: where descriptors are few they are for connections
-/// first.
+/// Returns the most clients of one socket at a time. Where descriptors are scarce, most of them are
+/// left for connections.
 pub(super) fn most_clients(demand: Demand) -> usize {
     if demand == Demand::OwnAccord {
         return FEW_CLIENTS;
@@ -33,14 +33,14 @@ pub(super) fn most_clients(demand: Demand) -> usize {
 #[derive(Debug)]
 pub(super) struct ServedClient(Mutex<(ClientPhase, Instant)>);
 
-/// How far a client is.
+/// What is awaited from a client, or for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum ClientPhase {
     /// Its request is awaited.
     Asking,
-    /// It is to take its answer and go.
+    /// Its answer is being sent: it is to read that and close.
     Hearing,
-    /// It waits for us.
+    /// It waits for its answer.
     Waiting,
 }
 
@@ -61,7 +61,7 @@ impl ServedClient {
         self.state().0
     }
 
-    /// Returns when it has kept us waiting for that long.
+    /// Waits until it has kept the server waiting for `most`.
     pub(super) async fn keeps_waiting(&self, most: Duration) {
         loop {
             let (phase, since) = self.state();
@@ -76,8 +76,8 @@ impl ServedClient {
         }
     }
 
-    /// The less, the sooner it has to go: those who keep us waiting, the longest first, before
-    /// those whom we do.
+    /// Returns the key by which clients are disconnected, the least first: those that keep the
+    /// server waiting, the longest first, and then those that wait for it.
     fn right_to_stay(&self) -> (bool, Instant) {
         let (phase, since) = self.state();
         (phase == ClientPhase::Waiting, since)
@@ -101,7 +101,7 @@ impl SocketClients {
         }
     }
 
-    /// Takes in a client, and puts one out for it if there are too many.
+    /// Adds a client, and disconnects another one for it if there are too many.
     pub(super) fn admit(
         &mut self,
         client: &Arc<ServedClient>,

@@ -163,7 +163,7 @@ fn bind(service: ServedInterface, address: &Address) -> Result<Listener> {
 pub(super) struct BoundEndpoint {
     pub(super) endpoint: Arc<ServiceEndpoint>,
     pub(super) listener: Option<Arc<Listener>>,
-    /// Where clients may come from; from anywhere, if it is empty.
+    /// The sources from which clients are accepted; all, if it is empty.
     pub(super) from: Vec<Source>,
 }
 

@@ -1,9 +1,9 @@
-//! Events as lines of JSON, for whoever reads them: what happens to connections, forwards and VMs.
+//! Events as lines of JSON: what happens to connections, forwards and VMs.
 //!
-//! Of connections the proxy's observer tells, on the workers' threads: an event goes into the queue
-//! of each reader, or is dropped and counted where that is full. Nothing waits for a reader, and
-//! without one nothing is done. Forwards and VMs are looked at every [`LOOK`] for each reader: a
-//! state that was another for less may go unseen.
+//! Events of connections come from the proxy's observer, on the workers' threads. An event goes
+//! into the queue of each reader, or is dropped and counted if that is full. Nothing waits for a
+//! reader, and without readers nothing is done. The states of forwards and VMs are compared every
+//! [`LOOK`] for each reader, so a change that lasts for less may not be reported.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -23,16 +23,16 @@ use crate::time::unix;
 
 use super::model::{ForwardInfo, ProgramFailed, address_of, refusal_of};
 
-/// The most events that wait for a reader; each has some 200 bytes.
+/// The most events that wait in a reader's queue; each has some 200 bytes.
 const QUEUE: usize = 4096;
 
-/// The most lines that were taken from there, and are not sent yet.
+/// The most lines that were taken from the queue and are not sent yet.
 const AHEAD: usize = 16;
 
-/// How often forwards and VMs are looked at.
+/// How often the states of forwards and VMs are compared.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// A line.
+/// A line: an event with its time.
 #[derive(Clone, Debug, Serialize)]
 struct EventLine {
     #[serde(with = "unix")]
@@ -41,7 +41,7 @@ struct EventLine {
     what: ReportedEvent,
 }
 
-/// What happened.
+/// What has happened.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum ReportedEvent {
@@ -99,7 +99,7 @@ struct EventForward {
     connect: String,
 }
 
-/// A connection, and who is at its other end.
+/// A connection, and its client.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct EventClient {
     connection: u64,
@@ -108,7 +108,7 @@ struct EventClient {
     process: Option<EventProcess>,
 }
 
-/// As the status has it, without the program, which only a file tells.
+/// The client's process, as in the status, but without its program, which only a file tells.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct EventProcess {
     pid: Option<u32>,
@@ -164,11 +164,11 @@ struct Reader {
     dropped: Arc<AtomicU64>,
 }
 
-/// Those who read the events of a proxy.
+/// The readers of a proxy's events.
 #[derive(Debug, Default)]
 pub(super) struct Events {
     readers: Mutex<Vec<Reader>>,
-    /// How many they are, to be known without a lock.
+    /// The number of readers, to be read without a lock.
     count: AtomicUsize,
 }
 
@@ -177,7 +177,7 @@ impl Events {
         lock(&self.readers)
     }
 
-    /// Returns an observer by which a proxy tells the readers of its connections.
+    /// Returns an observer, by which a proxy sends the events of its connections to the readers.
     pub(super) fn observer(self: &Arc<Events>) -> Observer {
         let events = Arc::clone(self);
         Observer::new(move |event| {
@@ -291,7 +291,7 @@ async fn write_lines(
     }
 }
 
-/// The forwards and VMs as a reader has been told of them.
+/// The states of forwards and VMs that a reader was last told.
 #[derive(Debug, Default)]
 struct Seen {
     forwards: HashMap<u64, (EventForward, bool)>,
@@ -299,7 +299,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Returns what is new.
+    /// Returns the events by which the states differ from the last ones.
     fn compare(&mut self, forwards: &[ForwardStatus]) -> Vec<ReportedEvent> {
         let mut news = Vec::new();
         let mut gone = std::mem::take(&mut self.forwards);

@@ -55,7 +55,7 @@ pub(super) struct HttpRequest {
     pub(super) asked_by: Option<u32>,
 }
 
-/// What a client is answered.
+/// The answer to a client.
 pub(super) type Response = hyper::Response<Content>;
 
 pub(super) const JSON: &str = "application/json";
@@ -63,11 +63,11 @@ pub(super) const JSON: &str = "application/json";
 /// Lines of JSON.
 const JSON_LINES: &str = "application/x-ndjson";
 
-/// What an answer consists of.
+/// The body of an answer.
 #[derive(Debug)]
 pub(super) enum Content {
     Text(String),
-    /// Lines that come when something happens.
+    /// Lines that are sent when something happens.
     Lines(Receiver<Bytes>),
 }
 
@@ -111,7 +111,7 @@ pub(super) fn lines(lines: Receiver<Bytes>) -> Response {
 
 fn answer(status: u16, content_type: &'static str, content: Content) -> Response {
     let mut response = Response::new(content);
-    // Of our own none is out of range.
+    // The statuses that are used here are all in range.
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
     let content_type = HeaderValue::from_static(content_type);
     response.headers_mut().insert(CONTENT_TYPE, content_type);
@@ -141,7 +141,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
     let exchange = async |request| {
         is_asked.store(true, Ordering::Relaxed);
         let response = match read(request).await? {
-            // What its client has given up while we stood still is not to happen.
+            // A request that its client gave up while this process was stopped is not carried out.
             Ok(request) if request.method != Method::GET && sys::is_hung_up(stream.as_fd()) => {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -153,7 +153,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
         };
         match response.body() {
             Content::Text(_) => client.enter_phase(ClientPhase::Hearing),
-            // It waits for what happens, however long nothing does.
+            // A reader of events may wait for the next one for any time.
             Content::Lines(_) => follows.store(true, Ordering::Relaxed),
         }
         Ok::<_, io::Error>(response)
@@ -182,7 +182,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             ClientPhase::Asking => Some(ApiProblem::new(408, "the request took too long to come")),
             _ => return,
         },
-        // Only a write would show that it has gone, and perhaps nothing is to be written.
+        // Only a write would show that the client has gone, and there may be nothing to write.
         () = is_gone(&stream, &follows) => return,
     };
     let Some(mut stream) = Arc::into_inner(stream) else {
@@ -196,7 +196,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             return;
         }
     }
-    // Fails where both directions have ended. What has come is to be read all the same.
+    // This fails where both directions have ended. What has arrived is read in any case.
     let _ = socket2::SockRef::from(&stream).shutdown(Shutdown::Write);
     let mut rest = stream.take(MOST_LINGERING);
     let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
@@ -213,7 +213,7 @@ async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
     }
 }
 
-/// Says what is wrong with what hyper takes for no request.
+/// Returns what is wrong with input that hyper doesn't accept as a request.
 fn refusal(error: &hyper::Error) -> ApiProblem {
     match error.is_parse_too_large() {
         true => {
@@ -257,7 +257,7 @@ async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<HttpReques
     }))
 }
 
-/// Refuses what is not even read.
+/// Refuses requests whose body is not even read.
 fn check(request: &hyper::Request<Incoming>) -> Result<RequestTarget, ApiProblem> {
     if request.headers().contains_key(TRANSFER_ENCODING) {
         let problem = ApiProblem::new(501, "a body in pieces is not taken");
@@ -289,12 +289,12 @@ fn parse_target(target: &hyper::Uri) -> Result<RequestTarget, ApiProblem> {
     Ok((decode(target.path())?, query))
 }
 
-/// A stream as hyper reads and writes it, which whoever else has it may still use afterwards.
+/// A stream as hyper reads and writes it. Others that hold it may use it afterwards.
 #[derive(Debug)]
 pub(super) struct Io {
     stream: Arc<UnixStream>,
-    /// Whether what hyper writes is sent. What it says by itself, to what is no request, has no
-    /// text.
+    /// Whether what hyper writes is sent. The answers that it makes by itself, to invalid requests,
+    /// have no text.
     is_heard: Arc<AtomicBool>,
 }
 

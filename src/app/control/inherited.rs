@@ -7,13 +7,13 @@ use super::model::EndedInfo;
 use crate::engine::ended::MOST_REMEMBERED;
 use crate::lock::lock;
 
-/// The connections, in the order in which they were heard of: as many as a proxy remembers of its
-/// own, and no more together with these. Clones share them.
+/// The connections, in the order in which they were received. Together with the proxy's own they
+/// are no more than a proxy remembers. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Inherited(Arc<Mutex<VecDeque<EndedInfo>>>);
 
 impl Inherited {
-    /// Adds one of that process, unless it has said that it is another one's.
+    /// Adds a connection of `process`, unless it says itself that it is another process'.
     pub(super) fn add_ended(&self, mut ended: EndedInfo, process: u32) {
         ended.carried_by.get_or_insert(process);
         let mut all = lock(&self.0);

@@ -27,7 +27,7 @@ pub(super) fn text(status: Status) -> String {
     text
 }
 
-/// What has been counted already: nothing is counted here.
+/// The collector of counts that are kept elsewhere.
 #[derive(Debug)]
 struct Metrics(Status);
 
@@ -291,7 +291,7 @@ fn labels(forward: &ForwardInfo) -> [(&'static str, &str); 3] {
 }
 
 fn open_descriptors() -> Option<usize> {
-    // One is that of the directory itself.
+    // One of them is that by which the directory is read.
     let all = std::fs::read_dir("/dev/fd").ok()?;
     all.count().checked_sub(1)
 }

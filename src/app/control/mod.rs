@@ -97,36 +97,37 @@ use server::Server;
 /// Where the control socket is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ControlPlace {
-    /// There is none.
+    /// There is no control socket.
     #[default]
     Nowhere,
     At(PathBuf),
-    /// In the user's directory, under the process' number. Nobody has asked for it: it is for a few
-    /// clients, nothing is said of it unless it can't be had, and then there is none.
+    /// In the user's directory, under the process' number. The user has not asked for it: it serves
+    /// a few clients, is not announced, and is left out, with a log line, if it can't be bound.
     Own,
 }
 
-/// Which sockets there are to be.
+/// The sockets of the control interface that are wanted.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) control: ControlPlace,
-    /// Where guests may control it, and which.
+    /// Where guests may control it, and which guests.
     pub(crate) guest_control: Option<GuestControl>,
-    /// Where else the metrics are to be had, and nothing but them, by whoever can connect.
+    /// Where the metrics alone are served, to everyone who can connect.
     pub(crate) metrics: Option<Address>,
     pub(crate) unavailable: Unavailable,
 }
 
-/// What becomes of a socket that can't be bound.
+/// What happens to a socket that can't be bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Unavailable {
     #[default]
     Fails,
-    /// It is tried again, and shown meanwhile. But a control socket that another hvsock has fails.
+    /// It is tried again, and shown in the status meanwhile. A control socket that another hvsock
+    /// has still fails.
     IsTriedAgain,
 }
 
-/// Sockets on which nobody is served yet: who connects waits. Dropped, they are gone.
+/// The bound sockets, which don't serve yet: clients that connect wait. Dropping them closes them.
 #[derive(Debug)]
 pub(crate) struct Bound {
     sockets: Vec<BoundEndpoint>,
@@ -137,7 +138,7 @@ pub(crate) struct Bound {
     added: AddedForwards,
 }
 
-/// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
+/// Takes those of the sockets that the predecessor has, and binds the others.
 ///
 /// # Errors
 /// As those of [`bind`].
@@ -207,7 +208,7 @@ fn open(
         metrics.map(|address| (ServedInterface::Metrics, address, &[][..])),
     ];
     for (service, address, from) in others.into_iter().flatten() {
-        // No forward may lead there: of a port that is yet to be chosen nobody can say so.
+        // No forward may lead there, which can't be prevented for a port that is not chosen yet.
         let waits =
             options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
         let bound = match open(service, address) {
@@ -254,7 +255,7 @@ impl Bound {
         self.events.observer()
     }
 
-    /// Where they are, or are to be. No forward may lead there.
+    /// Returns their addresses, those that are not bound yet included. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
         self.sockets
             .iter()
@@ -262,8 +263,7 @@ impl Bound {
             .collect()
     }
 
-    /// Where those are that were asked for, in words and as an address, and why nobody can be
-    /// served there, if so.
+    /// Returns those that were asked for: what each is, its address, and why it can't serve, if so.
     pub(crate) fn endpoint_states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &BoundEndpoint| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&BoundEndpoint| it.endpoint.demand == Demand::Asked;

@@ -23,12 +23,12 @@ use crate::time::{unix, unix_option};
 
 use super::problem::ApiProblem;
 
-/// All there is to see at a glance.
+/// The status of a process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) version: String,
     pub(crate) pid: u32,
-    /// The file that says what is carried, if there is one.
+    /// The configuration file, if there is one.
     #[serde(default)]
     pub(crate) file: Option<String>,
     /// The process that it has taken over from, and the one that has taken over from it.
@@ -42,21 +42,21 @@ pub(crate) struct Status {
     pub(crate) stopping: bool,
     /// Connections that are not closed yet, those of removed forwards included.
     pub(crate) live: usize,
-    /// Lines of the log, and of what else it said, that nobody took in time.
+    /// Lines of the log and of other output that were dropped, since they were not read in time.
     pub(crate) log_dropped: u64,
-    /// Bytes that were delivered, by what has carried them.
+    /// Bytes that were delivered, by carrier.
     #[serde(default)]
     pub(crate) carried: CarriedBytes,
     pub(crate) forwards: Vec<ForwardInfo>,
-    /// The process that keeps VMs whole when this one is gone; `null` if there is to be none.
+    /// The keeper, which keeps VMs whole when this process is gone; `null` if there is to be none.
     #[serde(default)]
     pub(crate) keeper: Option<LinkStatus>,
-    /// What of the control interface itself can't be had now; it is tried again.
+    /// The sockets of the control interface that can't be bound now; they are tried again.
     #[serde(default)]
     pub(crate) unserved: Vec<Unserved>,
 }
 
-/// A socket of the control interface on which nobody is served.
+/// A socket of the control interface that can't serve.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Unserved {
     /// `control`, `guest-control` or `metrics`.
@@ -80,26 +80,26 @@ pub(crate) struct ForwardInfo {
     /// `closed` (the proxy is stopping); of those that aren't carried `waiting` (for its VM's
     /// directory) or `failed` (it is tried again).
     pub(crate) state: String,
-    /// What is in the way, and since when, where it isn't listening. Times are seconds since 1970.
+    /// Why it isn't listening, if so, and since when. Times are seconds since 1970.
     pub(crate) why: Option<String>,
     #[serde(with = "unix_option")]
     pub(crate) since: Option<SystemTime>,
-    /// What is unusual about its socket, as where macOS wants one of all addresses.
+    /// What is unusual about its socket, for example where macOS requires one of all addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
     /// The hyperkit VM that it leads to, or else the one that dials it.
     pub(crate) vm: Option<VmInfo>,
-    /// Why the last client that could not be carried was refused.
+    /// Why the last client was refused whose target could not be reached.
     pub(crate) last_error: Option<LastError>,
     pub(crate) counters: Counters,
-    /// As it was given, and can be given again.
+    /// The rule as it was given, and can be given again.
     pub(crate) rule: RuleBody,
 }
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct VmInfo {
-    /// What `--vm` takes for it: the state directory of a hyperkit VM, the URI of another.
+    /// What `--vm` takes for it: the state directory of a hyperkit VM, or the URI of another.
     pub(crate) directory: String,
     #[serde(flatten)]
     pub(crate) status: VmStatus,
@@ -144,8 +144,7 @@ pub(crate) struct ConnectionInfo {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct EndedInfo {
     pub(crate) id: u64,
-    /// The process that carried it, if that was another one, which was taken over from: the ids are
-    /// that one's.
+    /// The process that carried it, if that was a predecessor: the ids are that one's.
     #[serde(default)]
     pub(crate) carried_by: Option<u32>,
     /// The forward's id, which may have been removed.
@@ -174,7 +173,7 @@ pub(crate) struct EndedInfo {
     pub(crate) program: ProgramFailed,
 }
 
-/// How the program of a connection has failed, if it has: by the one or the other.
+/// How the program of a connection has failed, if it has: by its exit code or by a signal.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default)]
 pub(crate) struct ProgramFailed {
@@ -305,7 +304,7 @@ pub(super) fn address_of(peer: SocketName) -> Option<String> {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct ProcessInfo {
     pub(crate) pid: Option<u32>,
-    /// What it runs now.
+    /// The program that it runs now.
     pub(crate) program: Option<String>,
     /// The number of the user that it ran as when it connected.
     pub(crate) user: u32,
@@ -382,7 +381,7 @@ impl fmt::Display for ProcessInfo {
     }
 }
 
-/// A rule as it is told, and can be given again.
+/// A rule in JSON, as it is shown and can be given again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RuleBody {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -487,7 +486,7 @@ pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, A
 }
 
 impl RuleBody {
-    /// What differs between two rules, for people: `its KEY is X, not Y`.
+    /// Returns what differs between two rules, for people: `its KEY is X, not Y`.
     pub(super) fn difference(&self, asked: &RuleBody) -> String {
         let of = |body: &RuleBody| serde_json::to_value(body).unwrap_or_default();
         let (is, asked) = (of(self), of(asked));
@@ -517,7 +516,7 @@ impl RuleBody {
 }
 
 impl Status {
-    /// Each VM once.
+    /// Returns the VMs, each once.
     pub(crate) fn vms(&self) -> Vec<&VmInfo> {
         let mut vms: Vec<&VmInfo> = Vec::new();
         for vm in self.forwards.iter().filter_map(|it| it.vm.as_ref()) {
@@ -543,7 +542,7 @@ impl ForwardInfo {
         self.name.as_ref().unwrap_or(&self.listen)
     }
 
-    /// What it is called: by its id, if it has no name, or else by where it would listen.
+    /// Returns what it is called: its name, or else its id, or else where it would listen.
     pub(crate) fn label(&self) -> String {
         match (&self.name, self.id) {
             (Some(name), _) => name.clone(),
@@ -590,8 +589,8 @@ impl From<&ForwardStatus> for ForwardInfo {
 }
 
 impl ForwardInfo {
-    /// One that is wanted and isn't carried: what it `waits` for is expected to be missing at
-    /// times.
+    /// Makes the one of a forward that is wanted and isn't carried. If it `waits`, what it needs is
+    /// expected to be missing at times.
     pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> ForwardInfo {
         ForwardInfo {
             id: None,

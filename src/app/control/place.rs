@@ -19,12 +19,12 @@ const PROGRAM: &str = "hvsock";
 /// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's
 /// among the temporary files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
 ///
-/// A directory that is named and isn't there, as after `su`, is passed over.
+/// A directory that the environment names and that doesn't exist, as after `su`, is ignored.
 pub(crate) fn default_path() -> PathBuf {
     directory().join(NAME)
 }
 
-/// The user's directory of control sockets.
+/// Returns the user's directory of control sockets.
 fn directory() -> PathBuf {
     let mut places = places();
     let there = places.iter().position(|(parent, _)| parent.is_dir());
@@ -33,7 +33,7 @@ fn directory() -> PathBuf {
     places.swap_remove(at).1
 }
 
-/// The usual places, the first choice first: the directory that must be there, and the one of
+/// Returns the usual places, the first choice first: the directory that must exist, and the one of
 /// control sockets below it.
 fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
@@ -56,12 +56,12 @@ fn places() -> Vec<(PathBuf, PathBuf)> {
     places
 }
 
-/// The directories in which control sockets usually are, the first choice first.
+/// Returns the directories in which control sockets usually are, the first choice first.
 fn usual_directories() -> impl Iterator<Item = PathBuf> {
     places().into_iter().map(|(_, directory)| directory)
 }
 
-/// The paths at which a control socket is usually, the first choice first.
+/// Returns the paths at which a control socket usually is, the first choice first.
 pub(super) fn usual_paths() -> Vec<PathBuf> {
     usual_directories().map(|it| it.join(NAME)).collect()
 }
@@ -70,8 +70,8 @@ fn is_usual(at: &Path) -> bool {
     usual_directories().any(|usual| usual == at)
 }
 
-/// Where the control socket of a process is that was asked for none: beside the default one, under
-/// the process' number.
+/// Returns where the control socket of a process is that was asked for none: beside the default
+/// one, under the process' number.
 pub(super) fn own_path(process: u32) -> PathBuf {
     own_path_in(&directory(), process)
 }
@@ -80,7 +80,7 @@ fn own_path_in(directory: &Path, process: u32) -> PathBuf {
     directory.join(format!("{process}.sock"))
 }
 
-/// The paths at which the control socket of a process may be that didn't name one, and may have
+/// Returns the paths at which the control socket of a process may be that named none, and may have
 /// been started in another environment: in each usual place its own, and the default one.
 pub(crate) fn paths_of(process: u32) -> impl Iterator<Item = PathBuf> {
     usual_directories().flat_map(move |it| [own_path_in(&it, process), it.join(NAME)])
@@ -132,12 +132,12 @@ pub(crate) fn find_path() -> PathBuf {
     }
 }
 
-/// The sockets that processes of this environment have of their own, with the numbers of the
-/// processes. Some may be left of processes that were killed. Elsewhere there may be some that
-/// nobody here means.
+/// Returns the sockets that processes of this environment have under their own number, with that
+/// number. Some may be left by processes that were killed. Other environments may have such
+/// sockets, too, which are not meant here.
 fn own_sockets() -> Vec<(u32, PathBuf)> {
     let directory = directory();
-    // What is in a directory of somebody else's is nobody's of ours.
+    // A directory of another user has none of this user's sockets.
     if look_at(&default_path(), &directory, Operation::Connect).is_err() {
         return Vec::new();
     }
@@ -166,8 +166,8 @@ fn is_alive(path: &Path) -> bool {
     sys::is_socket_alive(path).unwrap_or(false)
 }
 
-/// Removes the sockets of processes that were killed. One whose process is just about to listen is
-/// left.
+/// Removes the sockets of processes that were killed. It keeps one whose process is about to
+/// listen.
 pub(super) fn remove_stale() {
     for (process, path) in own_sockets() {
         let runs = i32::try_from(process).is_ok_and(sys::process_is_alive)
@@ -179,7 +179,7 @@ pub(super) fn remove_stale() {
     }
 }
 
-/// The address of the socket at `path`.
+/// Returns the address of the socket at `path`.
 pub(super) fn address(path: &Path) -> Address {
     Address::Unix(UnixAddress::Path(path.to_path_buf()))
 }
@@ -206,8 +206,8 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
     }
 }
 
-/// Refuses the default place if others can put a socket there, before anybody connects to it. Of
-/// another place the user has said that it is the right one.
+/// Refuses the default place if others can put a socket there, before a client connects to it.
+/// Another place was named by the user, and is trusted.
 ///
 /// # Errors
 /// `PermissionDenied` if its directory is open to others; but not if there is none.
@@ -234,7 +234,7 @@ fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
     let own = is_usual(at);
-    // A symbolic link in the default place may be anybody's.
+    // A symbolic link in the default place may be another user's.
     let metadata = match own {
         true => fs::symlink_metadata(at),
         false => fs::metadata(at),
@@ -257,7 +257,7 @@ fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
     Ok(())
 }
 
-/// What is wrong with a directory; `own`: it is to be this user's alone.
+/// Returns what is wrong with a directory. With `own` it must be this user's alone.
 fn objection(directory: &fs::Metadata, own: bool) -> Option<String> {
     let (owner, mode) = (directory.uid(), directory.mode() & 0o7777);
     let user = sys::user_id();

@@ -8,7 +8,7 @@ use crate::error::Error;
 /// Why something that was asked for is not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ApiProblem {
-    /// HTTP's.
+    /// The status of HTTP.
     pub(crate) status: u16,
     pub(crate) error: String,
     pub(crate) remedy: Option<String>,

@@ -1,9 +1,9 @@
-//! The sockets of the control interface: who is let in, and how long they may take.
+//! The sockets of the control interface: which clients are accepted, and how long they may take.
 //!
-//! One thread runs them all, with a task for each socket and each client. When there are too many
-//! for a newcomer, the client that has kept us waiting longest is put out for it: who asks is never
-//! kept by those who don't. What may block (a call, a look at the socket's file) is done on other
-//! threads, of which there are few.
+//! One thread runs them all, with a task for each socket and each client. If there are too many
+//! clients for a new one, the client that has been idle longest is disconnected for it, so that
+//! idle clients never lock out others. What may block (a call, a check of the socket's file) runs
+//! on other threads, whose number is limited.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -40,7 +40,7 @@ use super::place;
 /// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
 /// the sockets, and the runtime.
 pub(super) fn descriptors(clients: impl Iterator<Item = usize>) -> usize {
-    /// tokio's poller, its waker, and what they were made of.
+    /// tokio's poller, its waker, and the descriptors that these were cloned from.
     const RUNTIME: usize = 6;
     match clients.map(|clients| 1 + clients).sum() {
         0 => 0,
@@ -48,19 +48,19 @@ pub(super) fn descriptors(clients: impl Iterator<Item = usize>) -> usize {
     }
 }
 
-/// How long answers under way may take when the server ends.
+/// How long answers that are being sent may take when the server ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
-/// How long the sockets' files may take to be removed then.
+/// How long the removal of the sockets' files may take when the server ends.
 const REMOVAL: Duration = Duration::from_secs(1);
 
-/// How long a socket rests that can't accept now, or was shut down.
+/// How long a socket pauses that can't accept now, or was shut down.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// How often the socket's file is looked after.
+/// How often the socket's file is checked.
 const WATCH: Duration = Duration::from_secs(1);
 
-/// How often a socket is tried again that can't be bound.
+/// How often a socket that can't be bound is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 fn fail(cause: io::Error) -> Error {
@@ -71,7 +71,7 @@ fn fail(cause: io::Error) -> Error {
 #[derive(Debug)]
 pub(super) struct Server {
     stop: Option<oneshot::Sender<()>>,
-    /// Nothing comes of it but its end, which is the thread's.
+    /// Its end tells the thread to end; nothing is sent.
     ended: Mutex<mpsc::Receiver<()>>,
 }
 
@@ -155,13 +155,13 @@ fn serve(
     runtime.shutdown_background();
 }
 
-/// What a call on another thread has until all that it has made or used is dropped. Nothing is
-/// sent.
+/// A guard that a call on another thread holds until all that it has made or used is dropped. The
+/// server waits for the last one. Nothing is sent.
 #[derive(Clone)]
 struct AtWork(#[expect(dead_code)] Sender<()>);
 
 impl AtWork {
-    /// Calls what may block, on another thread.
+    /// Runs a call that may block on another thread.
     fn spawn_call<T: Send + 'static>(
         &self,
         call: impl FnOnce() -> T + Send + 'static,
@@ -171,21 +171,21 @@ impl AtWork {
     }
 }
 
-/// Who takes a socket's clients in, and looks after the socket.
+/// The task that accepts a socket's clients, and checks the socket's file.
 struct ClientAcceptor {
     endpoint: Arc<ServiceEndpoint>,
     listener: Option<Arc<Listener>>,
     api: Arc<Api>,
     clients: Arc<Mutex<SocketClients>>,
-    /// Where clients may come from; from anywhere, if it is empty.
+    /// The sources from which clients are accepted; all, if it is empty.
     from: Vec<Source>,
-    /// The limiter of the lines about those that come from elsewhere.
+    /// The limiter of log lines about clients of other sources.
     refusals: LogLimiter,
-    /// A stranger, or an error, was told of.
+    /// Whether an error, or a client of another user, was logged.
     complained: bool,
     look_at: Instant,
     watch: FileWatch,
-    /// One who looks at the socket's file; what it has made, if that was removed.
+    /// The running check of the socket's file, with the new listener if the file had been removed.
     look: Option<JoinHandle<(FileLook, AtWork)>>,
     at_work: AtWork,
 }
@@ -247,8 +247,9 @@ impl ClientAcceptor {
         }
     }
 
-    /// Listens under the process' number, now that a successor has the control socket: connections
-    /// that finish here can still be looked at and closed. Without it they just finish.
+    /// Listens under the process' number, now that a successor has the control socket, so that the
+    /// connections that finish here can still be inspected and closed. If that fails, they just
+    /// finish.
     async fn open_own_endpoint(&self) -> Option<BoundEndpoint> {
         if self.endpoint.service != ServedInterface::Control {
             return None;
@@ -261,7 +262,7 @@ impl ClientAcceptor {
         opened.ok()
     }
 
-    /// Says something once.
+    /// Logs a warning, the first time only.
     fn complain(&mut self, what: impl std::fmt::Display) {
         if !std::mem::replace(&mut self.complained, true) {
             warn!("{}: {what}", self.endpoint.address);
@@ -338,7 +339,7 @@ impl ClientAcceptor {
         lock(&self.clients).admit(&client, task);
     }
 
-    /// Tells of a client that is refused because of where it comes from.
+    /// Logs that a client was refused because of its source.
     fn refuse_stranger(&self, peer: &SocketName) {
         let client = peer.without_port();
         let Some(more) = self.refusals.admit(&client, Instant::now()) else {
@@ -354,7 +355,7 @@ impl ClientAcceptor {
         );
     }
 
-    /// Has a socket's file made again that someone removed.
+    /// Starts a check of the socket's file, which makes it again if it was removed.
     async fn look_after_file(&mut self) {
         if let Some(look) = self.look.take_if(|look| look.is_finished()) {
             // It doesn't panic; if it did, it would begin anew.
@@ -387,7 +388,7 @@ impl ClientAcceptor {
         self.listener.replace(listener)
     }
 
-    /// Takes in who came to the old socket, and listens on the new one.
+    /// Accepts the clients that wait at the old socket, and listens on the new one.
     fn replace(&mut self, made: Listener) {
         let old = self.listen_on(made);
         while let Some(Ok((stream, peer))) = old.as_ref().map(|old| old.accept()) {
@@ -417,9 +418,9 @@ fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixSt
     UnixStream::from_std(OwnedFd::from(socket).into())
 }
 
-/// Refuses whom the kernel lets in though he must not be: another user (root), and whoever comes by
-/// way of this process, which is a client of some forward: a guest. Returns the process, where the
-/// system tells.
+/// Refuses clients that the file's permissions admit but that may not come: those of another user
+/// (root), and connections that this process has made itself, on behalf of a forward's client such
+/// as a guest. Returns the client's process, where the system tells it.
 fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;

@@ -163,10 +163,20 @@ impl<L> Listening<L> {
     /// Returns the gate whose VM has no slot for the listener's clients.
     #[cfg(all(test, target_os = "linux"))]
     pub(in crate::proxy) fn full_gate(&self) -> Option<&Arc<Gate>> {
+        self.full_forward()?.gates[Side::Server].as_ref()
+    }
+
+    /// Returns the forward, if its clients wait for a slot of the VM that it leads to.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(in crate::proxy) fn full_forward(&self) -> Option<&Arc<Forward>> {
         let is_full = self.listener.is_some() && self.is_ready && self.full.is_some();
-        self.forward.gates[Side::Server]
-            .as_ref()
-            .filter(|_| is_full)
+        is_full.then_some(&self.forward)
+    }
+
+    /// Returns whether the listener's forward is served: it was neither removed nor handed over.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(in crate::proxy) fn is_served(&self) -> bool {
+        self.tenure == Tenure::Served
     }
 }
 

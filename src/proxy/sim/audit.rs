@@ -26,6 +26,9 @@ const AFTER_STILL: Duration = Duration::from_secs(3);
 /// meanwhile.
 const LAST_LEAVES: Duration = Duration::from_secs(12);
 
+/// How often a listener that is full is asked whether a connection of this process may wait there.
+const CHECKS: Duration = Duration::from_secs(1);
+
 /// A worker and a connection.
 type Key = (usize, u64);
 
@@ -91,6 +94,9 @@ pub(super) struct Audit {
     closing: BTreeMap<Key, Option<Duration>>,
     /// Forwards that have found what they reserve.
     settled: RefCell<BTreeSet<u64>>,
+    /// Since when the listener of a worker and a forward waits for a slot of its VM though a
+    /// connection of this process may wait there.
+    waiting_in_vain: RefCell<BTreeMap<Key, Duration>>,
     /// How many probes each worker has.
     probes: BTreeMap<usize, usize>,
     /// Since when it is not known of a dial whether it was taken.
@@ -365,9 +371,31 @@ impl Audit {
         }
     }
 
+    /// Looks, before the clock goes on, whether a listener waits for a slot for longer than until
+    /// its next check though a connection of this process may wait there. That one must not wait:
+    /// the slot may be the one of the connection that it belongs to.
+    fn check_waiting_listeners(&self, worker: &Worker<SimDriver>, now: Duration) {
+        let mut known = self.waiting_in_vain.borrow_mut();
+        let listeners = worker.listeners.all().iter().filter(|it| it.is_served());
+        let full = listeners.filter_map(|it| it.full_forward());
+        let waiting = full.filter(|forward| worker.shared.may_come_from_us(forward));
+        let waiting: BTreeSet<_> = waiting.map(|it| (worker.index, it.id.0)).collect();
+        known.retain(|key, _| key.0 != worker.index || waiting.contains(key));
+        for key in waiting {
+            let since = *known.entry(key).or_insert(now);
+            let end = since.max(self.still) + CHECKS + SLACK;
+            assert!(
+                now <= end,
+                "forward {} waits for a slot since {since:?}, and a connection of ours for it",
+                key.1
+            );
+        }
+    }
+
     /// Looks, before the clock goes on, whether a time has passed without what was to happen then.
     pub(super) fn check_times(&self, worker: &mut Worker<SimDriver>, world: &SimWorld) {
         let now = world.now();
+        self.check_waiting_listeners(worker, now);
         if now < self.still + AFTER_STILL {
             return;
         }

@@ -257,6 +257,39 @@ fn a_chain_from_a_vm_to_itself_ends() {
     play(plan);
 }
 
+/// One that waits at a Unix socket can't be told from other clients there as long as so many are
+/// served. It is accepted when those have ended, though another client has got their slot.
+#[test]
+fn a_chain_goes_on_when_the_clients_before_it_have_ended() {
+    let mut plan = plan(&[
+        ("unix:///sim/one", "unix:///sim/chain"),
+        ("unix:///sim/chain", "hyperkit://:20/sim/vm"),
+        ("tcp://127.0.0.1:1000", "hyperkit://:21/sim/vm"),
+    ]);
+    plan.limits.vm_connections = 1;
+    for rule in &mut plan.rules {
+        rule.is_endangered = true;
+    }
+    let mut vm = vm("/sim/vm", 3);
+    (vm.connections, vm.slow) = (Some(1), ms(40));
+    let first = (20, 0, Service::SaysAndCloses(8));
+    vm.ports = vec![first, (21, 1, Service::Echo)];
+    plan.vms = vec![vm];
+    plan.rules[2].target = Some(1);
+    // The guest closes while the first client sends: its slot is free before its connection ends.
+    let mut sends_on = orderly();
+    (sends_on.says, sends_on.piece, sends_on.pause) = (100_000, 16, ms(10));
+    (sends_on.ends, sends_on.patience) = (Ends::Never, Some(ms(500)));
+    let mut stays = orderly();
+    (stays.ends, stays.patience) = (Ends::Never, Some(ms(5_000)));
+    for (at, rule, manner) in [(0, 1, &sends_on), (1, 0, &stays), (1, 2, &stays)] {
+        let mut client = client(&plan, rule, manner.clone(), false);
+        client.at = ms(at);
+        plan.clients.push(client);
+    }
+    play_orders(plan, 100, 20_000);
+}
+
 /// A guest that waits at a socket which was bound again is not cut off when its forward is removed,
 /// nor at the end.
 #[test]

@@ -30,6 +30,8 @@ pub(super) enum Service {
     NeverReads,
     /// Closes as soon as it is there.
     Closes,
+    /// Says so much, and closes.
+    SaysAndCloses(u64),
     /// Says something again and again, whatever comes.
     SendsOn,
 }
@@ -62,6 +64,7 @@ impl Service {
             }
             Service::NeverReads => (manner.reads, manner.ends) = (0, Ends::Never),
             Service::Closes => manner.ends = Ends::Closes,
+            Service::SaysAndCloses(n) => (manner.says, manner.ends) = (n, Ends::Closes),
             Service::SendsOn => {
                 (manner.says, manner.ends, manner.piece) = (u64::MAX, Ends::Never, 16);
                 manner.pause = Duration::from_millis([200, 500, 3_000][rng.usize(..3)]);
