@@ -26,7 +26,7 @@ use crate::error::counted;
 use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
-use super::added::{Added, AddedForwards};
+use super::added::{Added, AdditionRecords};
 use super::endpoint::{ServedInterface, ServiceEndpoint};
 use super::events::Events;
 use super::handover::give::{Finishing, Successor};
@@ -114,7 +114,7 @@ pub(super) struct Api {
     endpoints: Vec<Arc<ServiceEndpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
-    added: AddedForwards,
+    added: AdditionRecords,
     handover: Mutex<HandoverState>,
     inherited: Inherited,
     /// What is told to the process that has taken over, until the end of this one.
@@ -197,7 +197,7 @@ impl Api {
                 stops: lane(1),
                 upgrades: lane(1),
             },
-            added: AddedForwards::default(),
+            added: AdditionRecords::default(),
             handover: Mutex::default(),
             inherited: Inherited::default(),
             finishing: Mutex::default(),
@@ -206,7 +206,7 @@ impl Api {
     }
 
     /// Shows these beside the own connections that have ended, and knows how these forwards came.
-    pub(super) fn with_inherited(self, inherited: Inherited, added: AddedForwards) -> Api {
+    pub(super) fn with_inherited(self, inherited: Inherited, added: AdditionRecords) -> Api {
         Api {
             inherited,
             added,

@@ -85,7 +85,7 @@ pub(crate) use model::{
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::ApiProblem;
 
-use added::AddedForwards;
+use added::AdditionRecords;
 use api::Api;
 use clients::most_clients;
 use endpoint::{BoundEndpoint, Demand, ServedInterface};
@@ -134,7 +134,7 @@ pub(crate) struct Bound {
     missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
-    added: AddedForwards,
+    added: AdditionRecords,
 }
 
 /// Takes the sockets that an hvsock which is to be taken over has for them, and binds the others.
@@ -221,7 +221,7 @@ fn open(
         missing,
         events: Arc::default(),
         inherited: Inherited::default(),
-        added: AddedForwards::default(),
+        added: AdditionRecords::default(),
     })
 }
 
