@@ -8,6 +8,9 @@ use socket2::SockAddr;
 use crate::address::{Port, ServiceId, VmId};
 use crate::sys;
 
+/// What a peer is called of which nothing is known.
+pub(crate) const UNNAMED: &str = "a client without a name";
+
 /// The name of an end of a connection, as `getsockname(2)` and `getpeername(2)` return it.
 ///
 /// Some ends have none: a hyperkit guest that dials the host comes over a Unix socket without a
@@ -62,13 +65,45 @@ impl PeerProcess {
         #[cfg(not(unix))]
         return None;
     }
+
+    /// Returns the name of the program if that is still the process that connected so long ago, and
+    /// not a later one of its number. Only Linux tells.
+    #[cfg(all(unix, feature = "cli"))]
+    pub(crate) fn program_since(&self, time: std::time::Duration) -> Option<String> {
+        #[cfg(target_os = "linux")]
+        {
+            /// What the two clocks may differ by.
+            const INEXACT: std::time::Duration = std::time::Duration::from_millis(100);
+            let age = sys::process_age(self.id?)?;
+            (age + INEXACT >= time).then(|| self.program())?
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = time;
+            None
+        }
+    }
 }
 
+/// Writes `pid 123, uid 501`.
 impl fmt::Display for PeerProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.id {
-            Some(id) => write!(f, "pid {id}, uid {}", self.user),
-            None => write!(f, "uid {}", self.user),
+        self.write_with(None, f)
+    }
+}
+
+impl PeerProcess {
+    /// Writes it with the program that it runs, if that is known: `curl (pid 123, uid 501)`.
+    pub(crate) fn write_with(
+        &self,
+        program: Option<&str>,
+        f: &mut fmt::Formatter<'_>,
+    ) -> fmt::Result {
+        let user = self.user;
+        match (program, self.id) {
+            (Some(program), Some(id)) => write!(f, "{program} (pid {id}, uid {user})"),
+            (None, Some(id)) => write!(f, "pid {id}, uid {user}"),
+            (_, None) => write!(f, "uid {user}"),
         }
     }
 }
@@ -134,7 +169,7 @@ impl fmt::Display for SocketName {
             SocketName::Tcp(address) => write!(f, "tcp://{address}"),
             SocketName::Vsock(name) => name.fmt(f),
             SocketName::Hvsock(name) => name.fmt(f),
-            SocketName::Unnamed => f.write_str("a client without a name"),
+            SocketName::Unnamed => f.write_str(UNNAMED),
         }
     }
 }
@@ -148,5 +183,23 @@ impl fmt::Display for VsockName {
 impl fmt::Display for HvsockName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "hvsock://{}/{}", self.vm, self.service)
+    }
+}
+
+#[cfg(all(test, target_os = "linux", feature = "cli"))]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn a_later_process_is_not_taken_for_the_one_that_connected() {
+        let ours = PeerProcess {
+            id: Some(std::process::id()),
+            user: 0,
+        };
+        assert_eq!(ours.program_since(Duration::ZERO), ours.program());
+        assert!(ours.program().is_some());
+        let year = Duration::from_secs(365 * 24 * 60 * 60);
+        assert_eq!(ours.program_since(year * 100), None);
     }
 }

@@ -531,13 +531,24 @@ fn errors_say_what_why_and_how_to_mend_it() {
             "-L",
             &format!("{vm}/{}:7", "n".repeat(120)),
         ],
-        1,
-        &["120 bytes", "shorter name"],
+        2,
+        &["its name has 120 bytes", "is the limit", "shorter name"],
     );
     fails(
         &["expose", "--vm", vm, "-L", "0:7", "--mode", "rw"],
         2,
         &["octal"],
+    );
+    fails(
+        &["forward", "8080", "tcp:127.0.0.1:80"],
+        2,
+        &["a URI has two slashes: tcp://…:80"],
+    );
+    fails(&["version"], 2, &["`hvsock --version` prints it"]);
+    fails(
+        &["forward", "21000-99999", "/tmp/s"],
+        2,
+        &["the range 21000-99999 ends above 65535"],
     );
     fails(&["forward", "tcp://127.0.0.1:0"], 2, &["2 values"]);
     fails(
@@ -559,6 +570,34 @@ fn errors_say_what_why_and_how_to_mend_it() {
 }
 
 #[test]
+fn tcp_needs_no_scheme_where_rules_are_written() {
+    let dir = private_dir();
+    let control = dir.path().join("control");
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = server.local_addr().unwrap().to_string();
+    let proxy = Running::start(&[
+        "forward",
+        "0",
+        &to,
+        &format!("--control={}", text(&control)),
+    ]);
+    let line = proxy.says("tcp://127.0.0.1:");
+    assert!(line.ends_with(&format!(" -> tcp://{to}")), "{line}");
+    eventually("it is controlled", || control.exists());
+    let ask = |words: &[&str]| {
+        let output = run(&[words, &["--control", text(&control)]].concat());
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let added = ask(&["add", "--name", "b", "127.0.0.1:0", &to]);
+    let (listen, target) = added.trim().split_once(" -> ").unwrap();
+    assert_eq!(target, format!("tcp://{to}"));
+    let listen = listen.split_once("tcp://").unwrap().1;
+    let removed = ask(&["remove", listen]);
+    assert!(removed.starts_with("removed b: "), "{removed}");
+}
+
+#[test]
 fn rules_that_can_not_work_are_refused_at_start() {
     let dir = private_dir();
     let vm = text(dir.path());
@@ -566,15 +605,55 @@ fn rules_that_can_not_work_are_refused_at_start() {
     let socket = text(&socket);
     fails(
         &["forward", socket, socket],
-        1,
+        2,
         &["it would connect to itself"],
     );
     assert!(!Path::new(socket).exists());
     fails(
         &["forward", "tcp://127.0.0.1:0", "tcp://127.0.0.1:0"],
-        1,
+        2,
         &["port 0 can't be connected to"],
     );
+    fails(
+        &["forward", "exec:/bin/cat", "tcp://127.0.0.1:1"],
+        2,
+        &["a program is connected to, not listened on"],
+    );
+    fails(
+        &["forward", "--from", "3", "tcp://127.0.0.1:0", socket],
+        2,
+        &["no client of a tcp address comes from 3"],
+    );
+    fails(
+        &[
+            "forward",
+            "--keep-trying",
+            "7101",
+            "localhost:7102",
+            "*:7102",
+            "7101",
+        ],
+        2,
+        &["it would lead back to itself, by way of tcp://"],
+    );
+    // What is said before an hvsock is asked.
+    fails(
+        &["add", "--name", "a", socket, socket],
+        2,
+        &["it would connect to itself"],
+    );
+    for words in [
+        &["cat", "tcp://127.0.0.1:0"][..],
+        &["stress", "tcp://127.0.0.1:0"],
+    ] {
+        fails(words, 2, &["port 0 can't be connected to"]);
+    }
+    for words in [
+        &["cat", "-l", "exec:/bin/cat"][..],
+        &["stress", "--server", "exec:/bin/cat"],
+    ] {
+        fails(words, 2, &["not listened on"]);
+    }
     fails(
         &["forward", socket, "tcp://127.0.0.1:1", socket, "/x"],
         2,
@@ -593,7 +672,7 @@ fn rules_that_can_not_work_are_refused_at_start() {
     fails(&["expose", "--vm", "", "-L", "0:7"], 2, &["--help"]);
     fails(
         &["expose", "--vm", "tcp://x:1", "-L", "0:7"],
-        1,
+        2,
         &["tcp://x:1", "hyperkit"],
     );
     fails(

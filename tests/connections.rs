@@ -132,13 +132,14 @@ fn the_process_behind_a_unix_socket_is_told_of_everywhere() {
     assert!(err.contains("there is no forward \"nobody\""), "{err}");
 
     drop((cat.0.stdin.take(), accepted));
-    // In the log and in the list of those that have ended it is the same, without the name of the
-    // program: that is looked up when somebody asks, and the process may be another one by then.
+    // In the log and, once the process is gone, in the list of those that have ended it is the
+    // same, without the name of the program: that is looked up when somebody asks.
+    cat.0.wait().unwrap();
     let line = scene.hvsock.complains("closed id=0");
     let peer = format!("pid {pid}, uid {user}");
     assert!(line.contains(&format!("peer={peer} ")), "{line}");
     let (_, table, _) = scene.asked(&["connections", "--ended"]);
-    assert!(table.contains(&peer), "{table}");
+    assert!(table.contains(&format!("  {peer}  ")), "{table}");
 }
 
 #[test]
@@ -153,6 +154,16 @@ fn states_are_told_in_words() {
         (&one["peer"], &one["process"]),
         (&json!(peer), &Value::Null)
     );
+    if cfg!(target_os = "linux") {
+        // Who asks looks for it.
+        let program = std::fs::read_to_string("/proc/self/comm").unwrap();
+        let program = program.trim();
+        let user = nix::unistd::geteuid();
+        let pid = std::process::id();
+        let (_, table, _) = scene.asked(&["connections"]);
+        let peer = format!("  {peer}, {program} (pid {pid}, uid {user})  ");
+        assert!(table.contains(&peer), "{table}");
+    }
     // It is idle from the last byte on, not from its beginning.
     eventually("it is idle", || {
         scene.only("open")["idle_seconds"].as_f64() > Some(0.2)
@@ -246,7 +257,7 @@ fn one_is_closed_and_the_others_go_on() {
         };
     }
     let told = &lines[1];
-    let whose = format!(" of tcp://127.0.0.1:{port}, from 127.0.0.1:");
+    let whose = format!(" of tcp://127.0.0.1:{port}, from tcp://127.0.0.1:");
     assert!(told.contains(&whose), "{told}");
     assert!(
         told.contains(": process ") && told.ends_with(" asked for it"),
@@ -320,9 +331,15 @@ fn why_a_connection_ended_is_told() {
     assert_eq!(scene.asked(&["remove", "nobody"]).0, Some(0));
 
     let all = ended();
+    let pid = std::process::id();
+    // It runs still. Elsewhere nothing tells that it is no later one of that number.
+    let program = match cfg!(target_os = "linux") {
+        true => json!(std::fs::read_to_string("/proc/self/comm").unwrap().trim()),
+        false => Value::Null,
+    };
     let process = json!({
-        "pid": std::process::id(),
-        "program": null,
+        "pid": pid,
+        "program": program,
         "user": nix::unistd::geteuid().as_raw(),
     });
     let [first, second] = &all[..] else {
@@ -355,12 +372,16 @@ fn why_a_connection_ended_is_told() {
     // A forward that is there, by its id, and one that is there no more, by its name.
     for (forward, why) in [
         ("0", "client closed"),
-        ("nobody", "refused: cannot connect"),
+        ("nobody", "refused (absent): cannot connect"),
     ] {
         let (code, out, err) = scene.asked(&["connections", "--ended", forward]);
         assert_eq!(code, Some(0), "{err}");
         assert_eq!(out.lines().count(), 2, "{out}");
         assert!(out.contains(why), "{out}");
+    }
+    if let Some(program) = program.as_str() {
+        let (_, out, _) = scene.asked(&["connections", "--ended", "0"]);
+        assert!(out.contains(&format!("  {program} (pid {pid}, ")), "{out}");
     }
     let (code, _, err) = scene.asked(&["connections", "--ended", "somebody"]);
     assert_eq!(code, Some(1));
@@ -501,4 +522,79 @@ fn a_vm_is_left_gracefully() {
     assert!(gone.to_string().contains("connection 0"), "{gone}");
     assert_eq!(proxy.forwards()[0].counters.ended.closed_on_request, 1);
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
+/// In the place of the file there is something else, or its directory is none.
+#[test]
+fn a_file_that_is_none_is_absent() {
+    let listens_for = |name: &str| format!("for-{}", name.replace('/', "-"));
+    let addresses = |dir: &Path| {
+        let target = |name: &str| format!("file:{}", text(&dir.join(name)));
+        let pairs = ["directory", "fifo", "file/in"];
+        let pairs = pairs.map(|name| [at(dir, &listens_for(name)), target(name)]);
+        pairs.into_iter().flatten().collect()
+    };
+    let scene = scene(addresses, &[]);
+    let dir = scene.dir.path();
+    // At the start it was only missing.
+    std::fs::create_dir(dir.join("directory")).unwrap();
+    let mode = nix::sys::stat::Mode::S_IRWXU;
+    nix::unistd::mkfifo(&dir.join("fifo"), mode).unwrap();
+    std::fs::write(dir.join("file"), "").unwrap();
+    for name in ["directory", "fifo", "file/in"] {
+        let mut client = UnixStream::connect(dir.join(listens_for(name))).unwrap();
+        let _ = client.read(&mut [0]);
+    }
+    let mut out = String::new();
+    eventually("all are refused", || {
+        out = scene.asked(&["connections", "--ended"]).1;
+        out.lines().count() == 4
+    });
+    assert_eq!(
+        out.matches("  refused (absent): cannot").count(),
+        3,
+        "{out}"
+    );
+    for part in ["is a directory", "it is a FIFO", "is the path right?"] {
+        assert!(out.contains(part), "{out}");
+    }
+    let (_, status, _) = scene.asked(&["status"]);
+    assert_eq!(status.matches("1 (1 absent)").count(), 3, "{status}");
+}
+
+/// By the name of the range, or its addresses.
+#[test]
+fn those_of_a_range_are_told_of() {
+    let (scene, _server) = scene_with_server(At::Port, &[]);
+    let place = |ports: &str, name: &str| {
+        let path = scene.dir.path().join(name);
+        format!("vsock-mux://:{ports}{}", text(&path))
+    };
+    let range = place("40-41", "vm");
+    let add = ["add", "--name", "many", &range, &place("80-81", "guest")];
+    let (code, _, err) = scene.asked(&add);
+    assert_eq!(code, Some(0), "{err}");
+    // Each is refused: there is no such guest.
+    for port in ["40", "41", "41"] {
+        let path = scene.dir.path().join(format!("vm_{port}"));
+        let _ = UnixStream::connect(path).unwrap().read(&mut [0]);
+    }
+    eventually("all are refused", || {
+        let out = scene.asked(&["connections", "--ended"]).1;
+        out.lines().count() == 4
+    });
+    let _other = tcp(scene.hvsock.tcp_port());
+    eventually("another is there", || scene.connections().len() == 1);
+    for named in ["many", &range] {
+        let (code, out, err) = scene.asked(&["connections", "--ended", named]);
+        assert_eq!(code, Some(0), "{err}");
+        for (name, count) in [("  many-40  ", 1), ("  many-41  ", 2)] {
+            assert_eq!(out.matches(name).count(), count, "{named}: {out}");
+        }
+        let (code, out, err) = scene.asked(&["connections", named]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.starts_with("no connections;"), "{out}");
+    }
+    let (code, out, err) = scene.asked(&["connections", "--ended", "many-40"]);
+    assert_eq!((code, out.lines().count()), (Some(0), 2), "{out}{err}");
 }

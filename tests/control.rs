@@ -1223,10 +1223,16 @@ fn a_range_is_added_as_a_whole_and_removed_at_once() {
     assert_eq!(added[1]["connect"], place("81", "guest"));
     assert_eq!(scene.call("POST", "/v1/forwards", &range), (200, added));
     assert_eq!(scene.call("DELETE", "/v1/forwards/web-8001", "").0, 200);
+    // What is shown by a name is what is removed by it.
+    let (status, shown) = scene.call("GET", "/v1/forwards/web", "");
+    assert_eq!(status, 200, "{shown}");
     let (status, removed) = scene.call("DELETE", "/v1/forwards/web", "");
     assert_eq!(status, 200, "{removed}");
     assert_eq!(names(&removed), ["web-8000", "web-8002"]);
-    assert_eq!(scene.call("DELETE", "/v1/forwards/web", "").0, 404);
+    assert_eq!(names(&shown), names(&removed));
+    for method in ["GET", "DELETE"] {
+        assert_eq!(scene.call(method, "/v1/forwards/web", "").0, 404);
+    }
     // All or none.
     let before = carried();
     let file = |port: u16| scene.dir.path().join(format!("vm_{port}"));
@@ -1288,6 +1294,8 @@ fn what_was_added_singly_is_not_removed_as_a_range() {
         let (status, why) = scene.call("DELETE", &format!("/v1/forwards/{name}"), "");
         assert_eq!(status, 404, "{why}");
         assert_eq!(why["error"], format!("there is no forward {name:?}"));
+        let shown = scene.call("GET", &format!("/v1/forwards/{name}"), "");
+        assert_eq!(shown, (404, why.clone()));
         let remedy = why["remedy"].as_str().unwrap();
         assert!(parts.iter().all(|part| remedy.contains(part)), "{remedy}");
     }

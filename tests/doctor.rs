@@ -155,6 +155,9 @@ fn full_slots_are_no_answer_of_the_guest() {
         report.says("guest", "failed", "all its slots are taken");
         report.says("guest", "failed", "12 of them");
         report.says("port 7 (0x7)", "skipped", "all slots of the VM are taken");
+        // It had as many as it may have; the device has not.
+        report.says("slots", "warning", "all slots of the VM are taken");
+        report.says("health", "ok", "up");
         let guest = report.check("guest");
         let shows = format!("`hvsock connections --pid {}`", hvsock.child.0.id());
         assert!(
@@ -285,7 +288,8 @@ fn an_hvsock_that_is_named_must_answer() {
         }
     });
     let vmm = format!("vsock-mux://{}", text(&vmm));
-    for (vm, name) in [(text(&state), "slots"), (&vmm, "health")] {
+    let name = "slots";
+    for vm in [text(&state), &vmm] {
         for (named, part) in [
             (["--pid", &own], format!("process {own} is no hvsock")),
             (["--control", text(&nowhere)], text(&nowhere).to_owned()),
@@ -300,6 +304,78 @@ fn an_hvsock_that_is_named_must_answer() {
         }
     }
     served.join().unwrap();
+}
+
+/// It takes the dial, and its guest doesn't answer.
+#[test]
+fn a_vmm_whose_guest_is_paused_is_told_with_what_helps() {
+    let dir = private_dir();
+    let socket = dir.path().join("vmm");
+    let _vmm = UnixListener::bind(&socket).unwrap();
+    let place = format!("vsock-mux://{}", text(&socket));
+    let arguments = ["doctor", "--vm", &place, "--port", "7", "--timeout", "0.2"];
+    let report = Report::of(in_runtime(dir.path(), &arguments));
+    report.says("port 7 (0x7)", "failed", "no answer within 0.2 s: paused");
+    let remedy = report.check("port 7 (0x7)")["remedy"].as_str().unwrap();
+    assert!(remedy.starts_with("wait, or wake it"), "{remedy}");
+}
+
+/// Without a word of a VM, those are looked at that the hvsocks of this user carry.
+#[test]
+fn the_vms_that_are_carried_are_looked_at() {
+    let dir = private_dir();
+    let (runtime, state) = (dir.path(), dir.path().join("vm"));
+    let vm = Vm::builder(&state).guest(7, Service::Echo).start().unwrap();
+    let expose = ["expose", "--vm", text(&state), "-L", "0:7"];
+    let expose = [&expose[..], &["--vm-connections", "1"]].concat();
+    let expose = Running::spawn(in_runtime(runtime, &expose));
+    let port = expose.tcp_port();
+    let begin = format!("{}: hvsock {}: ", text(&state), expose.child.0.id());
+    // Others run beside this test.
+    let said = || {
+        let report = Report::of(in_runtime(runtime, &["doctor"]));
+        let all = report.all("vm").into_iter();
+        let mut its = all.filter(|it| it["seen"].as_str().unwrap().starts_with(&begin));
+        let check = its
+            .next()
+            .unwrap_or_else(|| panic!("no {begin}: {report:?}"));
+        assert!(its.next().is_none(), "{report:?}");
+        check.clone()
+    };
+    let more = format!("`hvsock doctor --vm {}` tells more", text(&state));
+    let check = said();
+    assert_eq!(check["verdict"], "ok", "{check}");
+    assert_eq!(check["remedy"], more.as_str());
+    // Not by a dial.
+    assert_eq!(vm.counters().accepted, 0);
+    let mut client = tcp(port);
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0]).unwrap();
+    let check = said();
+    assert_eq!(check["verdict"], "warning", "{check}");
+    let seen = check["seen"].as_str().unwrap();
+    assert!(seen.contains("1 of 1 connections, all taken"), "{check}");
+    let remedy = check["remedy"].as_str().unwrap();
+    assert!(remedy.contains("hvsock connections --pid"), "{check}");
+    assert!(remedy.ends_with(&more), "{check}");
+    drop(vm);
+    eventually("it is told as gone", || {
+        let check = said();
+        check["seen"].as_str().unwrap().contains("gone for")
+            && check["remedy"]
+                .as_str()
+                .unwrap()
+                .starts_with("start the VM")
+    });
+    // One that doesn't answer is not passed over.
+    expose.signal("STOP");
+    let report = Report::of(in_runtime(runtime, &["doctor"]));
+    expose.signal("CONT");
+    let begin = format!("hvsock {} doesn't answer", expose.child.0.id());
+    let all = report.all("vm").into_iter();
+    let its = all.filter(|it| it["seen"].as_str().unwrap().starts_with(&begin));
+    let verdicts: Vec<&Value> = its.map(|it| &it["verdict"]).collect();
+    assert_eq!(verdicts, ["skipped"], "{report:?}");
 }
 
 #[test]
@@ -327,7 +403,8 @@ fn a_vmm_with_no_slot_left_is_not_well() {
     let mut client = tcp(expose.tcp_port());
     client.read_exact(&mut [0]).unwrap();
     let report = Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
-    report.says("health", "warning", "1 of 1 connections, all taken");
+    report.says("slots", "warning", "1 of 1 connections, all taken");
+    report.says("health", "ok", "up");
     drop(served.join().unwrap());
 }
 
@@ -353,8 +430,21 @@ fn a_vmm_that_is_stopped_is_not_well() {
         let client = client.insert(tcp(port));
         client.write_all(b"x").is_ok() && client.read_exact(&mut [0]).is_ok()
     });
-    let health = || Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
-    health().says("health", "ok", "up");
+    let health = || {
+        Report::of(in_runtime(
+            runtime,
+            &["doctor", "--vm", &place, "--port", "7"],
+        ))
+    };
+    let process = vmm.child.0.id();
+    health()
+        .says("health", "ok", "up")
+        .says(
+            "process",
+            "ok",
+            &format!("{process} runs, of hvsock simulate"),
+        )
+        .says("port 7 (0x7)", "ok", "is listened on");
     vmm.signal("STOP");
     eventually("it is told as stopped", || {
         health().check("health")["verdict"] == "warning"
@@ -365,6 +455,12 @@ fn a_vmm_that_is_stopped_is_not_well() {
         report.check("health")["remedy"],
         "send its process a SIGCONT"
     );
+    report
+        .says("process", "failed", "stopped")
+        .says("slots", "ok", "1 connection")
+        .says("port 7 (0x7)", "skipped", "its process is stopped");
+    let remedy = format!("let it go on: kill -CONT {process}");
+    assert_eq!(report.check("process")["remedy"], remedy.as_str());
     vmm.signal("CONT");
     eventually("it is well", || health().check("health")["verdict"] == "ok");
 }
@@ -439,6 +535,7 @@ fn a_process_that_is_gone_is_told_from_another_program() {
     assert_eq!(vm.exit_code(), None);
     let report = examine(dir.path(), &[]);
     report.says("process", "failed", "is gone");
+    report.says("limits", "skipped", "hyperkit's process is gone");
     report.says("socket", "failed", "nobody listens");
     let pid = dir.path().join("hyperkit.pid");
     fs::write(&pid, std::process::id().to_string()).unwrap();
@@ -671,7 +768,7 @@ fn people_are_told_on_a_line_and_what_to_do_below() {
     assert_eq!(remedy.find("start"), Some(column));
     assert!(said.is_ascii(), "{said}");
     assert_eq!(run(&["doctor", "--port", "7"]).status.code(), Some(2));
-    // Without a VM it is of this system alone.
+    // Without a VM none is dialled.
     let report = Report::of(doctor(&[]));
     assert_eq!(report.code, Some(0));
     assert!(report.checks.iter().all(|check| check["name"] != "guest"));

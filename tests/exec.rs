@@ -829,7 +829,7 @@ fn a_file_is_sent_to_each_client_from_its_beginning() {
             forward.counters.refusals.absent,
             forward.counters.refusals.other
         ),
-        (1, 1)
+        (2, 0)
     );
     let why = &forward.last_error.as_ref().unwrap().text;
     assert!(why.contains("is a directory; name a file in it"), "{why}");

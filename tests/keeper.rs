@@ -6,10 +6,11 @@
 mod command;
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpListener};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ use hvsock::keeper::Keeper;
 use hvsock::simulate::{FateKind, Rule as Offence, Service, Vm};
 use hvsock::{Proxy, Rule};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
@@ -541,6 +543,42 @@ fn what_a_guest_does_not_end_in_time_is_left_to_the_keeper() {
     nothing_is_left(dir, &[keeper]);
 }
 
+/// A guest that has not ended a connection in time, and keeps a slot that counts as lost, delays no
+/// stop. The keeper goes on to wait for it.
+#[test]
+fn a_lost_slot_is_left_to_the_keeper() {
+    const HEEDLESS: u32 = 11;
+    let dir = private_dir();
+    let dir = dir.path();
+    let (served, guests) = std::sync::mpsc::channel();
+    let served = std::sync::Mutex::new(served);
+    let program = move |guest| served.lock().unwrap().send(guest).unwrap();
+    let vm = Vm::builder(dir.join("vm")).guest(HEEDLESS, Service::custom(program));
+    let vm = vm.start().unwrap();
+    let local = format!("{}:{HEEDLESS}", text(&dir.join("heedless")));
+    let state = dir.join("vm");
+    let times = ["--half-closed-timeout=100ms", "--drain-timeout=200ms"];
+    let arguments = ["expose", "--vm", text(&state), "-L", &local];
+    let mut proxy = Running::start(&[&arguments[..], &times].concat());
+    proxy.says("heedless");
+    let pid = proxy.child.0.id();
+    let mut client = unix_client(&dir.join("heedless"));
+    client.write_all(b"x").unwrap();
+    let guest: UnixStream = guests.recv_timeout(PATIENCE).unwrap();
+    drop(client);
+    proxy.complains("their slots are lost until it ends them");
+    let keeper = keeper_of(dir, pid, |it| it["connections"] == 1);
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    keeper_of(dir, pid, |it| {
+        it["proxy_ended"] == true && it["connections"] == 1
+    });
+    assert_eq!(vm.counters().live_slots, 1);
+    drop(guest);
+    all_slots_come_back(&vm);
+    nothing_is_left(dir, &[keeper]);
+}
+
 #[test]
 fn two_proxies_have_one_vm_and_no_port_in_common() {
     let dir = private_dir();
@@ -607,6 +645,56 @@ fn a_killed_keeper_is_replaced_by_another_that_has_everything() {
     drop(held);
     vm.stop();
     nothing_is_left(dir, &seen);
+}
+
+/// Nobody is left then who knows of the port. What the keeper was serving is closed; a VM whose
+/// guest dials on hangs, unless another hvsock comes before.
+#[test]
+fn a_keeper_that_is_killed_while_it_serves_leaves_the_port_to_the_next_hvsock() {
+    /// A close of what the guest has dialled does no harm after this time (`hyperkit.md`).
+    const HARMLESS: Duration = Duration::from_millis(50);
+    let dir = private_dir();
+    let (dir, target) = (dir.path(), echo_server());
+    let vm = vm(dir);
+    let kill_both = |proxy: Running| {
+        let pid = proxy.child.0.id();
+        let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
+        proxy.signal("KILL");
+        keeper_of(dir, pid, |it| has_port(it, "serving"));
+        let mut guest = vm.dial(HOST_PORT).unwrap();
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+        keeper_of(dir, pid, |it| it["connections"] == 1);
+        thread::sleep(HARMLESS);
+        kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+        eventually("it is gone", || !is_alive(keeper));
+        drop(guest);
+        all_slots_come_back(&vm);
+        keeper
+    };
+    let dead = kill_both(expose(dir, target, &[]));
+    // It could not remove its socket.
+    assert_eq!(keepers(dir), [dead]);
+    // One dial that finds nobody: three hang the VM.
+    assert!(vm.dial(HOST_PORT).is_err());
+    let second = expose(dir, target, &[]);
+    let keeper = keeper_of(dir, second.child.0.id(), |it| has_port(it, "held"));
+    assert!(guest_is_served(&vm));
+    assert_eq!(
+        keepers(dir),
+        [keeper],
+        "what is left of the dead one is removed"
+    );
+    kill_both(second);
+    let end = Instant::now() + PATIENCE;
+    while vm.fate().is_none() && Instant::now() < end {
+        let _ = vm.dial(HOST_PORT);
+    }
+    let fate = vm.fate().unwrap();
+    assert_eq!(
+        (fate.kind, fate.rule),
+        (FateKind::Hung, Offence::NoListener)
+    );
 }
 
 #[test]
@@ -691,6 +779,83 @@ fn keeper_process(protocol: &str) -> (Mortal, UnixStream, UnixStream) {
     (Mortal(command.spawn().unwrap()), notifier, orders)
 }
 
+/// Sends a frame of the protocol, with a descriptor if it has one.
+fn send_frame(orders: &UnixStream, kind: u16, id: u64, tail: &[u8], descriptor: Option<RawFd>) {
+    let flags = u32::from(descriptor.is_some());
+    let length = u16::try_from(tail.len()).unwrap();
+    let frame = [
+        &kind.to_le_bytes()[..],
+        &length.to_le_bytes(),
+        &flags.to_le_bytes(),
+        &id.to_le_bytes(),
+        tail,
+    ]
+    .concat();
+    let descriptors: Vec<RawFd> = descriptor.into_iter().collect();
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let rights = &rights[..descriptors.len()];
+    let part = [IoSlice::new(&frame)];
+    let sent = sendmsg::<()>(orders.as_raw_fd(), &part, rights, MsgFlags::empty(), None);
+    assert_eq!(sent.unwrap(), frame.len());
+}
+
+/// As one of an earlier build is, whose program was replaced: these are the bytes that a proxy of
+/// the first version sends. One that says more than the keeper knows is understood as well.
+#[test]
+fn a_keeper_serves_a_proxy_of_the_first_version_of_their_protocol() {
+    let dir = private_dir();
+    let dir = dir.path();
+    let vm = vm(dir);
+    let state = dir.join("vm").canonicalize().unwrap();
+    let path = state.join(format!("00000002.{HOST_PORT:08x}"));
+    let (mut keeper, notifier, orders) = keeper_process("1");
+    let listener = UnixListener::bind(&path).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let file = path.symlink_metadata().unwrap();
+    let born = file.created().ok();
+    let born = born.and_then(|it| it.duration_since(std::time::UNIX_EPOCH).ok());
+    let born = born.map_or(String::new(), |it| {
+        format!(":{}:{}", it.as_secs(), it.subsec_nanos())
+    });
+    let identity = format!("{}:{}{born}", file.dev(), file.ino());
+    let connect = state.join("connect");
+    let tail = [text(&path), text(&connect), &identity, "5000", "more"].join("\0");
+    let dial = || {
+        let mut host = UnixStream::connect(&connect).unwrap();
+        host.write_all(format!("00000003.{CHARGEN:08x}\n").as_bytes())
+            .unwrap();
+        host.read_exact(&mut [0; 1024]).unwrap();
+        host
+    };
+    let (kept, released) = (dial(), dial());
+    send_frame(&orders, 1, u64::from(std::process::id()), b"", None);
+    send_frame(&orders, 7, 0, text(&state).as_bytes(), None);
+    send_frame(&orders, 4, 1, tail.as_bytes(), Some(listener.as_raw_fd()));
+    send_frame(&orders, 999, 9, b"later", Some(listener.as_raw_fd()));
+    send_frame(&orders, 2, 2, b"", Some(kept.as_raw_fd()));
+    send_frame(&orders, 2, 3, b"", Some(released.as_raw_fd()));
+    (&notifier).write_all(&[1]).unwrap();
+    let pid = keeper_of(dir, std::process::id(), |it| {
+        it["connections"] == 2 && has_port(it, "held")
+    });
+    // The first one is ended as a proxy does it, and released.
+    released.shutdown(Shutdown::Write).unwrap();
+    std::io::copy(&mut &released, &mut std::io::sink()).unwrap();
+    send_frame(&orders, 3, 3, b"", None);
+    (&notifier).write_all(&[1]).unwrap();
+    drop(released);
+    keeper_of(dir, std::process::id(), |it| it["connections"] == 1);
+    drop((kept, listener, orders, notifier));
+    keeper_of(dir, std::process::id(), |it| {
+        it["proxy_ended"] == true && has_port(it, "serving")
+    });
+    assert!(guest_is_turned_away(&vm));
+    all_slots_come_back(&vm);
+    vm.stop();
+    assert_eq!(keeper.exit_code(), Some(0));
+    nothing_is_left(dir, &[pid]);
+}
+
 #[test]
 fn a_proxy_goes_on_without_a_keeper_that_does_not_know_its_protocol() {
     for protocol in ["0", "3", "99", "x"] {
@@ -758,6 +923,67 @@ fn waits_of(pid: i32) -> u64 {
     line.unwrap().trim().parse().unwrap()
 }
 
+/// How many descriptors are registered with the pollers of a process.
+#[cfg(target_os = "linux")]
+fn registrations_of(pid: u32) -> usize {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let count = |entry: std::io::Result<std::fs::DirEntry>| {
+        // It may have been closed since.
+        let info = std::fs::read_to_string(entry.ok()?.path()).ok()?;
+        Some(info.lines().filter(|it| it.starts_with("tfd:")).count())
+    };
+    entries.filter_map(count).sum()
+}
+
+/// A registration with epoll outlives the close of a socket as long as the keeper has a copy.
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_that_is_closed_stays_registered_while_the_keeper_has_a_copy() {
+    const COUNT: usize = 20;
+    const SLACK: usize = 5;
+    let dir = private_dir();
+    let dir = dir.path();
+    let vm = vm(dir);
+    let proxy = expose(dir, echo_server(), &[]);
+    let pid = proxy.child.0.id();
+    let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
+    let round = || {
+        for _ in 0..COUNT {
+            assert_eq!(
+                ask(unix_client(&dir.join("echo")), b"hello").unwrap(),
+                b"hello"
+            );
+        }
+        all_slots_come_back(&vm);
+    };
+    round();
+    let before = registrations_of(pid);
+    kill(Pid::from_raw(keeper), Signal::SIGSTOP).unwrap();
+    round();
+    let end = Instant::now() + PATIENCE;
+    let mut after = registrations_of(pid);
+    while after > before + SLACK && Instant::now() < end {
+        thread::sleep(Duration::from_millis(10));
+        after = registrations_of(pid);
+    }
+    kill(Pid::from_raw(keeper), Signal::SIGCONT).unwrap();
+    assert!(after <= before + SLACK, "{after}, after {before}");
+    drop(proxy);
+    vm.stop();
+    nothing_is_left(dir, &[keeper]);
+}
+
+/// The memory that a process alone has, in KiB. Its program's code is the proxy's, too.
+#[cfg(target_os = "linux")]
+fn memory_of(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    number.unwrap().parse().unwrap()
+}
+
 /// (Elsewhere nothing tells how often a process wakes, nor its descriptors; and a Mac's keeper is
 /// woken for each connection.)
 #[cfg(target_os = "linux")]
@@ -794,6 +1020,8 @@ fn a_keeper_sleeps_while_a_thousand_connections_come_and_go_and_holds_none() {
     let after = (proxy.descriptors(), descriptors_of(keeper.cast_unsigned()));
     assert!(after.0 <= before.0 + 16 + 10, "{before:?}, {after:?}");
     assert!(after.1 <= SLACK, "{before:?}, {after:?}");
+    let own = memory_of(keeper);
+    assert!(own <= 2048, "it has {own} KiB of its own");
     drop(proxy);
     vm.stop();
     nothing_is_left(dir, &[keeper]);

@@ -99,7 +99,7 @@ fn the_first_client_of_an_absent_target_is_told() {
     drop(datagrams);
     assert!(resets_clients(port));
     proxy.complains("refused a client");
-    proxy.complains("clients are refused until it is");
+    proxy.complains("Clients are refused until it is");
 }
 
 /// It is not back, and what waited for it is carried from then on.
@@ -133,7 +133,7 @@ fn a_vm_that_comes_for_the_first_time_is_told_of() {
     });
     let told = read(&log);
     assert!(told.contains("is not there: "), "{told}");
-    assert!(told.contains("clients are refused until it is\n"), "{told}");
+    assert!(told.contains("Clients are refused until it is\n"), "{told}");
     assert!(!told.contains("is back"), "{told}");
     assert_eq!(ask(tcp(port), b"up").unwrap(), b"up");
 }

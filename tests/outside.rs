@@ -382,7 +382,7 @@ fn a_forward_that_leads_to_itself_is_refused_where_that_can_be_seen() {
         for to in ["127.0.0.1", "localhost"] {
             let listen = format!("tcp://{listen}:{port}");
             let connect = format!("tcp://{to}:{port}");
-            fails(&["forward", &listen, &connect], 1, &["to itself"]);
+            fails(&["forward", &listen, &connect], 2, &["to itself"]);
         }
     }
     let dir = private_dir();

@@ -94,7 +94,7 @@ fn every_command_has_a_man_page() {
         }
     }
     // A page alone is the same; examples stand on lines of their own.
-    let alone = said(&["man", "expose"]);
+    let alone = said(&["man", "--roff", "expose"]);
     assert_eq!(alone, pages["man1/hvsock-expose.1"]);
     assert!(
         alone.contains("\n.nf\nhvsock expose \\-\\-vm docker"),
@@ -125,7 +125,7 @@ fn a_synopsis_shows_values_and_what_may_be_repeated() {
             "hvsock cat [--vm VM] [-l] [-k] [--end-with-peer] [--echo]",
         ),
     ] {
-        let page = said(&["man", command]);
+        let page = said(&["man", "--roff", command]);
         let synopsis = page.split("\n.SH ").nth(2).unwrap();
         let mut plain = synopsis.replace("\\-", "-").replace('\n', " ");
         for font in ["\\fB", "\\fI", "\\fR"] {
@@ -247,7 +247,7 @@ fn man_takes_the_pages_without_a_warning() {
 /// `man` itself may not be there: what stands for it notes what it was given.
 #[cfg(target_os = "linux")]
 #[test]
-fn on_a_terminal_a_page_is_shown_by_man() {
+fn a_page_is_shown_by_man_on_a_terminal_and_elsewhere() {
     use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
     let dir = tempfile::tempdir().unwrap();
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -255,27 +255,33 @@ fn on_a_terminal_a_page_is_shown_by_man() {
     grantpt(&controller).unwrap();
     unlockpt(&controller).unwrap();
     let terminal = ioctl_tiocgptpeer(&controller, flags).unwrap();
-    let show = || {
+    let show = |to: Stdio| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
         command.args(["man", "expose"]).env("PATH", dir.path());
-        command.stdin(Stdio::null());
-        command.stdout(terminal.try_clone().unwrap());
+        command.stdin(Stdio::null()).stdout(to);
         command.stderr(Stdio::piped()).output().unwrap()
     };
-    let without = show();
-    let why = String::from_utf8(without.stderr).unwrap();
-    assert_eq!(without.status.code(), Some(1), "{why}");
-    assert!(why.contains("no `man`") && why.contains("--help"), "{why}");
+    let to_terminal = || Stdio::from(terminal.try_clone().unwrap());
+    for to in [to_terminal(), Stdio::piped()] {
+        let without = show(to);
+        let why = String::from_utf8(without.stderr).unwrap();
+        assert_eq!(without.status.code(), Some(1), "{why}");
+        assert!(why.contains("no `man`") && why.contains("--roff"), "{why}");
+    }
     let man = dir.path().join("man");
-    let script = "#!/bin/sh\necho \"$@\" >\"${0%/*}/words\"\n/bin/cat >\"${0%/*}/page\"\n";
+    let script =
+        "#!/bin/sh\necho \"$@\" >\"${0%/*}/words\"\n/bin/cat >\"${0%/*}/page\"\necho shown\n";
     // A file that was just written to can't be run while another test's child has it open.
     let mut made = Command::new("/bin/sh");
     made.args(["-c", "printf %s \"$1\" >\"$2\" && chmod 755 \"$2\"", "sh"]);
     let made = made.arg(script).arg(&man).status().unwrap();
     assert!(made.success());
-    let shown = show();
-    assert!(shown.status.success(), "{shown:?}");
-    let noted = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
-    assert_eq!(noted("words"), "-l -\n");
-    assert_eq!(noted("page"), said(&["man", "expose"]));
+    for (to, printed) in [(to_terminal(), ""), (Stdio::piped(), "shown\n")] {
+        let shown = show(to);
+        assert!(shown.status.success(), "{shown:?}");
+        assert_eq!(String::from_utf8(shown.stdout).unwrap(), printed);
+        let noted = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!(noted("words"), "-l -\n");
+        assert_eq!(noted("page"), said(&["man", "--roff", "expose"]));
+    }
 }

@@ -117,13 +117,78 @@ fn what_is_in_the_way_of_a_socket_is_called_what_it_is() {
 }
 
 #[test]
+fn a_directory_that_takes_no_sockets_is_not_said_to_be_missing() {
+    let output = run(&["forward", "/proc/hvsock-test.sock", "tcp://127.0.0.1:1"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    if Path::new("/proc/self").exists() {
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        says(
+            &said,
+            "no socket can be made in its directory",
+            "doesn't exist",
+        );
+    }
+}
+
+#[test]
+fn a_taken_port_of_a_range_calls_for_another_range() {
+    // Two neighbours, so that it is known who listens on each.
+    let pair = (0..100).find_map(|_| {
+        let one = std::net::TcpListener::bind("127.0.0.1:0").ok()?;
+        let port = one.local_addr().ok()?.port();
+        let other = std::net::TcpListener::bind(("127.0.0.1", port.checked_add(1)?)).ok()?;
+        Some((port, one, other))
+    });
+    let (port, _one, _other) = pair.unwrap();
+    let listen = format!("{port}-{}", port + 1);
+    let output = run(&["forward", &listen, "tcp://127.0.0.1:1-2"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    says(&said, "choose another range", "or 0 for a free one");
+    let output = run(&["forward", &port.to_string(), "tcp://127.0.0.1:1"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    says(&said, "or 0 for a free one", "another range");
+}
+
+#[test]
+fn a_question_about_a_target_ends_its_sentence() {
+    let dir = private_dir();
+    let program = format!("exec:{}/none", text(dir.path()));
+    let proxy = Running::start(&["forward", "tcp://127.0.0.1:0", &program]);
+    assert!(resets_clients(proxy.tcp_port()));
+    let told = proxy.complains("Clients are refused until it is");
+    assert!(!told.contains("?;"), "{told}");
+}
+
+#[test]
+fn a_name_in_quotes_is_told_as_the_file_must_have_it() {
+    let dir = private_dir();
+    let file = concat!(
+        "[forward.\"e f\"]\nlisten = 7201\nconnect = 1\n",
+        "[forward.'say \"hi\"']\nlisten = 7201\nconnect = 1\n",
+    );
+    let (code, said) = checked(dir.path(), file);
+    assert_eq!(code, Some(1), "{said}");
+    let right = r#"[forward."say \"hi\""]: [forward."e f"] in line 2 listens on"#;
+    assert!(said.contains(right), "{said}");
+    let file = "[forward.\"e f\"]\nlisten = 7201\nconnect = 7201\n";
+    let (_, said) = checked(dir.path(), file);
+    assert!(
+        said.contains(r#":3: [forward."e f"]: cannot connect"#),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_name_that_is_too_long_is_found_before_it_is_listened_on() {
     let dir = private_dir();
     let name = text(dir.path()).to_owned() + "/" + &"n".repeat(150);
     let file = format!("[forward.a]\nlisten = {name:?}\nconnect = 80\n");
     let (code, said) = checked(dir.path(), &file);
     assert_eq!(code, Some(1), "{said}");
-    says(&said, "150 bytes", "is right");
+    says(&said, "its name has 150 bytes", "is right");
+    let whole = format!("as this one has with {}", name.len());
+    says(&said, &whole, "a long path");
     says(&said, "choose a shorter name", "directory doesn't exist");
     // A long directory is got round.
     let deep = dir.path().join("d".repeat(150));
@@ -272,7 +337,7 @@ fn a_reader_who_has_seen_enough_is_no_error() {
         &["vms"],
         &["--help"],
         &["completions", "bash"],
-        &["man"],
+        &["man", "--roff"],
         &["doctor", "--json"],
     ] {
         let mut command = in_runtime(dir.path(), arguments);
@@ -421,7 +486,7 @@ fn a_stand_in_that_cannot_start_leaves_nothing_behind() {
             &dial,
         ],
         1,
-        &["cannot listen on"],
+        &["cannot run a VM in", "cannot make", "guest.00000050"],
     );
     assert_eq!(names_in(dir.path()), [link]);
 }
@@ -693,14 +758,26 @@ fn permissions_are_for_listeners_that_have_a_file() {
     let (control, socket) = (dir.path().join("c"), dir.path().join("s"));
     for listen in ["tcp://127.0.0.1:0", "vsock://:7"] {
         let wrong = format!("{listen}: mode and group are for the file of a Unix socket");
+        let mode = format!("{listen}: mode is for the file of a Unix socket");
         let end = "`from` says which clients may come";
         let file =
             format!("[forward.a]\nlisten = \"{listen}\"\nmode = \"660\"\ngroup = 0\nconnect = 1\n");
         let (code, told) = checked(dir.path(), &file);
         assert_eq!(code, Some(1), "{told}");
-        for part in ["hvsock.toml:2: ", &wrong, end] {
+        let of_mode = format!("hvsock.toml:3: [forward.a]: {mode}");
+        let of_group = format!("hvsock.toml:4: [forward.a]: {listen}: group is for the file");
+        for part in [&of_mode, &of_group, end] {
             assert!(told.contains(part), "{told} lacks {part}");
         }
+        // What is given counts, be it the default or not.
+        let file = format!("[forward.a]\nlisten = \"{listen}\"\nconnect = 1\nmode = \"0600\"\n");
+        let (code, told) = checked(dir.path(), &file);
+        assert_eq!(code, Some(1), "{told}");
+        let given = format!("hvsock.toml:4: [forward.a]: {mode}");
+        assert!(told.contains(&given), "{told}");
+        let pair = [listen, "tcp://127.0.0.1:1", "--mode", "600"];
+        fails(&[&["forward"], &pair[..]].concat(), 2, &[&mode, end]);
+        fails(&[&["add"], &pair[..]].concat(), 2, &[&mode, end]);
         // Of all forwards it may be said: it is meant for those that have one.
         let file = format!(
             "[defaults]\nmode = \"660\"\n[forward.a]\nlisten = \"{listen}\"\nconnect = 1\n"
@@ -733,16 +810,13 @@ fn permissions_are_for_listeners_that_have_a_file() {
     }
     // What it has by itself is no mistake, and neither is what is meant for another.
     assert!(run(&add(&pairs[..2], &control)).status.success());
-    assert!(
-        run(&add(&[&pairs[..2], &["--mode", "660"]].concat(), &control))
-            .status
-            .success()
-    );
-    fails(
-        &add(&[&pairs[..2], &["--mode", "666"]].concat(), &control),
-        1,
-        &["mode is for the file of a Unix socket", "leave it out"],
-    );
+    for mode in ["660", "666"] {
+        fails(
+            &add(&[&pairs[..2], &["--mode", mode]].concat(), &control),
+            2,
+            &["mode is for the file of a Unix socket", "leave it out"],
+        );
+    }
     let other = dir.path().join("t");
     let both = [
         "tcp://127.0.0.1:0",

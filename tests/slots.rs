@@ -93,6 +93,30 @@ fn a_target_that_hangs_takes_no_more_than_its_share_of_what_a_guest_dials() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
+/// However many they are, one line of the log says so.
+#[test]
+fn that_a_guest_dials_too_much_is_said_once() {
+    let dir = private_dir();
+    let state = dir.path().join("vm");
+    let vm = echo_vm(&state);
+    let (_target, address) = hanging_target();
+    let remote = format!("1:{}", address.strip_prefix("tcp://").unwrap());
+    let arguments = ["expose", "--vm", text(&state), "-R", &remote];
+    let limits = ["--vm-connections=9", "--grace=0"];
+    let mut hvsock = Running::start(&[&arguments[..], &limits].concat());
+    hvsock.says("guest, to CID 2");
+    let _served: Vec<_> = (0..8).map(|_| vm.dial(1).unwrap()).collect();
+    for _ in 0..20 {
+        read_end(&mut vm.dial(1).unwrap());
+    }
+    hvsock.signal("TERM");
+    assert_eq!(hvsock.exit_code(), Some(0));
+    let said: Vec<String> = hvsock.err.iter().collect();
+    let about = |line: &&String| line.contains("dials more than can be served");
+    assert_eq!(said.iter().filter(about).count(), 1, "{said:#?}");
+    assert!(vm.fate().is_none(), "{:?}", vm.fate());
+}
+
 #[test]
 fn a_rule_bounds_what_a_guest_dials() {
     let dir = private_dir();
@@ -194,6 +218,72 @@ fn a_drain_of_a_guest_that_sends_on_costs_little_and_ends_soon() {
     assert!(vm.fate().is_none(), "{:?}", vm.fate());
 }
 
+/// A program in the guest that heeds no EOF, and ends when it is told to.
+#[test]
+fn a_slot_is_lost_only_until_the_guest_ends_the_connection() {
+    let dir = private_dir();
+    let (served, guests) = std::sync::mpsc::channel();
+    let served = std::sync::Mutex::new(served);
+    let vm = Vm::builder(dir.path())
+        .guest(
+            9,
+            Service::custom(move |guest| served.lock().unwrap().send(guest).unwrap()),
+        )
+        .start()
+        .unwrap();
+    let (target, address) = hanging_target();
+    let mut rules = vec![
+        Rule::new(any_tcp(), hyperkit(dir.path(), 9)),
+        Rule::new(hyperkit(dir.path(), 1), address.parse().unwrap()),
+    ];
+    for rule in &mut rules {
+        rule.timeouts.half_closed = Some(Duration::from_millis(100));
+        rule.timeouts.drain = Duration::from_millis(200);
+    }
+    let mut config = config(rules);
+    config.limits.vm_connections = 10;
+    let proxy = Proxy::start(config).unwrap();
+    let mut open: Vec<UnixStream> = Vec::new();
+    for n in 1..=4 {
+        let mut client = tcp(port_of(&proxy, 0));
+        client.write_all(b"x").unwrap();
+        open.push(guests.recv_timeout(PATIENCE).unwrap());
+        drop(client);
+        eventually("its slot is lost", || vm_of(&proxy).lost == n);
+    }
+    // One that the guest has dialled, whose target is gone.
+    open.push(vm.dial(1).unwrap());
+    drop(target.accept().unwrap());
+    eventually("its slot is lost as well", || vm_of(&proxy).lost == 5);
+    eventually("the connections have ended", || {
+        let forwards = proxy.forwards();
+        let live = |it: &hvsock::proxy::ForwardStatus| it.counters.live;
+        forwards.iter().all(|it| live(it) == 0) && vm_of(&proxy).connections == 0
+    });
+    assert_eq!(vm_of(&proxy).guests, 0);
+    assert_eq!(proxy.handle().connections().len(), 0);
+    assert_eq!(proxy.handle().ended().len(), 5);
+    assert_eq!(vm.counters().live_slots, 5);
+    // One that sends is told that nobody is there, as soon as it sends again.
+    open[0].write_all(b"still here").unwrap();
+    eventually("its slot is given up", || vm_of(&proxy).lost == 4);
+    eventually("the device has the slot again", || {
+        let _ = open[0].write_all(b"and here");
+        vm.counters().live_slots == 4
+    });
+    drop(open.remove(0));
+    for left in (0..4usize).rev() {
+        drop(open.pop());
+        eventually("the device has the slot again", || {
+            vm.counters().live_slots == left as u64
+        });
+        eventually("and so have we", || vm_of(&proxy).lost == left);
+    }
+    assert_eq!(vm_of(&proxy).connections, 0);
+    assert_eq!(proxy.forwards()[0].counters.abandoned, 4);
+    assert_eq!(vm.fate(), None);
+}
+
 /// What the command line says of them, in each of its ways.
 #[test]
 fn lost_slots_are_shown_and_come_back_with_another_vm() {
@@ -248,7 +338,7 @@ fn lost_slots_are_shown_and_come_back_with_another_vm() {
         drop(client);
     }
     eventually("the slots are lost", || lost(3));
-    hvsock.complains("their slots are lost until the VM is restarted");
+    hvsock.complains("their slots are lost until it ends them or the VM is restarted");
     assert_eq!(vm.counters().live_slots, 3);
     assert!(
         said(&["status"]).contains("3 slots lost"),

@@ -24,6 +24,8 @@ mod slow;
 mod stress;
 #[cfg(unix)]
 mod syslog;
+#[cfg(target_os = "linux")]
+mod tcp_clients;
 #[cfg(unix)]
 mod top;
 mod values;

@@ -11,6 +11,7 @@ use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use crate::address::{Address, UnixAddress};
+#[cfg(unix)]
 use crate::app::rule::RuleOptions;
 use crate::app::slow::give_up_if_slow;
 #[cfg(unix)]
@@ -287,12 +288,13 @@ pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
     give_up_if_slow(move || targets.iter().filter_map(look_at_target).collect())
 }
 
+/// The keys of what only the file of a Unix socket has.
+pub(crate) const ACCESS_KEYS: [&str; 3] = ["mode", "owner", "group"];
+
 /// Says which permissions a rule has beside the `usual` options though its listener has no file.
+#[cfg(unix)]
 pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding> {
     let listen = &rule.listen;
-    if listen.listen_path().is_some() {
-        return None;
-    }
     let usual = usual.applied_to(Rule::new(listen.clone(), rule.connect.clone()));
     let given = [
         ("mode", rule.mode != usual.mode),
@@ -301,6 +303,14 @@ pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding
     ];
     let given = given.iter().filter(|(_, is_given)| *is_given);
     let given: Vec<&str> = given.map(|(key, _)| *key).collect();
+    look_at_given_access(listen, &given)
+}
+
+/// Says which permissions, by their keys, were given to a listener that has no file.
+pub(crate) fn look_at_given_access(listen: &Address, given: &[&str]) -> Option<Finding> {
+    if given.is_empty() || listen.listen_path().is_some() {
+        return None;
+    }
     let remedy = match listen {
         Address::Tcp(_) | Address::Vsock(_) => "leave it out; `from` says which clients may come",
         Address::Npipe(_) => "leave it out; ?sddl=… of its address says who may connect",
@@ -311,5 +321,5 @@ pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding
         if given.len() == 1 { "is" } else { "are" },
     );
     let what = format!("{listen}: {keys} {are} for the file of a Unix socket, and it has none");
-    (!given.is_empty()).then(|| Finding::mistake(what, remedy))
+    Some(Finding::mistake(what, remedy))
 }

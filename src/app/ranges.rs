@@ -9,8 +9,29 @@ use crate::error::counted;
 /// The most ports of a range. Each is a listener with a descriptor.
 const MOST_PORTS: u32 = 4096;
 
+/// The remedy where another program has a port of a range.
+pub(super) const TAKEN_IN_RANGE: &str =
+    "another program listens there: stop it, or choose another range";
+
 /// The schemes whose port ends the authority.
 const SCHEMES: [&str; 6] = ["tcp", "tcp4", "tcp6", "vsock", "vsock-mux", "hyperkit"];
+
+/// What a port is that has no address around it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BarePort {
+    Tcp,
+    Vsock,
+}
+
+/// Returns whether the port of an address is one of TCP.
+fn is_of_tcp(text: &str, bare: BarePort) -> bool {
+    match text.split_once("://") {
+        Some((scheme, _)) => ["tcp", "tcp4", "tcp6"]
+            .iter()
+            .any(|known| known.eq_ignore_ascii_case(scheme)),
+        None => bare == BarePort::Tcp || text.contains(':'),
+    }
+}
 
 /// Returns where the port of an address stands, or a range in its place. A path has none.
 fn find_port(text: &str) -> Option<Range<usize>> {
@@ -41,7 +62,7 @@ fn find_port(text: &str) -> Option<Range<usize>> {
 ///
 /// # Errors
 /// Why the range is none.
-pub(super) fn expand(text: &str) -> Result<Vec<String>, String> {
+pub(super) fn expand(text: &str, bare: BarePort) -> Result<Vec<String>, String> {
     let whole = || Ok(vec![text.to_owned()]);
     let Some(place) = find_port(text) else {
         return whole();
@@ -64,6 +85,12 @@ pub(super) fn expand(text: &str) -> Result<Vec<String>, String> {
     if first > last {
         return Err(format!("the range {range} goes down; write {last}-{first}"));
     }
+    if last > u16::MAX.into() && is_of_tcp(text, bare) {
+        let most = u16::MAX;
+        return Err(format!(
+            "the range {range} ends above {most}, the largest port of TCP"
+        ));
+    }
     if last - first >= MOST_PORTS {
         return Err(format!(
             "the range {range} has more than {MOST_PORTS} ports"
@@ -83,10 +110,11 @@ pub(super) fn expand(text: &str) -> Result<Vec<String>, String> {
 ///
 /// # Errors
 /// Why it is none.
+#[cfg(any(unix, test))]
 pub(super) fn parse_addresses(text: &str) -> Result<Vec<Address>, String> {
     // Without a scheme it is a path.
     let texts = match text.contains("://") {
-        true => expand(text)?,
+        true => expand(text, BarePort::Tcp)?,
         false => vec![text.to_owned()],
     };
     let address = |text: String| text.parse::<Address>().map_err(|e| e.to_string());
@@ -198,7 +226,7 @@ mod tests {
                 "hvsock://parent/82?framing=yes",
             ),
         ] {
-            let all = expand(text).unwrap();
+            let all = expand(text, BarePort::Tcp).unwrap();
             let ends = [all.first(), all.last()].map(Option::unwrap);
             assert_eq!(ends, [first, last], "{text}");
         }
@@ -219,8 +247,27 @@ mod tests {
             r"\\.\pipe\a:1-2",
             "web-1",
         ] {
-            assert_eq!(expand(text), Ok(vec![text.to_owned()]), "{text}");
+            assert_eq!(
+                expand(text, BarePort::Tcp),
+                Ok(vec![text.to_owned()]),
+                "{text}"
+            );
         }
+    }
+
+    #[test]
+    fn what_a_range_can_not_be_is_told() {
+        let why = |text, bare| expand(text, bare).unwrap_err();
+        let too_large = "the range 21000-99999 ends above 65535, the largest port of TCP";
+        let too_many = "the range 21000-99999 has more than 4096 ports";
+        assert_eq!(why("21000-99999", BarePort::Tcp), too_large);
+        assert_eq!(why("127.0.0.1:21000-99999", BarePort::Tcp), too_large);
+        assert_eq!(why("tcp://[::1]:21000-99999", BarePort::Vsock), too_large);
+        assert_eq!(why("21000-99999", BarePort::Vsock), too_many);
+        assert_eq!(why("vsock://3:21000-99999", BarePort::Tcp), too_many);
+        assert!(why("9-7", BarePort::Tcp).contains("write 7-9"));
+        assert!(why("9-", BarePort::Tcp).contains("has no end"));
+        assert!(expand("70000-70001", BarePort::Vsock).is_ok());
     }
 
     #[cfg(unix)]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::ranges::{expand, is_number};
+use super::ranges::{BarePort, expand, is_number};
 use crate::address::{Address, Host, Port, TcpAddress};
 use crate::proxy::{ProxyProtocol, Source, SourceError};
 use crate::sys;
@@ -137,7 +137,7 @@ pub(super) fn count(range: RangeInclusive<usize>) -> impl Fn(&Value) -> Result<u
 pub(super) fn ports(value: &Value) -> Result<Vec<Port>, String> {
     match value {
         Value::String(text) => {
-            let texts = expand(text)?.into_iter();
+            let texts = expand(text, BarePort::Vsock)?.into_iter();
             texts.map(|text| port(&Value::String(text))).collect()
         }
         other => Ok(vec![port(other)?]),
@@ -308,12 +308,15 @@ pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, Str
 /// Reads a local address, or those of a range of ports: `"127.0.0.1:8000-8010"`.
 pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
     match value {
-        Value::String(text) => {
-            let texts = expand(text)?.into_iter();
-            texts.map(|text| address(&Value::String(text))).collect()
-        }
+        Value::String(text) => parse_local_addresses(text),
         other => Ok(vec![address(other)?]),
     }
+}
+
+/// Reads a local address, or those of a range of ports.
+pub(super) fn parse_local_addresses(text: &str) -> Result<Vec<Address>, String> {
+    let texts = expand(text, BarePort::Tcp)?.into_iter();
+    texts.map(|text| local_address(&text)).collect()
 }
 
 /// Reads a local address, as on the left of `-L`.
@@ -385,11 +388,12 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
             "{host:?} stands where a host or an address would; write {port} or 127.0.0.1:{port}"
         ));
     }
+    let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
     if matches!(
-        host,
+        scheme,
         "tcp" | "tcp4" | "tcp6" | "npipe" | "hyperkit" | "vsock" | "vsock-mux" | "hvsock"
     ) {
-        return Err(format!("a URI has two slashes: {host}://…:{port}"));
+        return Err(format!("a URI has two slashes: {scheme}://…:{port}"));
     }
     // As in ssh. The other spelling of it there, an empty address, is too easily written by
     // mistake.

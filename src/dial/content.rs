@@ -28,7 +28,7 @@ const BUFFER: usize = 64 * 1024;
 pub(super) fn connect(address: &Address, file: &FileAddress) -> Result<UnixStream> {
     let fail = |cause: io::Error| {
         let remedy = match cause.kind() {
-            io::ErrorKind::NotFound => {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
                 format!(
                     "there is no file {}: is the path right?",
                     file.path.display()

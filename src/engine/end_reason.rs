@@ -71,36 +71,59 @@ impl EndReason {
     /// programs.
     pub(crate) const COUNT: usize = 15;
 
-    /// Returns the number of the kind, and its name for programs and for people.
-    fn description(self) -> (usize, &'static str, &'static str) {
-        match self {
-            EndReason::ClientClosed => (0, "client_closed", "client closed"),
-            EndReason::ServerClosed => (1, "server_closed", "server closed"),
-            EndReason::ClientReset => (2, "client_reset", "client reset"),
-            EndReason::ServerReset => (3, "server_reset", "server reset"),
-            EndReason::ClientGaveUp => (4, "client_gave_up", "client gave up"),
-            EndReason::IdleTimeout => (5, "idle_timeout", "idle timeout"),
-            EndReason::HalfClosedTimeout => (6, "half_closed_timeout", "half-closed timeout"),
-            EndReason::DrainTimeout => (7, "drain_timeout", "drain timeout"),
-            EndReason::VmGone => (8, "vm_gone", "VM gone"),
-            EndReason::Refused(_) => (9, "refused", "refused"),
-            EndReason::ClosedOnRequest => (10, "closed_on_request", "closed on request"),
-            EndReason::Removed => (11, "removed", "forward removed"),
-            EndReason::Stopped => (12, "stopped", "proxy stopped"),
-            EndReason::Failed => (13, "failed", "no thread to relay it"),
-            EndReason::ProgramFailed(_) => (14, "program_failed", "program failed"),
-        }
+    /// The kinds, each with its name for programs and in words. Whatever tells of a reason has it
+    /// from here.
+    const KINDS: [(&'static str, &'static str); EndReason::COUNT] = [
+        ("client_closed", "client closed"),
+        ("server_closed", "server closed"),
+        ("client_reset", "client reset"),
+        ("server_reset", "server reset"),
+        ("client_gave_up", "client gave up"),
+        ("idle_timeout", "idle timeout"),
+        ("half_closed_timeout", "half-closed timeout"),
+        ("drain_timeout", "drain timeout"),
+        ("vm_gone", "VM gone"),
+        ("refused", "refused"),
+        ("closed_on_request", "closed on request"),
+        ("removed", "forward removed"),
+        ("stopped", "proxy stopped"),
+        ("failed", "no thread to relay it"),
+        ("program_failed", "program failed"),
+    ];
+
+    /// Returns a kind's name in words: `VM gone` for `vm_gone`. The name of one that only another
+    /// version knows is told as it is.
+    #[cfg(feature = "cli")]
+    pub(crate) fn kind_in_words(name: &str) -> &str {
+        let known = EndReason::KINDS.into_iter().find(|kind| kind.0 == name);
+        known.map_or(name, |(_, words)| words)
     }
 
     /// Returns the number of the reason's kind, less than [`COUNT`](EndReason::COUNT).
     pub(crate) fn index(self) -> usize {
-        self.description().0
+        match self {
+            EndReason::ClientClosed => 0,
+            EndReason::ServerClosed => 1,
+            EndReason::ClientReset => 2,
+            EndReason::ServerReset => 3,
+            EndReason::ClientGaveUp => 4,
+            EndReason::IdleTimeout => 5,
+            EndReason::HalfClosedTimeout => 6,
+            EndReason::DrainTimeout => 7,
+            EndReason::VmGone => 8,
+            EndReason::Refused(_) => 9,
+            EndReason::ClosedOnRequest => 10,
+            EndReason::Removed => 11,
+            EndReason::Stopped => 12,
+            EndReason::Failed => 13,
+            EndReason::ProgramFailed(_) => 14,
+        }
     }
 
     /// Returns the name of the reason's kind, as the status and the metrics have it:
     /// `client_closed` for example.
     pub fn name(self) -> &'static str {
-        self.description().1
+        EndReason::KINDS[self.index()].0
     }
 
     /// Returns how much the reason says. One that says more replaces one that says less: that a
@@ -128,7 +151,7 @@ impl EndReason {
 /// Writes it in words: `client closed`, `refused (absent)`, `program failed (exit status 1)`.
 impl fmt::Display for EndReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.description().2)?;
+        f.write_str(EndReason::KINDS[self.index()].1)?;
         match self {
             EndReason::Refused(why) => write!(f, " ({why})"),
             EndReason::ProgramFailed(how) => write!(f, " ({how})"),
@@ -162,18 +185,38 @@ impl RefusalReason {
     pub(crate) const COUNT: usize = RefusalReason::Other as usize + 1;
 }
 
+impl RefusalReason {
+    /// The reasons, each with its name for programs and in words. Whatever tells of a refusal has
+    /// it from here.
+    const KINDS: [(&'static str, &'static str); RefusalReason::COUNT] = [
+        ("by_target", "by target"),
+        ("absent", "absent"),
+        ("dial_timeout", "dial timeout"),
+        ("full", "full"),
+        ("not_allowed", "not allowed"),
+        ("no_header", "no header"),
+        ("other", "other"),
+    ];
+
+    /// Returns the reason's name, as the status and the metrics have it: `by_target` for example.
+    #[cfg(feature = "cli")]
+    pub(crate) fn name(self) -> &'static str {
+        RefusalReason::KINDS[self as usize].0
+    }
+
+    /// Returns a reason's name in words, as [`EndReason::kind_in_words`] does.
+    #[cfg(feature = "cli")]
+    pub(crate) fn name_in_words(name: &str) -> &str {
+        let mut known = RefusalReason::KINDS.into_iter();
+        let known = known.find(|reason| reason.0 == name);
+        known.map_or(name, |(_, words)| words)
+    }
+}
+
 /// Writes it in words: `by target`, `absent`.
 impl fmt::Display for RefusalReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            RefusalReason::ByTarget => "by target",
-            RefusalReason::Absent => "absent",
-            RefusalReason::DialTimeout => "dial timeout",
-            RefusalReason::Full => "full",
-            RefusalReason::NotAllowed => "not allowed",
-            RefusalReason::NoHeader => "no header",
-            RefusalReason::Other => "other",
-        })
+        f.write_str(RefusalReason::KINDS[*self as usize].1)
     }
 }
 
@@ -182,11 +225,17 @@ impl RefusalReason {
     pub(crate) fn from_error(target: &Address, error: &Error) -> RefusalReason {
         use io::ErrorKind::{
             BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable,
-            NetworkUnreachable, NotFound, TimedOut,
+            InvalidInput, IsADirectory, NetworkUnreachable, NotADirectory, NotFound, TimedOut,
         };
         match error.kind() {
             _ if error.operation() == Operation::Resolve => RefusalReason::Absent,
-            NotFound | HostUnreachable | NetworkUnreachable => RefusalReason::Absent,
+            NotFound | NotADirectory | HostUnreachable | NetworkUnreachable => {
+                RefusalReason::Absent
+            }
+            // In the file's place there is something else.
+            IsADirectory | InvalidInput if matches!(target, Address::File(_)) => {
+                RefusalReason::Absent
+            }
             // A socket file on which nobody listens any more.
             ConnectionRefused
                 if error.cause().raw_os_error().is_some()
@@ -201,5 +250,30 @@ impl RefusalReason {
             TimedOut => RefusalReason::DialTimeout,
             _ => RefusalReason::Other,
         }
+    }
+}
+
+#[cfg(all(test, feature = "cli"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_has_the_same_words_by_its_name() {
+        for why in [
+            EndReason::ClientClosed,
+            EndReason::VmGone,
+            EndReason::ClosedOnRequest,
+            EndReason::Removed,
+            EndReason::Stopped,
+            EndReason::Failed,
+        ] {
+            assert_eq!(EndReason::kind_in_words(why.name()), why.to_string());
+        }
+        assert_eq!(EndReason::kind_in_words("slept_in"), "slept_in");
+        for why in [RefusalReason::ByTarget, RefusalReason::NoHeader] {
+            assert_eq!(RefusalReason::name_in_words(why.name()), why.to_string());
+        }
+        let refused = EndReason::Refused(RefusalReason::ByTarget);
+        assert_eq!(refused.to_string(), "refused (by target)");
     }
 }

@@ -321,11 +321,17 @@ pub(crate) fn log_change(
                 false => ("is not there", "it is"),
             };
             let why = error.map_or_else(String::new, |error| format!(": {error}"));
+            // A remedy may be a question.
+            let clients = if why.ends_with('?') {
+                " Clients"
+            } else {
+                "; clients"
+            };
             match (forwards.refusing, forwards.holding) {
                 (0, 0) => warn!("{subject} {what}{why}"),
-                (_, 0) => warn!("{subject} {what}{why}; clients are refused until {until}"),
-                (0, _) => warn!("{subject} {what}{why}; clients are held until {until}"),
-                _ => warn!("{subject} {what}{why}; clients are refused or held until {until}"),
+                (_, 0) => warn!("{subject} {what}{why}{clients} are refused until {until}"),
+                (0, _) => warn!("{subject} {what}{why}{clients} are held until {until}"),
+                _ => warn!("{subject} {what}{why}{clients} are refused or held until {until}"),
             }
         }
         News::Appeared => info!("{subject} is there"),

@@ -169,9 +169,10 @@ pub struct VmStatus {
     /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections));
     /// `None` if the VM has none of its own.
     pub limit: Option<usize>,
-    /// The slots of the VM that were lost: their connections were closed after the drain timeout,
-    /// or by force, and their programs in the guest have not ended them, so the device still counts
-    /// them. They come back when the VM is restarted, and are taken from the limit until then.
+    /// The slots of the VM that were lost: their connections have ended after the drain timeout, or
+    /// by force, and their programs in the guest have not ended them, so the device still counts
+    /// them. They come back when the guest ends them, where it can be seen, or when the VM is
+    /// restarted, and are taken from the limit until then.
     #[cfg_attr(feature = "cli", serde(default))]
     pub lost: usize,
     /// The slots that are left to the process from which this one has taken over, until it has

@@ -96,6 +96,12 @@ impl<T> Table<T> {
         }
     }
 
+    /// Replaces the value of an id, if it is still there, and returns the one before.
+    pub(crate) fn replace(&mut self, id: Id, value: T) -> Option<T> {
+        self.get_mut(id)
+            .map(|before| std::mem::replace(before, value))
+    }
+
     /// Removes a value. Its id is never used again.
     pub(crate) fn remove(&mut self, id: Id) -> Option<T> {
         let entry = self.entries.get_mut(id.index())?;
@@ -139,7 +145,10 @@ mod tests {
         assert_eq!(old.index(), new.index());
         assert_eq!(table.get_mut(old), None);
         assert_eq!(table.remove(old), None);
+        assert_eq!(table.replace(old, 'c'), None);
         assert_eq!(table.get_mut(new), Some(&mut 'b'));
+        assert_eq!(table.replace(new, 'c'), Some('b'));
+        assert_eq!(table.get_mut(new), Some(&mut 'c'));
         assert_eq!(table.ids(), vec![new]);
     }
 }

@@ -56,6 +56,7 @@ impl StatusSocket {
             return;
         }
         self.bound = bind_status(&path).ok();
+        status::remove_dead(&self.directory);
     }
 }
 

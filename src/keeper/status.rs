@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::sys::{self, Identity, Process};
+use crate::sys::{self, Identity, Place, Process};
 
 /// The name of a status socket is this, and the keeper's process id.
 const PREFIX: &str = "hvsock-keeper.";
@@ -164,8 +164,9 @@ pub(crate) fn query(directory: &Path) -> Vec<KeeperStatus> {
     asked.map(|(_, status)| status).collect()
 }
 
-/// Connects to each of these keepers. Returns the status of each as well.
-fn clients(directory: &Path) -> Vec<(Conversation, KeeperStatus)> {
+/// Returns the processes of the keepers that have a status socket in `directory`, or had one when
+/// they were killed.
+fn pids(directory: &Path) -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return Vec::new();
     };
@@ -176,12 +177,37 @@ fn clients(directory: &Path) -> Vec<(Conversation, KeeperStatus)> {
         })
         .collect();
     pids.sort_unstable();
+    pids
+}
+
+/// Removes the status sockets of keepers that were killed when their proxies had ended, so that
+/// nobody else has. One of another container, whose process is not known here, is asked by its
+/// socket.
+pub(super) fn remove_dead(directory: &Path) {
+    for pid in pids(directory) {
+        let path = socket_path(directory, pid);
+        let Ok(place) = Place::of(&path) else {
+            return;
+        };
+        let Ok(identity) = place.identity() else {
+            continue;
+        };
+        // A keeper that has just begun may not listen yet, but its process is there.
+        let has_ended = Process::new(pid).is_ending();
+        if has_ended && matches!(sys::is_socket_alive(&path), Ok(false)) {
+            let _ = place.remove(identity);
+        }
+    }
+}
+
+/// Connects to each of these keepers. Returns the status of each as well.
+fn clients(directory: &Path) -> Vec<(Conversation, KeeperStatus)> {
     let ask = |pid| {
         let mut client = Conversation::connect(directory, pid).ok()?;
         let status = client.status().ok()?;
         Some((client, status))
     };
-    pids.into_iter().filter_map(ask).collect()
+    pids(directory).into_iter().filter_map(ask).collect()
 }
 
 /// A port that a keeper serves and that this process has reserved, to bind its path anew.
@@ -289,5 +315,28 @@ impl Conversation {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             _ => Ok(answer),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keepers_of_earlier_and_later_versions_are_understood() {
+        let first = r#"{"version":"0.1.0","protocol":1,"pid":7,"proxy":6,"proxy_ended":true,
+            "connections":2,"ports":[{"port":5000,"path":"/s/p","socket":9,"state":"serving"}]}"#;
+        let status = KeeperStatus::from_json(first).unwrap();
+        assert_eq!((status.pid, status.given_up), (7, 0));
+        assert_eq!(status.ports[0].state, PortState::Serving);
+        // One that says more, and has ports in a state that is not known here.
+        let later = first.replace("\"pid\"", "\"more\":[1],\"pid\"").replace(
+            "}]",
+            "},{\"port\":1,\"path\":\"/s/q\",\"socket\":1,\"state\":\"resting\"}]",
+        );
+        assert_eq!(KeeperStatus::from_json(&later), Some(status.clone()));
+        assert_eq!(KeeperStatus::from_json(&status.to_json()), Some(status));
+        assert_eq!(KeeperStatus::from_json("{\"pid\":7}"), None);
     }
 }

@@ -63,7 +63,8 @@ fn check_alone(rule: &Rule, waiter: fn(&Address) -> Waiter) -> Result<()> {
     #[cfg(unix)]
     if let Some(path) = rule.listen.listen_path() {
         sys::check_socket_name(&path).map_err(|e| {
-            Error::new(Operation::Listen, &rule.listen, e).with_remedy("choose a shorter name")
+            Error::new(Operation::Listen, &rule.listen, e)
+                .with_remedy("choose a shorter name, or a shorter path")
         })?;
     }
     check_relay_threads(rule, waiter)?;

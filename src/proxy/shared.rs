@@ -171,31 +171,44 @@ impl<D: Driver> std::fmt::Debug for Inbox<D> {
 }
 
 /// The forwards of a proxy, in the order in which they were added.
-#[derive(Debug)]
-pub(super) struct Forwards(BTreeMap<ForwardId, Arc<Forward>>);
+#[derive(Debug, Default)]
+pub(super) struct Forwards {
+    all: BTreeMap<ForwardId, Arc<Forward>>,
+    /// How many sockets they listen on. It is counted as they come and go: each change asks for it.
+    listening_sockets: usize,
+}
 
 impl Forwards {
     fn new(forwards: Vec<Arc<Forward>>) -> Forwards {
-        Forwards(forwards.into_iter().map(|it| (it.id, it)).collect())
+        let mut all = Forwards::default();
+        forwards.into_iter().for_each(|it| all.insert(it));
+        all
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Forward>> {
-        self.0.values()
+        self.all.values()
     }
 
     pub(super) fn get(&self, id: ForwardId) -> Option<&Arc<Forward>> {
-        self.0.get(&id)
+        self.all.get(&id)
     }
 
     /// Inserts a forward, or replaces the one of the same id.
     pub(super) fn insert(&mut self, forward: Arc<Forward>) {
-        self.0.insert(forward.id, forward);
+        self.remove(forward.id);
+        self.listening_sockets += forward.rule.listen.listening_sockets();
+        self.all.insert(forward.id, forward);
     }
 
     pub(super) fn remove(&mut self, id: ForwardId) -> Option<Arc<Forward>> {
-        self.0.remove(&id)
+        let removed = self.all.remove(&id)?;
+        self.listening_sockets -= removed.rule.listen.listening_sockets();
+        Some(removed)
     }
 }
+
+/// The part of the process' connections that remnants may have: an eighth.
+const FOR_REMNANTS: usize = 8;
 
 /// What the workers of a proxy share.
 #[derive(Debug)]
@@ -213,8 +226,8 @@ pub(crate) struct Shared<D: Driver> {
     pub(super) routes: Routes,
     /// The connections and probes of all workers, counted from the accept or dial on.
     pub(crate) live: AtomicUsize,
-    /// How many of them are probes.
-    probes: AtomicUsize,
+    /// How many of them are probes or remnants, which no client has made or is behind any more.
+    unnamed: AtomicUsize,
     /// The time at which the proxy began, and how many milliseconds later the last connection
     /// ended.
     begun: Instant,
@@ -241,8 +254,8 @@ impl<D: Driver> Shared<D> {
         forwards: Vec<Arc<Forward>>,
         inboxes: Vec<Inbox<D>>,
     ) -> Shared<D> {
-        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        let room = descriptors.connection_room(sockets.sum());
+        let forwards_by_id = Forwards::new(forwards.clone());
+        let room = descriptors.connection_room(forwards_by_id.listening_sockets);
         let mut quotas = Quotas::new(limits.connections.min(room));
         for forward in &forwards {
             reserve_in(&mut quotas, forward);
@@ -251,7 +264,7 @@ impl<D: Driver> Shared<D> {
             cuts: Cuts::new(inboxes.len()),
             next: AtomicUsize::new(forwards.len()),
             next_connection: AtomicU64::new(0),
-            forwards: Mutex::new(Forwards::new(forwards)),
+            forwards: Mutex::new(forwards_by_id),
             inboxes,
             quotas: Mutex::new(quotas),
             most: limits.connections,
@@ -259,7 +272,7 @@ impl<D: Driver> Shared<D> {
             descriptors,
             routes: Routes::default(),
             live: AtomicUsize::new(0),
-            probes: AtomicUsize::new(0),
+            unnamed: AtomicUsize::new(0),
             begun: D::clock(),
             last_end: AtomicU64::new(0),
             stop_asked: AtomicBool::new(false),
@@ -274,9 +287,7 @@ impl<D: Driver> Shared<D> {
 
     /// Returns how many sockets the forwards listen on.
     pub(super) fn listening_sockets(&self) -> usize {
-        let forwards = self.forwards();
-        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
-        sockets.sum()
+        self.forwards().listening_sockets
     }
 
     fn quotas(&self) -> MutexGuard<'_, Quotas> {
@@ -311,21 +322,23 @@ impl<D: Driver> Shared<D> {
         self.routes.may_wait_at(forward.id, live)
     }
 
-    /// Counts a connection of a forward that begins, or a probe of its VM, which is no connection
-    /// of the forward and takes none of its slots.
+    /// Counts a connection of a forward that begins, or a probe of its VM or a remnant, which is no
+    /// connection of the forward and takes none of its slots.
     pub(super) fn note_begin(&self, forward: &Forward, holder: Holder) {
         match holder {
-            Holder::Probes => drop(self.probes.fetch_add(1, Ordering::Relaxed)),
+            Holder::Probes | Holder::Lost => {
+                self.unnamed.fetch_add(1, Ordering::Relaxed);
+            }
             _ => add_one(&forward.tally.live),
         }
         self.quotas().take(holder);
         self.live.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Counts the end of a connection or probe.
+    /// Counts the end of a connection, probe or remnant.
     pub(super) fn note_end(&self, forward: &Forward, holder: Holder, now: Instant) {
-        if holder == Holder::Probes {
-            self.probes.fetch_sub(1, Ordering::Relaxed);
+        if matches!(holder, Holder::Probes | Holder::Lost) {
+            self.unnamed.fetch_sub(1, Ordering::Relaxed);
         } else {
             forward.tally.live.fetch_sub(1, Ordering::Relaxed);
             let age = now.saturating_duration_since(self.begun).as_millis();
@@ -338,10 +351,17 @@ impl<D: Driver> Shared<D> {
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
 
+    /// Returns whether one more remnant may be held: they have no more than their part of the
+    /// process' connections.
+    pub(super) fn may_hold(&self) -> bool {
+        let quotas = self.quotas();
+        quotas.live_of(Holder::Lost) < quotas.cap() / FOR_REMNANTS
+    }
+
     /// Returns how many connections there are that clients have made.
     pub(super) fn connections(&self) -> usize {
-        let probes = self.probes.load(Ordering::Relaxed);
-        self.live.load(Ordering::Acquire).saturating_sub(probes)
+        let unnamed = self.unnamed.load(Ordering::Relaxed);
+        self.live.load(Ordering::Acquire).saturating_sub(unnamed)
     }
 
     /// Returns how long there has been no connection, or `None` if there is one.

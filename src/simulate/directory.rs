@@ -151,8 +151,12 @@ pub(super) fn prepare(plan: &Plan, made: &mut Made) -> Result<Listeners> {
     check_length(plan)?;
     check_vacant(plan)?;
     let failed = |path: &Path| {
+        let vm = format!("a VM in {}", plan.directory.display());
         let path = path.display().to_string();
-        move |cause| Error::new(Operation::Listen, path, cause)
+        move |e: io::Error| {
+            let cause = io::Error::new(e.kind(), format!("cannot make {path}: {e}"));
+            Error::new(Operation::Run, vm, cause)
+        }
     };
     made.create_directory(&plan.directory)
         .map_err(failed(&plan.directory))?;

@@ -13,7 +13,7 @@
 //!   gives its slot back.
 //! - A guest that is silent is told of nothing but our half-close, which it knew: its slot is lost
 //!   until it sends or ends. To give up such a drain early would gain nothing, so it keeps the
-//!   whole drain timeout.
+//!   whole drain timeout, and after that the socket stays open, where it can be, to see the end.
 //! - If the guest has closed, and the device still holds more for us than the socket's buffer
 //!   takes, the close kills the VM. While an end is read slowly, the device does hold more. So
 //!   before it is closed, it is read at full speed until nothing is left ([`Pace::Last`]).
@@ -146,6 +146,11 @@ impl Drain {
     pub(crate) fn is_sending(&self, now: Instant) -> bool {
         let is_recent = |at| now.saturating_duration_since(at) < SILENCE;
         self.last.is_some_and(is_recent)
+    }
+
+    /// Returns whether something has come, and the drain was not given up yet.
+    pub(crate) fn wants_end(&self) -> bool {
+        self.received > self.from && !matches!(self.pace, Pace::Last { .. })
     }
 
     /// Notes that the process was frozen: the guest may have been unable to end.

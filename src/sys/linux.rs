@@ -152,3 +152,38 @@ pub(crate) fn local_cid() -> io::Result<u32> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Returns the time since the system was started, and how many units of it `proc_pid_stat(5)` has
+/// in a second.
+#[cfg(feature = "cli")]
+#[allow(unsafe_code)]
+fn uptime() -> Option<(Duration, u64)> {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the call writes to `time` alone, which may hold any values.
+    let done = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    // SAFETY: the call touches no memory of ours.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    let seconds = u64::try_from(time.tv_sec).ok().filter(|_| done == 0)?;
+    let nanos = u32::try_from(time.tv_nsec).ok()?;
+    let ticks = u64::try_from(ticks).ok().filter(|ticks| *ticks > 0)?;
+    Some((Duration::new(seconds, nanos), ticks))
+}
+
+/// Returns the time since a process was started.
+#[cfg(feature = "cli")]
+pub(crate) fn process_age(process: u32) -> Option<Duration> {
+    /// Its field, counted from the one behind the name.
+    const START: usize = 19;
+    let stat = std::fs::read(format!("/proc/{process}/stat")).ok()?;
+    // The name stands in parentheses, and may have any byte in it.
+    let name_end = stat.iter().rposition(|byte| *byte == b')')?;
+    let fields = std::str::from_utf8(&stat[name_end + 1..]).ok()?;
+    let start: u64 = fields.split_whitespace().nth(START)?.parse().ok()?;
+    let (uptime, ticks) = uptime()?;
+    let nanos = start % ticks * 1_000_000_000 / ticks;
+    let started = Duration::from_secs(start / ticks) + Duration::from_nanos(nanos);
+    uptime.checked_sub(started)
+}

@@ -33,7 +33,8 @@
 //! * `is_shut_down(listener)`: whether a listening socket was shut down from outside.
 //! * `user_id()`, `connector(socket)`: the user of this process, and the process at the other end
 //!   of a Unix socket.
-//! * `program_name(process)`: the name of the program that a process runs.
+//! * `program_name(process)`: the name of the program that a process runs; `process_age(process)`,
+//!   on Linux, the time since it was started.
 //! * `unread(socket)`: how many bytes have come that were not read yet.
 //! * `Process`: another process, and whether it is ending; `Processes`: all of them, to be asked
 //!   without waiting.

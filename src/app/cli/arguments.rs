@@ -8,10 +8,12 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use super::spec::{Locals, Remotes};
+use crate::AddressError;
 #[cfg(unix)]
 use crate::address::ExecAddress;
 use crate::address::{Address, HyperkitVm, as_text};
-use crate::app::ranges::{join, parse_addresses};
+use crate::app::ranges::join;
+use crate::app::values::parse_local_addresses;
 use crate::sys::os_string_from_bytes;
 
 /// Parses an address.
@@ -34,9 +36,20 @@ impl fmt::Display for Addresses {
     }
 }
 
-/// Parses an address, or those of a range of ports.
+/// Parses an address, or those of a range of ports, as a file has it: of TCP the scheme may be left
+/// out. Unlike there, `~` is for the shell to fill in.
 pub(super) fn addresses() -> impl TypedValueParser<Value = Addresses> {
-    OsStringValueParser::new().try_map(|text| parse_addresses(&as_text(&text)).map(Addresses))
+    OsStringValueParser::new().try_map(|text| {
+        let text = as_text(&text);
+        let all = match text.starts_with('~') {
+            true => text
+                .parse()
+                .map(|it| vec![it])
+                .map_err(|e: AddressError| e.to_string()),
+            false => parse_local_addresses(&text),
+        };
+        all.map(Addresses)
+    })
 }
 
 /// Parses an address, or what stands for one, to a text in which no byte is lost.

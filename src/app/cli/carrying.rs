@@ -14,12 +14,11 @@ use super::ending::tell_manager_of_end;
 use super::kept::{Describe, KeepTrying, KeptRules};
 use super::options::ProxyOptions;
 use super::outcome::{Failure, Outcome};
-use super::rules::{Later, refuse_collisions};
+use super::rules::{Later, refuse_collisions, refuse_useless_access, refuse_what_can_not_work};
 use super::signals::EndSignals;
 #[cfg(unix)]
 use crate::app::control::{Actions, Bound};
-use crate::app::needs::{Weight, look_at_access, look_at_targets};
-use crate::app::rule::RuleOptions;
+use crate::app::needs::{Weight, look_at_targets};
 use crate::proxy::Rule;
 
 /// What a command line asks for.
@@ -41,6 +40,8 @@ pub(super) fn carry(
     refuse_collisions(&wanted.rules)?;
     #[cfg_attr(not(unix), allow(unused_mut))]
     let mut config = options.config(wanted.rules);
+    refuse_useless_access(&config.rules, &options.given_access())?;
+    refuse_what_can_not_work(&config.rules)?;
     look_at_needs(&config.rules)?;
     let later = wanted.later.map(|later| -> Later {
         let of_all = options.rule().clone();
@@ -76,13 +77,6 @@ pub(super) fn carry(
 
 /// Says what the rules of a command line need that isn't there, and refuses what can never work.
 fn look_at_needs(rules: &[Rule]) -> Outcome {
-    // The options are those of all rules, and may be meant for one.
-    let usual = RuleOptions::default();
-    let access: Vec<_> = rules.iter().map(|it| look_at_access(it, &usual)).collect();
-    let has_file = rules.iter().any(|it| it.listen.listen_path().is_some());
-    if let Some(Some(finding)) = access.first().filter(|_| !has_file) {
-        return Err(Failure::Usage(finding.to_string()));
-    }
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         complain(format_args!("the targets were not looked at: {why}"));
         Vec::new()

@@ -13,7 +13,7 @@ use super::arguments;
 #[cfg(unix)]
 use super::complete;
 use super::console::complain;
-use super::options::PeerArgs;
+use super::options::{PeerArgs, refuse_impossible};
 use super::outcome::{Failure, Outcome};
 use super::services;
 use super::signals::EndSignals;
@@ -23,6 +23,7 @@ use crate::address::ExecAddress;
 use crate::app::cat::{self, CatPlan};
 use crate::app::serve::{self, Stop};
 use crate::app::values::{parse_mode, parse_time};
+use crate::error::Operation;
 use crate::listener::lasting::LastingListener;
 
 /// Carry standard input and output over any address, as netcat does
@@ -88,6 +89,11 @@ impl CatArgs {
     pub(super) fn run(self) -> Outcome {
         let begun = Instant::now();
         let address = self.peer.address(crate::time::after(begun, self.wait))?;
+        let operation = match self.listen {
+            true => Operation::Listen,
+            false => Operation::Connect,
+        };
+        refuse_impossible(operation, &address)?;
         if self.register {
             register(&address)?;
         }

@@ -1,5 +1,9 @@
 //! `hvsock connections` and `close`: lists the connections of forwards, and closes one.
 
+#[cfg(target_os = "linux")]
+use std::collections::HashSet;
+#[cfg(target_os = "linux")]
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -9,20 +13,25 @@ use indicatif::HumanBytes;
 use serde_json::Value;
 
 use super::console::{print, print_json, print_text};
-use super::control::Which;
+use super::control::{AddedForwards, Which};
 use super::outcome::{Failure, Outcome};
 use super::predecessor::{left_behind, owner};
 use super::{complete, table};
+#[cfg(target_os = "linux")]
+use crate::address::Address;
 use crate::app::control::{
     self, ApiProblem, ConnectionInfo, EndedInfo, Unanswered, age, ask, encode_segment, get, read,
 };
+#[cfg(target_os = "linux")]
+use crate::app::tcp_clients::{self, Client};
 use crate::app::values::parse_connection;
 use crate::proxy::Waiting;
 
 /// Show the connections of an hvsock that runs, and who has made them
 #[derive(Args, Debug)]
 #[command(
-    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it. IDLE is the \
+    after_help = "PEER is the client: its address, or, of a Unix socket, the process that connected it; on Linux both, if \
+it comes from this machine by TCP. IDLE is the \
 time since a byte went through. WAITING are bytes on their way to the server and to the client, as \
 far as the system tells.
 
@@ -34,7 +43,7 @@ Examples:
 )]
 pub(super) struct ConnectionsArgs {
     /// Those of one forward alone: its name, where it listens, or its id, as `hvsock status` has
-    /// them
+    /// them; or of a range
     #[arg(value_name = "FORWARD", add = ArgValueCompleter::new(complete::forward))]
     forward: Option<String>,
     /// Show the last 100 that have ended instead, and why, the latest last
@@ -61,15 +70,15 @@ impl ConnectionsArgs {
         if self.ended {
             return self.show_ended(&path);
         }
-        let forward = match &self.forward {
-            None => None,
-            Some(name) => {
-                let forward: control::ForwardInfo = get(&path, &forward_call(name))?;
-                // One that isn't carried yet has none.
-                Some(forward.id)
-            }
+        let forwards = self.forward.as_ref().map(|name| {
+            let forwards: AddedForwards = get(&path, &forward_call(name))?;
+            Ok(ids(forwards.list()))
+        });
+        let forwards: Option<Vec<u64>> = forwards.transpose().map_err(|why: Unanswered| why)?;
+        let is_meant = |of: Option<u64>| match &forwards {
+            None => true,
+            Some(ids) => of.is_some_and(|of| ids.contains(&of)),
         };
-        let is_meant = |of: Option<u64>| forward.is_none_or(|forward| forward == of);
         let answer = ask(&path, "GET", "/v1/connections", "")?;
         if self.json {
             let mut all: Vec<Value> = serde_json::from_str(&answer)?;
@@ -89,6 +98,8 @@ impl ConnectionsArgs {
                 "no connections; `hvsock connections --ended` shows the last that have ended",
             );
         }
+        #[cfg(target_os = "linux")]
+        add_processes(&mut all, &status);
         let rows = all.iter().map(|it| {
             [
                 it.id.to_string(),
@@ -111,16 +122,20 @@ impl ConnectionsArgs {
         let mut told: Vec<Value> = serde_json::from_str(&answer)?;
         let mut all: Vec<EndedInfo> = read(&answer)?;
         if let Some(name) = &self.forward {
-            let id = match get::<control::ForwardInfo>(path, &forward_call(name)) {
-                Ok(forward) => forward.id,
+            let forwards = match get::<AddedForwards>(path, &forward_call(name)) {
+                Ok(forwards) => forwards.list().to_vec(),
                 // It may have been removed since.
-                Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => None,
+                Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => Vec::new(),
                 Err(why) => return Err(why.into()),
             };
-            let is_meant = |it: &EndedInfo| match (id, it.carried_by) {
-                (Some(id), None) => it.forward == id,
+            let ids = ids(&forwards);
+            let is_meant = |it: &EndedInfo| match it.carried_by {
+                None if !ids.is_empty() => ids.contains(&it.forward),
                 // Another process has given it another id.
-                _ => it.is_of(name),
+                _ => {
+                    let mut names = forwards.iter().map(control::ForwardInfo::name_or_address);
+                    it.is_of(name) || names.any(|name| it.is_of(name))
+                }
             };
             let meant: Vec<bool> = all.iter().map(is_meant).collect();
             let mut of_all = meant.iter();
@@ -151,6 +166,37 @@ impl ConnectionsArgs {
         });
         print_text(table::of(ENDED_HEADINGS, rows))
     }
+}
+
+/// Adds the processes of clients that come from this machine by TCP.
+#[cfg(target_os = "linux")]
+fn add_processes(all: &mut [ConnectionInfo], status: &control::Status) {
+    let client = |it: &ConnectionInfo| -> Option<Client> {
+        let peer: SocketAddr = it.peer.as_deref()?.strip_prefix("tcp://")?.parse().ok()?;
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let mut forwards = status.forwards.iter();
+        let forward = forwards.find(|forward| forward.id == Some(it.forward))?;
+        let listen: Address = forward.listen.parse().ok()?;
+        let port = listen.as_tcp()?.port;
+        peer.ip().is_loopback().then_some((peer, port))
+    };
+    let clients: HashSet<Client> = all.iter().filter_map(client).collect();
+    let found = tcp_clients::find(status.pid, &clients);
+    for it in all {
+        let process = client(it).and_then(|client| found.get(&client));
+        if let (None, Some(process)) = (&it.process, process) {
+            it.process = Some(control::ProcessInfo {
+                pid: process.id,
+                program: process.program(),
+                user: process.user,
+            });
+        }
+    }
+}
+
+/// Returns the ids of those that are carried.
+fn ids(forwards: &[control::ForwardInfo]) -> Vec<u64> {
+    forwards.iter().filter_map(|it| it.id).collect()
 }
 
 fn forward_call(name: &str) -> String {

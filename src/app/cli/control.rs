@@ -17,21 +17,22 @@ use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
 use super::reconciler::describe_danger;
-use super::rules::{rules_of, rules_of_vm};
+use super::rules::{refuse_useless_access, rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::{SummaryReport, tried_again};
 use super::{arguments, complete, table};
 use crate::address::Address;
 use crate::app::answering::find_control_of;
 use crate::app::control::{
-    self, ApiProblem, Unanswered, ask, encode_segment, read, reason_in_words, refusals_by_reason,
+    self, ApiProblem, Unanswered, ask, encode_segment, read, refusals_by_reason,
 };
 use crate::app::escape;
-use crate::app::ranges::{expand, join};
+use crate::app::needs::ACCESS_KEYS;
+use crate::app::ranges::{BarePort, expand, join};
 use crate::app::rule::RuleOptions;
-use crate::app::values::{parse_process, parse_time};
+use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::{Counters, Rule};
+use crate::proxy::{Counters, EndReason, RefusalReason, Rule, check_rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -198,7 +199,8 @@ fn refusals(counters: &Counters) -> String {
     }
     let why = refusals_by_reason(&counters.refusals);
     let why = why.iter().filter(|(_, count)| *count > 0);
-    let why = why.map(|(reason, count)| format!("{count} {}", reason.replace('_', " ")));
+    let why =
+        why.map(|(reason, count)| format!("{count} {}", RefusalReason::name_in_words(reason)));
     let why: Vec<String> = why.collect();
     format!("{} ({})", counters.refused, why.join(", "))
 }
@@ -210,7 +212,7 @@ fn ends(counters: &Counters) -> Option<String> {
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
     let counts = counts.filter(|(_, count)| *count > 0);
     let why: Vec<String> = counts
-        .map(|(reason, count)| format!("{count} {}", reason_in_words(reason)))
+        .map(|(reason, count)| format!("{count} {}", EndReason::kind_in_words(reason)))
         .collect();
     (!why.is_empty()).then(|| why.join(", "))
 }
@@ -285,17 +287,21 @@ impl AddArgs {
                 "--name is that of one forward or range, and there are more".into(),
             ));
         }
+        refuse_useless_access(rules.iter().flatten(), &self.options.access())?;
+        for rule in rules.iter().flatten() {
+            let rule = self.options.all.applied_to(rule.clone());
+            check_rule(&rule).map_err(|e| Failure::Usage(e.to_string()))?;
+        }
         let path = self.which.path();
         let has_file = |it: &Rule| it.listen.listen_path().is_some();
-        let some_have_files = rules.iter().flatten().any(has_file);
         for rules in rules {
             let ([rule, ..], Some(last)) = (&rules[..], rules.last()) else {
                 continue;
             };
-            let mut body = self.options.0.clone();
-            if some_have_files && !has_file(rule) {
+            let mut body = self.options.given.clone();
+            if !has_file(rule) {
                 // Those are meant for the others.
-                body.retain(|key, _| !["mode", "owner", "group"].contains(&key.as_str()));
+                body.retain(|key, _| !ACCESS_KEYS.contains(&key.as_str()));
             }
             if !rule.from.is_empty() && !body.contains_key("from") {
                 let options = serde_json::to_value(RuleOptions::from(rule)).unwrap_or_default();
@@ -324,13 +330,13 @@ impl AddArgs {
 /// One forward, or those of a range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
-enum AddedForwards {
+pub(super) enum AddedForwards {
     Range(Vec<control::ForwardInfo>),
     One(Box<control::ForwardInfo>),
 }
 
 impl AddedForwards {
-    fn list(&self) -> &[control::ForwardInfo] {
+    pub(super) fn list(&self) -> &[control::ForwardInfo] {
         match self {
             AddedForwards::Range(all) => all,
             AddedForwards::One(one) => std::slice::from_ref(one),
@@ -420,7 +426,7 @@ fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
 
 /// Returns the places of a range at which none of these forwards has listened.
 fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
-    let places = expand(range).unwrap_or_default();
+    let places = expand(range, BarePort::Tcp).unwrap_or_default();
     if places.len() < 2 {
         // It was a name.
         return Vec::new();
@@ -437,7 +443,7 @@ fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     let is_missing = |place: &String| match place.parse() {
         Ok(number) => !numbers.contains(&number),
         Err(_) => {
-            let address = place.parse::<Address>().ok();
+            let address = local_address(place).ok();
             !address.is_some_and(|it| there.contains(&it))
         }
     };

@@ -19,7 +19,7 @@ use crate::app::values::parse_port;
 /// Look at all that can be wrong on the way to a VM, and say what to do about it
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Without --vm it looks at this system alone. The exit code is 1 if anything has failed. The guest is \
+    after_help = "Without --vm it looks at this system, and says what your hvsocks that run know of their VMs; nothing is dialled. The exit code is 1 if anything has failed. With --vm the guest is \
     dialled once, and twice for each --port, to which nothing is sent; host ports are looked at without connecting; the target that an hvsock leads one to is connected to once, if it is TCP.
 
 Examples:

@@ -23,6 +23,7 @@ use crate::proxy::ForwardStatus;
   npipe:////./pipe/NAME (Windows; ?sddl=… says who may connect)
   tcp4://HOST:PORT, tcp6://HOST:PORT
                                 one family; tcp://localhost and tcp://* are both
+  HOST:PORT, PORT               TCP as well; PORT alone is of 127.0.0.1
 To connect to (not on Windows):
   exec:/PROGRAM?arg=…&env=NAME=VALUE&pty=yes
                                 a program that is started for each connection,
@@ -32,7 +33,7 @@ To connect to (not on Windows):
 Listening on hyperkit:// is taking what the guest dials: port PORT of the host, CID 2.
 
 Examples:
-  hvsock forward tcp://127.0.0.1:8080 unix:///run/web.sock
+  hvsock forward 8080 /run/web.sock
   hvsock forward vsock://:2375 unix:///var/run/docker.sock
   hvsock forward tcp://127.0.0.1:8000-8010 vsock://3:8000-8010
   hvsock forward /tmp/docker.sock hyperkit://:2375/path/to/state

@@ -4,12 +4,25 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Map, Value};
 
+use crate::app::needs::ACCESS_KEYS;
 use crate::app::rule::RuleOptions;
 
-/// The options of a rule that a command line gives, as JSON: those that it doesn't give are
-/// another's to say.
+/// The options of a rule, and which of them a command line gives.
 #[derive(Clone, Debug)]
-pub(super) struct GivenOptions(pub(super) Map<String, Value>);
+pub(super) struct GivenOptions {
+    /// All of them: what isn't given is the default.
+    pub(super) all: RuleOptions,
+    /// Those that are given, as JSON: the others may be another's to say.
+    pub(super) given: Map<String, Value>,
+}
+
+impl GivenOptions {
+    /// Returns the keys that are given and that only the file of a Unix socket has.
+    pub(super) fn access(&self) -> Vec<&'static str> {
+        let keys = ACCESS_KEYS.into_iter();
+        keys.filter(|key| self.given.contains_key(*key)).collect()
+    }
+}
 
 impl Args for GivenOptions {
     fn augment_args(command: Command) -> Command {
@@ -23,8 +36,8 @@ impl Args for GivenOptions {
 
 impl FromArgMatches for GivenOptions {
     fn from_arg_matches(matches: &ArgMatches) -> Result<GivenOptions, clap::Error> {
-        let options =
-            serde_json::to_value(RuleOptions::from_arg_matches(matches)?).unwrap_or_default();
+        let all = RuleOptions::from_arg_matches(matches)?;
+        let options = serde_json::to_value(&all).unwrap_or_default();
         let mut given = Map::new();
         for (_, path) in RuleOptions::keys() {
             let is_given = |id: &String| {
@@ -43,7 +56,7 @@ impl FromArgMatches for GivenOptions {
                 _ => {}
             }
         }
-        Ok(GivenOptions(given))
+        Ok(GivenOptions { all, given })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {

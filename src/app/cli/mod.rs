@@ -22,7 +22,6 @@ mod ending;
 mod events;
 mod expose;
 mod forward;
-#[cfg(unix)]
 mod given;
 #[cfg(unix)]
 mod keepers;

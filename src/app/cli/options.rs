@@ -12,13 +12,14 @@ use super::arguments;
 use super::complete;
 #[cfg(unix)]
 use super::console::complain;
-use super::outcome::Failure;
+use super::given::GivenOptions;
+use super::outcome::{Failure, Outcome};
 use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
 use crate::app::rule::RuleOptions;
 use crate::app::values::{number, parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
-use crate::error::Error;
+use crate::error::{Error, Operation};
 use crate::hyperkit::Places;
 #[cfg(unix)]
 use crate::keeper::Keeper;
@@ -72,9 +73,29 @@ impl PeerArgs {
     }
 }
 
+/// Refuses an address to which nothing can ever connect, or on which nothing can ever listen.
+pub(super) fn refuse_impossible(operation: Operation, address: &Address) -> Outcome {
+    let why = match operation {
+        Operation::Listen => address.why_no_listener().map(|(why, it)| (why, Some(it))),
+        _ => address.why_no_target(),
+    };
+    let Some((why, remedy)) = why else {
+        return Ok(());
+    };
+    let cause = io::Error::new(io::ErrorKind::InvalidInput, why);
+    let error = Error::new(operation, address, cause);
+    let error = match remedy {
+        Some(remedy) => error.with_remedy(remedy),
+        None => error,
+    };
+    Err(Failure::Usage(error.to_string()))
+}
+
 /// Returns the failure to find a VM. That words can mean none is told from that there is none.
 pub(super) fn no_vm(name: &str, error: &Error) -> Failure {
-    let are_wrong = cfg!(windows) || name.is_empty() || VmPlace::parse(name).is_some();
+    // Another scheme's URI is of no VM. What is wrong with hyperkit's may be its directory.
+    let is_other_uri = name.contains("://") && !name.starts_with("hyperkit://");
+    let are_wrong = cfg!(windows) || name.is_empty() || is_other_uri;
     match error.kind() {
         io::ErrorKind::InvalidInput if are_wrong => Failure::Usage(error.to_string()),
         _ => Failure::Failed(error.to_string()),
@@ -112,7 +133,7 @@ pub(super) struct ProxyOptions {
     #[command(flatten)]
     control: super::control_socket::ControlOptions,
     #[command(flatten)]
-    rule: RuleOptions,
+    rule: GivenOptions,
     #[command(flatten)]
     log: LogOptions,
     /// Log a line for each connection that has ended, with why it has (HVSOCK_LOG=debug logs them,
@@ -153,7 +174,7 @@ impl ProxyOptions {
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
-            .map(|rule| self.rule.applied_to(rule))
+            .map(|rule| self.rule.all.applied_to(rule))
             .collect();
         let mut config = ProxyConfig::new(rules);
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
@@ -174,7 +195,12 @@ impl ProxyOptions {
 
     /// Returns the options of rules that are added later.
     pub(super) fn rule(&self) -> &RuleOptions {
-        &self.rule
+        &self.rule.all
+    }
+
+    /// Returns the keys that are given and that only the file of a Unix socket has.
+    pub(super) fn given_access(&self) -> Vec<&'static str> {
+        self.rule.access()
     }
 
     #[cfg(unix)]

@@ -1,13 +1,18 @@
 //! Sockets that a service manager has bound for us (systemd's `sd_listen_fds(3)`).
 
+use std::collections::HashSet;
 #[cfg(unix)]
 use std::env;
+use std::io;
 #[cfg(unix)]
 use std::os::fd::RawFd;
 
 #[cfg(unix)]
 use super::occupant::Occupants;
 use super::outcome::Failure;
+use crate::address::{Address, TcpAddress};
+use crate::app::ranges::TAKEN_IN_RANGE;
+use crate::error::{Error, Operation};
 #[cfg(unix)]
 use crate::listener::Listener;
 use crate::proxy::{Proxy, ProxyConfig};
@@ -17,10 +22,33 @@ use crate::sys;
 /// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
 pub(super) fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
     let config = on_passed_sockets(config)?;
+    let listens: HashSet<Address> = config.rules.iter().map(|it| it.listen.clone()).collect();
+    let started = Proxy::start(config).map_err(|e| mend_in_range(e, &listens));
     #[cfg(unix)]
-    return Ok(Proxy::start(config).map_err(|e| Occupants::default().name_in(e))?);
-    #[cfg(not(unix))]
-    return Ok(Proxy::start(config)?);
+    let started = started.map_err(|e| Occupants::default().name_in(e));
+    Ok(started?)
+}
+
+/// Has the remedy of a port that is taken be another range, where it has neighbours.
+fn mend_in_range(error: Error, listens: &HashSet<Address>) -> Error {
+    if error.operation() != Operation::Listen || error.kind() != io::ErrorKind::AddrInUse {
+        return error;
+    }
+    let Ok(Address::Tcp(taken)) = error.subject().parse() else {
+        return error;
+    };
+    let at = |port: u16| {
+        Address::Tcp(TcpAddress {
+            port,
+            ..taken.clone()
+        })
+    };
+    let neighbours = [taken.port.checked_sub(1), taken.port.checked_add(1)];
+    let mut neighbours = neighbours.into_iter().flatten();
+    match neighbours.any(|port| listens.contains(&at(port))) {
+        true => error.with_remedy(TAKEN_IN_RANGE),
+        false => error,
+    }
 }
 
 /// Adds the sockets that a service manager has passed; to be called once.

@@ -12,12 +12,13 @@ use super::outcome::{Failure, Outcome};
 use super::spec::{LocalForward, Locals, Remote, Remotes};
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, HyperkitVm};
+use crate::app::needs::look_at_given_access;
 use crate::app::ranges::pair;
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
 use crate::hyperkit::{Places, uri_of_vmm};
 use crate::lock::lock;
-use crate::proxy::Rule;
+use crate::proxy::{Candidate, Rule, RuleIndex, check_rule, describe_loop};
 
 /// Returns the rules of each `-L` and `-R`: several, where that is a range.
 pub(super) fn rules_of_vm(
@@ -193,6 +194,40 @@ pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
         taken.extend(keys.map(|key| (key, listen)));
     }
     Ok(())
+}
+
+/// Refuses rules that can't work wherever they are carried, and those that lead back to themselves.
+pub(super) fn refuse_what_can_not_work(rules: &[Rule]) -> Outcome {
+    for rule in rules {
+        check_rule(rule).map_err(|e| Failure::Usage(e.to_string()))?;
+    }
+    let mut index = RuleIndex::default();
+    for (id, rule) in (0..).zip(rules) {
+        index.insert(id, rule);
+    }
+    for (id, rule) in (0..).zip(rules) {
+        if let Some(trail) = index.find_loop(Candidate::InPlaceOf(id), rule) {
+            let cause = io::Error::new(io::ErrorKind::InvalidInput, describe_loop(&trail));
+            let error = Error::new(Operation::Connect, &rule.connect, cause);
+            let error = error.with_remedy("connect to another address");
+            return Err(Failure::Usage(error.to_string()));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses permissions, by their keys, that were given though none of the rules has a file. Given
+/// for all of them, they may be meant for one.
+pub(super) fn refuse_useless_access<'a>(
+    rules: impl IntoIterator<Item = &'a Rule>,
+    given: &[&str],
+) -> Outcome {
+    let looks = rules.into_iter();
+    let mut looks = looks.map(|rule| look_at_given_access(&rule.listen, given));
+    match looks.next() {
+        Some(Some(first)) if looks.all(|it| it.is_some()) => Err(Failure::Usage(first.to_string())),
+        _ => Ok(()),
+    }
 }
 
 /// Returns the rules of addresses to listen on, each with the one to connect to behind it: several

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use crate::address::{Address, Port};
-use crate::app::ranges::{expand, pair};
+use crate::app::ranges::{BarePort, expand, pair};
 use crate::app::values::{local_address, parse_port};
 
 /// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the
@@ -22,9 +22,13 @@ pub(super) struct Locals(pub(super) Vec<LocalForward>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remotes(pub(super) Vec<Remote>);
 
-/// Pairs the ports of two ranges, or two ports.
-fn pair_ports(one: &str, other: &str) -> Result<Vec<(String, String)>, String> {
-    pair(expand(one)?, expand(other)?).map_err(|why| format!("{why}, as in 8000-8010:8000-8010"))
+/// Pairs the ports of two ranges, or two ports, of which each is of its kind.
+fn pair_ports(
+    one: (&str, BarePort),
+    other: (&str, BarePort),
+) -> Result<Vec<(String, String)>, String> {
+    pair(expand(one.0, one.1)?, expand(other.0, other.1)?)
+        .map_err(|why| format!("{why}, as in 8000-8010:8000-8010"))
 }
 
 /// Refuses a port as docker writes it, such as `80/udp`.
@@ -63,7 +67,7 @@ impl FromStr for Locals {
                 "the guest's port is missing; write {text}:{port}, or {listen}:0:{port} for a free port of the host"
             ));
         }
-        let pairs = pair_ports(listen, port)?.into_iter();
+        let pairs = pair_ports((listen, BarePort::Tcp), (port, BarePort::Vsock))?.into_iter();
         let locals = pairs.map(|(listen, port)| LocalForward::of(&listen, &port));
         locals.collect::<Result<_, _>>().map(Locals)
     }
@@ -77,7 +81,7 @@ impl FromStr for Remotes {
         let Some((port, target)) = text.split_once(':') else {
             return Err("the target is missing; write HOSTPORT:TARGET, as in 5000:127.0.0.1:8080 or 5000:/PATH".into());
         };
-        let pairs = pair_ports(port, target)?.into_iter();
+        let pairs = pair_ports((port, BarePort::Vsock), (target, BarePort::Tcp))?.into_iter();
         let remotes = pairs.map(|(port, target)| Remote::of(&port, &target));
         remotes.collect::<Result<_, _>>().map(Remotes)
     }
@@ -229,7 +233,7 @@ mod tests {
             ("0-2:80-82", "begins with port 0"),
             ("18200-:8000-8002", "has no end; write 18200-LAST"),
             ("/run/s:80-81", "1 port on one side, 2 ports on the other"),
-            ("65535-65536:1-2", "larger than 65535"),
+            ("65535-65536:1-2", "ends above 65535"),
         ] {
             let error = text.parse::<Locals>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

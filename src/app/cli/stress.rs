@@ -9,14 +9,14 @@ use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use super::console::{complain, print_text, say};
 use super::ending::end_without_what_hangs;
-use super::options::PeerArgs;
+use super::options::{PeerArgs, refuse_impossible};
 use super::outcome::{Failure, Outcome};
 use super::signals::EndSignals;
 use crate::address::Address;
 use crate::app::serve::{self, LOOK, Stop};
 use crate::app::stress::{self, Load, MOST_PARALLEL, StressPlan, StressProgress, StressReport};
 use crate::app::values::{number, parse_mode, parse_some_time, parse_time};
-use crate::error::counted;
+use crate::error::{Operation, counted};
 use crate::listener::lasting::LastingListener;
 use crate::thread::{start_scoped_thread, start_thread};
 
@@ -124,6 +124,11 @@ impl StressArgs {
         // Without it there are fewer.
         let _ = crate::sys::raise_descriptor_limit();
         let address = self.peer.address(Instant::now())?;
+        let operation = match self.server {
+            true => Operation::Listen,
+            false => Operation::Connect,
+        };
+        refuse_impossible(operation, &address)?;
         if self.server {
             let mut listener = LastingListener::bind(&address, self.mode)?;
             stop_on_signals(signals, stop.clone(), GRACE)?;

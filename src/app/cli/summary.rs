@@ -4,6 +4,8 @@ use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
+use crate::app::config::quote_key;
+
 /// How often it is tried again to listen where that could not be done.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
@@ -151,7 +153,7 @@ impl SummaryReport {
     pub(super) fn troubles(&self) -> Vec<String> {
         let failed = self.failed.iter();
         let mut told: Vec<String> = failed
-            .map(|(name, why)| format!("[forward.{name}] can't be had now: {why}"))
+            .map(|(name, why)| format!("[forward.{}] can't be had now: {why}", quote_key(name)))
             .collect();
         let restart =
             |key: &String| format!("{key} has changed in the file, which takes a restart");
@@ -180,7 +182,7 @@ impl fmt::Display for Summary {
 
 /// Returns what is said of forwards that can't be had now.
 pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
-    let line = |it: &Failed| format!("[forward.{}]: {}", it.name, it.reason());
+    let line = |it: &Failed| format!("[forward.{}]: {}", quote_key(&it.name), it.reason());
     failed.iter().map(line).collect()
 }
 

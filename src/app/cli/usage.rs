@@ -58,13 +58,17 @@ pub(super) fn reword_error(mut error: Error, words: &[String]) -> Error {
         }
         ErrorKind::InvalidSubcommand => {
             let word = text(&error, ContextKind::InvalidSubcommand);
-            let is_log = word.is_some_and(|word| ["log", "logs"].contains(&word.as_str()));
-            if is_log {
+            let tip = match word.as_deref() {
+                Some("log" | "logs") => Some(
+                    "the log is what an hvsock writes to standard error, or to the file of --log; `hvsock events` shows what happens",
+                ),
+                Some("version") => Some("`hvsock --version` prints it"),
+                _ => None,
+            };
+            if tip.is_some() {
                 error.remove(ContextKind::SuggestedSubcommand);
             }
-            is_log.then_some(
-                "the log is what an hvsock writes to standard error, or to the file of --log; `hvsock events` shows what happens",
-            )
+            tip
         }
         _ => None,
     };

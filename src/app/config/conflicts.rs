@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::forward::{ForwardSection, Read};
-use super::problems::Line;
+use super::problems::{Line, quote_key};
 use super::vms::VmSection;
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
@@ -38,15 +38,17 @@ pub(super) fn find_namesakes(
             Entry::Occupied(other) => {
                 let (other, other_range) = other.get();
                 let made = match range {
-                    Some(range) => format!(" of the range [{kind}.{range}]"),
+                    Some(range) => format!(" of the range [{kind}.{}]", quote_key(range)),
                     None => String::new(),
                 };
                 let is_there = match other_range {
                     Some(range) => {
+                        let range = quote_key(range);
                         format!("is made by the range [{kind}.{range}] in line {other}, too")
                     }
                     None => format!("is in line {other}, too"),
                 };
+                let name = quote_key(name);
                 let text = format!("[{kind}.{name}]{made} {is_there}; choose another name");
                 complain(line.clone(), text);
             }
@@ -84,7 +86,10 @@ pub(super) fn find(
         if let Some(other) = colliding.min_by_key(|it| it.line) {
             let text = format!(
                 "[forward.{}]: [forward.{}] in line {} listens on {} already; remove one, or choose another address",
-                claim.name, other.name, other.line, other.listen
+                quote_key(claim.name),
+                quote_key(other.name),
+                other.line,
+                other.listen
             );
             complain(claim.line.clone(), text);
         }
@@ -93,7 +98,7 @@ pub(super) fn find(
         }
     }
     for (forward, rule) in rules {
-        let name = &forward.name;
+        let name = quote_key(&forward.name);
         let listen = &rule.listen;
         for (key, own) in own_addresses {
             if own.collides(listen) {
@@ -128,7 +133,7 @@ pub(super) fn find_loops(
             continue;
         };
         if trail.iter().all(|it| !told.contains(it)) {
-            let name = &forward.name;
+            let name = quote_key(&forward.name);
             let loops = describe_loop(&trail);
             let text = format!("[forward.{name}]: {loops}; choose another target");
             complain(forward.connect_line.clone(), text);

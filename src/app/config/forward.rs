@@ -3,6 +3,7 @@
 use super::problems::Line;
 use super::section::Section;
 use crate::address::{Address, Port};
+use crate::app::needs::ACCESS_KEYS;
 use crate::app::ranges::{name_of, pair};
 use crate::app::rule::RuleOptions;
 use crate::app::values;
@@ -33,6 +34,8 @@ pub(super) struct ForwardSection {
     pub(super) name: String,
     /// The name of its section, if that is one of a range.
     pub(super) range: Option<String>,
+    /// The keys that its section has for the listener's file, and their lines.
+    pub(super) access: Vec<(&'static str, Line)>,
     /// Where it says where to listen, and where to connect to.
     pub(super) listen_line: Line,
     pub(super) connect_line: Line,
@@ -68,6 +71,8 @@ impl ForwardSection {
         let listen = section.take("listen", values::listen_addresses);
         let connect = section.take("connect", values::addresses);
         let options = section.take_options(defaults);
+        let access = ACCESS_KEYS.into_iter().filter(|key| section.has_read(key));
+        let access: Vec<_> = access.map(|key| (key, section.line_of(key))).collect();
         let ends = check_ends(&section);
         let (listens_at, its_vm) = (listen.clone(), vm.clone());
         let at = |all: Vec<Address>| {
@@ -112,6 +117,7 @@ impl ForwardSection {
                 false => read.name.clone(),
             },
             range: is_range.then(|| read.name.clone()),
+            access: access.clone(),
             listen_line: read.listen_line.clone(),
             connect_line: connect_line.clone(),
             listen,

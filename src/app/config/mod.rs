@@ -41,7 +41,7 @@ use tracing::Level;
 
 use crate::address::Address;
 use crate::app::guest_control::{self, GuestControl};
-use crate::app::needs::look_at_access;
+use crate::app::needs::look_at_given_access;
 use crate::app::rule::RuleOptions;
 use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
@@ -54,7 +54,7 @@ pub(crate) use diff::{Existing, Step, plan};
 use forward::{ForwardSection, Read};
 use parsing::parse_table;
 use problems::{Line, Weight};
-pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name};
+pub(crate) use problems::{Problem, Problems, STANDARD_INPUT, display_name, quote_key};
 use section::{ConfigText, Section};
 pub(crate) use vms::Missing;
 use vms::{FoundVms, VmSection};
@@ -256,13 +256,13 @@ impl Config {
         for vm in config.unused_vms() {
             let text = format!(
                 "[vm.{}] is used by no forward; is one's vm another name?",
-                vm.name
+                quote_key(&vm.name)
             );
             source.note(vm.section_line.clone(), text);
         }
         let dialled = |rule: &&Rule| matches!(rule.listen, Address::Hyperkit(_));
         if let (Some(_), Some(rule)) = (config.exit_idle, wanted.rules.iter().find(dialled)) {
-            let name = rule.name.as_deref().unwrap_or_default();
+            let name = quote_key(rule.name.as_deref().unwrap_or_default());
             let text = format!(
                 "exit-idle has no effect: a guest dials [forward.{name}], which nobody else would serve"
             );
@@ -425,15 +425,17 @@ impl Config {
             let Some(rule) = forward.rule(place) else {
                 continue;
             };
-            if let Some(finding) = look_at_access(&rule, &self.defaults) {
-                let problem = Problem::of_forward(&forward.name, &forward.listen_line, &finding);
-                complain(forward.listen_line.clone(), problem.text);
+            for (key, line) in &forward.access {
+                if let Some(finding) = look_at_given_access(&rule.listen, &[key]) {
+                    let problem = Problem::of_forward(&forward.name, line, &finding);
+                    complain(line.clone(), problem.text);
+                }
             }
             if let Err(e) = check_rule(&rule) {
                 refused.insert(&forward.name);
                 complain(
                     forward.connect_line.clone(),
-                    format!("[forward.{}]: {e}", forward.name),
+                    format!("[forward.{}]: {e}", quote_key(&forward.name)),
                 );
             }
             seen.push((forward, rule));
@@ -467,7 +469,8 @@ impl Config {
                 let (name, left) = (&vm.name, cap - proof);
                 let reserved = counted(reserved as u64, "connection");
                 let text = format!(
-                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{name}]"
+                    "{name:?}: its forwards reserve {reserved} together, and it has {left} for them; reserve fewer, or raise connections in [vm.{}]",
+                    quote_key(name)
                 );
                 complain(vm.line.clone(), text);
             }

@@ -1,5 +1,6 @@
 //! All that is wrong with a file, at once.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +28,24 @@ impl fmt::Display for Line {
     }
 }
 
+/// Returns a key as a file has it: in quotes where it must be.
+pub(crate) fn quote_key(key: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if !key.is_empty() && key.chars().all(plain) {
+        return key.into();
+    }
+    let mut text = String::from("\"");
+    for c in key.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            c if c.is_control() => text += &format!("\\u{:04X}", u32::from(c)),
+            c => text.push(c),
+        }
+    }
+    text.push('"');
+    text.into()
+}
+
 /// One thing that is wrong, in a line of the file if it is one's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Problem {
@@ -40,7 +59,7 @@ impl Problem {
     pub(super) fn of_forward(name: &str, line: &Line, finding: &Finding) -> Problem {
         Problem {
             line: Some(line.clone()),
-            text: format!("[forward.{name}]: {finding}"),
+            text: format!("[forward.{}]: {finding}", quote_key(name)),
             weight: finding.weight,
         }
     }

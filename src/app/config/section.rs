@@ -11,7 +11,7 @@ use serde_json::{Number, Value};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::problems::{Line, Problem, Weight};
+use super::problems::{Line, Problem, Weight, quote_key};
 use super::template;
 use crate::app::rule::RuleOptions;
 use crate::app::values;
@@ -92,6 +92,8 @@ pub(super) struct Section<'a, 'i> {
     title: String,
     table: &'a DeTable<'i>,
     known: Vec<Cow<'static, str>>,
+    /// The options whose values could not be read.
+    wrong: Vec<String>,
     pub(super) line: Line,
 }
 
@@ -102,6 +104,7 @@ impl<'a, 'i> Section<'a, 'i> {
             title: String::new(),
             table,
             known: Vec::new(),
+            wrong: Vec::new(),
             line: source.line(0..0),
         }
     }
@@ -109,6 +112,11 @@ impl<'a, 'i> Section<'a, 'i> {
     /// Whether a key is there, be its value right or wrong.
     pub(super) fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
+    }
+
+    /// Whether an option is there, and its value was read.
+    pub(super) fn has_read(&self, option: &str) -> bool {
+        self.has(option) && !self.wrong.iter().any(|wrong| wrong == option)
     }
 
     /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys
@@ -173,6 +181,7 @@ impl<'a, 'i> Section<'a, 'i> {
                 let changed = read_value(&key, value.get_ref(), set);
                 if let Err(why) = changed.map(|changed| options = changed) {
                     self.complain(Some(&key), why);
+                    self.wrong.push(key.clone());
                 }
             }
             self.known.push(key.into());
@@ -254,6 +263,7 @@ impl<'a, 'i> Section<'a, 'i> {
                 title: format!("[[{kind}]] {}", quote_key(&name)),
                 table,
                 known,
+                wrong: Vec::new(),
                 line: self.source.line(first.map_or(entry.span(), |at| at..at)),
             };
             sections.push((name, section));
@@ -275,6 +285,7 @@ impl<'a, 'i> Section<'a, 'i> {
                 title,
                 table,
                 known: Vec::new(),
+                wrong: Vec::new(),
                 line,
             }),
             other => {
@@ -314,15 +325,6 @@ impl<'a, 'i> Section<'a, 'i> {
                 format!("unknown key {}{place}; {remedy}", quote_key(name)),
             );
         }
-    }
-}
-
-/// A key as the file has it: in quotes where it must be.
-fn quote_key(key: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    match !key.is_empty() && key.chars().all(plain) {
-        true => key.to_owned(),
-        false => format!("{key:?}"),
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use std::io;
 use std::path::PathBuf;
 
-use super::problems::Line;
+use super::problems::{Line, quote_key};
 use super::section::Section;
 use crate::address::{AnyVm, HyperkitVm};
 use crate::app::values;
@@ -66,7 +66,7 @@ impl VmSection {
         let unanswered_line = section.line_of("unanswered");
         section.finish();
         VmSection {
-            place: format!("[vm.{name}]{key}"),
+            place: format!("[vm.{}]{key}", quote_key(&name)),
             name,
             line,
             at,
@@ -81,7 +81,7 @@ impl VmSection {
     /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
     pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> VmSection {
         VmSection {
-            place: format!("[forward.{forward}] vm"),
+            place: format!("[forward.{}] vm", quote_key(forward)),
             name: name.to_owned(),
             line: line.clone(),
             at: Some(name.to_owned()),
@@ -143,7 +143,10 @@ pub(super) fn find<'a>(
         if vm.unanswered.is_some() && !place.any().is_some_and(|it| it.traits().needs_pacing) {
             let what = "unanswered bounds the dials to hyperkit VMs only, which die of too many";
             let line = vm.unanswered_line.clone();
-            complain(line, format!("[vm.{}]: {what}; leave it out", vm.name));
+            complain(
+                line,
+                format!("[vm.{}]: {what}; leave it out", quote_key(&vm.name)),
+            );
         }
         match place.any().map(|it| known.entry(it)) {
             None => {}

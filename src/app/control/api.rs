@@ -16,10 +16,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::address::Address;
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
-use crate::app::ranges::{are_a_range, expand, name_of};
+use crate::app::ranges::{BarePort, TAKEN_IN_RANGE, are_a_range, expand, name_of};
 use crate::app::rule::RuleOptions;
 use crate::app::values::parse_time;
 use crate::error::counted;
@@ -33,6 +32,7 @@ use super::handover::give::{Finishing, Successor};
 use super::handover::{self, FailedForwards};
 use super::http::{HttpRequest, JSON, Response, lines, response};
 use super::inherited::Inherited;
+use super::lookup::ForwardLookup;
 use super::metrics;
 use super::model::{ConnectionInfo, EndedInfo, ForwardInfo, RuleBody, Status, read_rules};
 use super::problem::ApiProblem;
@@ -271,7 +271,11 @@ impl Api {
             }
             ("GET", "/v1/connections") => refuse_query(query)
                 .and_then(|()| json(200, &ConnectionInfo::all(&self.handle.connections()))),
-            ("GET", ENDED) => refuse_query(query).and_then(|()| json(200, &self.ended())),
+            ("GET", ENDED) => refuse_query(query).and_then(|()| {
+                let mut ended = self.ended();
+                EndedInfo::look_up_programs(&mut ended);
+                json(200, &ended)
+            }),
             ("POST", "/v1/forwards") => refuse_query(query).and_then(|()| self.add(&request.body)),
             ("POST", "/v1/reload") => refuse_query(query).and_then(|()| self.reload()),
             ("POST", "/v1/take-over") => {
@@ -292,9 +296,7 @@ impl Api {
                 .and_then(|()| self.close(&path[CONNECTIONS.len()..], request.asked_by)),
             _ => match (path.strip_prefix("/v1/forwards/"), method) {
                 (None | Some(""), _) => Err(no_such_call(path)),
-                (Some(name), "GET") => refuse_query(query)
-                    .and_then(|()| self.forward(name))
-                    .and_then(|found| json(200, &found)),
+                (Some(name), "GET") => refuse_query(query).and_then(|()| self.show(name)),
                 (Some(name), "DELETE") => {
                     self.grace(query).and_then(|grace| self.remove(name, grace))
                 }
@@ -386,6 +388,17 @@ impl Api {
         carried.or_else(|e| pending.ok_or(e))
     }
 
+    /// Shows a forward, or those of a range that are there.
+    fn show(&self, name: &str) -> ApiResult {
+        let none = match self.forward(name) {
+            Ok(found) => return json(200, &found),
+            Err(none) => none,
+        };
+        let forwards = self.handle.forwards();
+        let range = self.find_range(&forwards, name, none)?.into_iter();
+        json(200, &range.map(ForwardInfo::from).collect::<Vec<_>>())
+    }
+
     /// The forward of that name, or of that address, that is wanted and can't be had now.
     fn pending(&self, name: &str) -> Option<ForwardInfo> {
         let mut pending = (self.actions.pending)().into_iter();
@@ -395,45 +408,8 @@ impl Api {
     /// The forward of that name, or else that listens there, or else that has this id, or else the
     /// only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, ApiProblem> {
-        Api::find_in(&self.handle.forwards(), name).cloned()
-    }
-
-    fn find_in<'a>(
-        forwards: &'a [ForwardStatus],
-        name: &str,
-    ) -> Result<&'a ForwardStatus, ApiProblem> {
-        let named = |it: &ForwardStatus| it.rule.name.as_deref() == Some(name);
-        let address = name.parse::<Address>().ok();
-        let there = |it: &ForwardStatus| {
-            let here = [&it.listen, &it.rule.listen];
-            address
-                .as_ref()
-                .is_some_and(|address| here.contains(&address))
-        };
-        let id = name.parse::<u64>().ok();
-        let numbered = |it: &ForwardStatus| id == Some(it.id.into());
-        // A port is what `-L 8080:80` has of an address.
-        let ported = |it: &ForwardStatus| {
-            let port = it.listen.as_tcp().map(|it| u64::from(it.port));
-            id.is_some() && port == id
-        };
-        let only = |is_meant: &dyn Fn(&ForwardStatus) -> bool| {
-            let mut meant = (0..forwards.len()).filter(|index| is_meant(&forwards[*index]));
-            meant.next().filter(|_| meant.next().is_none())
-        };
-        let index = forwards
-            .iter()
-            .position(named)
-            .or_else(|| forwards.iter().position(there))
-            .or_else(|| forwards.iter().position(numbered))
-            .or_else(|| only(&ported));
-        match index {
-            Some(index) => Ok(&forwards[index]),
-            None => {
-                let problem = ApiProblem::new(404, format!("there is no forward {name:?}"));
-                Err(problem.with_remedy("`hvsock status` lists those that there are"))
-            }
-        }
+        let forwards = self.handle.forwards();
+        ForwardLookup::new(&forwards).find(name).cloned()
     }
 
     /// Adds a forward, or those of a range: all of them, or none.
@@ -445,7 +421,8 @@ impl Api {
         }
         let forwards = self.handle.forwards();
         let asked = rules.len();
-        let there = rules.iter().map(|rule| self.find_same(rule, &forwards));
+        let lookup = ForwardLookup::new(&forwards);
+        let there = rules.iter().map(|rule| self.find_same(rule, &lookup));
         let there: Vec<Option<ForwardId>> = there.collect::<Result<_, _>>()?;
         let lacking = rules
             .iter()
@@ -469,8 +446,12 @@ impl Api {
                         // That it is gone already is as good.
                         let _ = self.handle.remove(id, Duration::ZERO);
                     }
+                    let is_taken = e.kind() == io::ErrorKind::AddrInUse;
                     let mut problem = ApiProblem::from(e);
                     if asked > 1 {
+                        if is_taken {
+                            problem = problem.with_remedy(TAKEN_IN_RANGE);
+                        }
                         let all = counted(asked as u64, "forward");
                         problem.error += &format!(" (so that none of the {all} is added)");
                     }
@@ -480,9 +461,11 @@ impl Api {
         }
         let forwards = self.handle.forwards();
         self.added.note(&ids, &new, &forwards);
+        let lookup = ForwardLookup::new(&forwards);
+        let are_new: HashSet<ForwardId> = new.iter().copied().collect();
         let added = ids.iter().filter_map(|id| {
-            let added = forwards.iter().find(|it| it.id == *id)?;
-            if new.contains(id) {
+            let added = lookup.of_id(*id)?;
+            if are_new.contains(id) {
                 info!("added {}", describe(added));
             }
             Some(ForwardInfo::from(added))
@@ -511,11 +494,10 @@ impl Api {
         name: &str,
         none: ApiProblem,
     ) -> Result<Vec<&'a ForwardStatus>, ApiProblem> {
-        let addresses = expand(name).map_err(|why| ApiProblem::new(400, why))?;
+        let addresses = expand(name, BarePort::Tcp).map_err(|why| ApiProblem::new(400, why))?;
         if addresses.len() > 1 {
-            let found = addresses
-                .iter()
-                .filter_map(|it| Api::find_in(forwards, it).ok());
+            let lookup = ForwardLookup::new(forwards);
+            let found = addresses.iter().filter_map(|it| lookup.find(it).ok());
             let found: Vec<_> = found.collect();
             return if found.is_empty() {
                 Err(none)
@@ -536,14 +518,11 @@ impl Api {
         match (&meant[..], &others[..]) {
             ([], []) => Err(none),
             ([], [one]) => {
-                let remedy = format!(
-                    "{} is no part of a range: remove it by this name",
-                    label(one)
-                );
+                let remedy = format!("{} is no part of a range: give this name", label(one));
                 Err(none.with_remedy(remedy))
             }
             ([], [first, .., last]) => Err(none.with_remedy(format!(
-                "{} to {} are no range: remove each by its own name",
+                "{} to {} are no range: give each by its own name",
                 label(first),
                 label(last)
             ))),
@@ -558,13 +537,10 @@ impl Api {
     fn find_same(
         &self,
         rule: &Rule,
-        forwards: &[ForwardStatus],
+        forwards: &ForwardLookup<'_>,
     ) -> Result<Option<ForwardId>, ApiProblem> {
-        let named = |it: &&ForwardStatus| rule.name.is_some() && it.rule.name == rule.name;
-        let there = |it: &&ForwardStatus| it.listen == rule.listen;
-        let same = forwards.iter().find(named);
-        let same = same.or_else(|| forwards.iter().find(there));
-        if let Some(there) = same {
+        let named = rule.name.as_deref().and_then(|name| forwards.named(name));
+        if let Some(there) = named.or_else(|| forwards.listening_on(&rule.listen)) {
             if there.rule == *rule {
                 return Ok(Some(there.id));
             }
@@ -590,7 +566,7 @@ impl Api {
     fn remove(&self, name: &str, grace: Duration) -> ApiResult {
         let pending = self.pending(name);
         let forwards = self.handle.forwards();
-        let none = match Api::find_in(&forwards, name) {
+        let none = match ForwardLookup::new(&forwards).find(name) {
             Ok(found) => {
                 self.handle.remove(found.id, grace)?;
                 info!("removed {}", describe(found));
@@ -641,7 +617,7 @@ impl Api {
             info!(
                 "closing connection {number} of {}, from {}: {}",
                 status.name_of(it.forward),
-                it.peer_in_short(),
+                it.peer_in_words(),
                 match asked_by {
                     Some(pid) => format!("process {pid} asked for it"),
                     None => "that was asked for".to_owned(),

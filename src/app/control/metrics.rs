@@ -231,7 +231,7 @@ impl Families<'_, '_> {
         )?;
         each(
             "hvsock_vm_lost_slots",
-            "Slots of a VM whose connections were closed and never ended by its guest; they come back when the VM is restarted.",
+            "Slots of a VM whose connections have ended, but not in its guest; they come back when it ends them, or the VM is restarted.",
             |it| Some(Gauge(it.lost as u64)),
         )?;
         each(

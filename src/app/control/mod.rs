@@ -57,6 +57,7 @@ mod events;
 mod handover;
 mod http;
 mod inherited;
+mod lookup;
 mod metrics;
 mod model;
 mod place;
@@ -76,11 +77,10 @@ pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, encode_segment, follow_events, get, read};
 pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
-#[cfg(test)]
+#[cfg(any(test, target_os = "linux"))]
 pub(crate) use model::ProcessInfo;
 pub(crate) use model::{
-    ConnectionInfo, EndedInfo, ForwardInfo, Status, VmInfo, age, reason_in_words,
-    refusals_by_reason,
+    ConnectionInfo, EndedInfo, ForwardInfo, Status, VmInfo, age, refusals_by_reason,
 };
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::ApiProblem;

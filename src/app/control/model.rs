@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,11 +13,11 @@ use crate::app::values;
 use crate::engine::relay::Side;
 use crate::error::counted;
 use crate::keeper::LinkStatus;
-use crate::name::SocketName;
+use crate::name::{PeerProcess, SocketName, UNNAMED};
 use crate::proxy::{
     CarriedBytes, ConnectionState, ConnectionStatus, Counters, EndReason, EndedConnection,
-    ForwardState, ForwardStatus, LastError, ProgramFailure, Refusals, Rule, VmStatus, Waiting,
-    check_name,
+    ForwardState, ForwardStatus, LastError, ProgramFailure, RefusalReason, Refusals, Rule,
+    VmStatus, Waiting, check_name,
 };
 use crate::time::{unix, unix_option};
 
@@ -156,7 +156,7 @@ pub(crate) struct EndedInfo {
     pub(crate) connect: String,
     /// The peer's address; `null` if it had none, as clients of Unix sockets.
     pub(crate) peer: Option<String>,
-    /// The process that made the peer, without its program: it may be another one's number now.
+    /// The process that made the peer; its program while it runs, as far as that is known.
     pub(crate) process: Option<ProcessInfo>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
@@ -233,6 +233,19 @@ impl From<&EndedConnection> for EndedInfo {
 }
 
 impl EndedInfo {
+    /// Adds the programs of those processes that run still.
+    pub(super) fn look_up_programs(all: &mut [EndedInfo]) {
+        let now = SystemTime::now();
+        for it in all {
+            let Some(process) = &mut it.process else {
+                continue;
+            };
+            let age = Duration::try_from_secs_f64(it.age_seconds).unwrap_or_default();
+            let connected = now.duration_since(it.at).unwrap_or_default() + age;
+            process.program = process.identity().program_since(connected);
+        }
+    }
+
     /// Returns the forward's name, or where it listened.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
@@ -258,24 +271,24 @@ impl EndedInfo {
 
     /// Returns why it has ended, for people; of a refused one the error.
     pub(crate) fn why_in_words(&self) -> String {
-        let why = reason_in_words(&self.why);
-        match (&self.error, self.program.failure()) {
-            (Some(error), _) => format!("{why}: {error}"),
-            (None, Some(failure)) => format!("{why} ({failure})"),
-            (None, None) => why,
+        let mut why = EndReason::kind_in_words(&self.why).to_owned();
+        if let Some(refusal) = &self.refusal {
+            why += &format!(" ({})", RefusalReason::name_in_words(refusal));
+        }
+        if let Some(failure) = self.program.failure() {
+            why += &format!(" ({failure})");
+        }
+        match &self.error {
+            Some(error) => format!("{why}: {error}"),
+            None => why,
         }
     }
-}
-
-/// Returns a reason's name in words: `VM gone`.
-pub(crate) fn reason_in_words(name: &str) -> String {
-    name.replace('_', " ").replace("vm ", "VM ")
 }
 
 /// Returns the name of the reason for which a connection was refused.
 pub(super) fn refusal_of(why: EndReason) -> Option<String> {
     match why {
-        EndReason::Refused(reason) => Some(reason.to_string().replace(' ', "_")),
+        EndReason::Refused(reason) => Some(reason.name().to_owned()),
         _ => None,
     }
 }
@@ -338,7 +351,7 @@ impl ConnectionInfo {
         }
     }
 
-    /// Returns what is known of the peer, for people: its address, or else its process.
+    /// Returns what is known of the peer, for people: its address, its process, or both.
     pub(crate) fn peer_in_words(&self) -> String {
         peer_in_words(self.peer.as_ref(), self.process.as_ref())
     }
@@ -346,21 +359,26 @@ impl ConnectionInfo {
 
 fn peer_in_words(peer: Option<&String>, process: Option<&ProcessInfo>) -> String {
     match (peer, process) {
-        (Some(peer), _) => peer.clone(),
+        (Some(peer), Some(process)) => format!("{peer}, {process}"),
+        (Some(peer), None) => peer.clone(),
         (None, Some(process)) => process.to_string(),
-        (None, None) => "unknown".to_owned(),
+        (None, None) => UNNAMED.to_owned(),
+    }
+}
+
+impl ProcessInfo {
+    fn identity(&self) -> PeerProcess {
+        PeerProcess {
+            id: self.pid,
+            user: self.user,
+        }
     }
 }
 
 /// Writes `curl (pid 123, uid 501)`.
 impl fmt::Display for ProcessInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let user = self.user;
-        match (&self.program, self.pid) {
-            (Some(program), Some(pid)) => write!(f, "{program} (pid {pid}, uid {user})"),
-            (None, Some(pid)) => write!(f, "pid {pid}, uid {user}"),
-            (_, None) => write!(f, "uid {user}"),
-        }
+        self.identity().write_with(self.program.as_deref(), f)
     }
 }
 

@@ -1,9 +1,9 @@
 //! The hvsocks that run, and what those that carry a VM know of it.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use super::check::{Asked, Check};
+use super::check::{Asked, Check, Verdict};
 use crate::app::answering::{self, Hvsock, find_control_of};
 use crate::app::control::{self, ForwardInfo, Status, VmInfo, ask_status};
 use crate::keeper::status as keepers;
@@ -15,8 +15,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The remedy where the hvsock that was named is the wrong one.
 const OTHER: &str = "`hvsock ps` lists those that run, and what each leads to";
 
+/// The checks that say how a VM is, how its slots are used, and both of a VM that was not named.
+const HEALTH: &str = "health";
+const SLOTS: &str = "slots";
+const VM: &str = "vm";
+
 /// The remedy where slots are lost.
-const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, and restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, or restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
 
 /// The hvsocks that were asked.
 pub(super) struct Hvsocks {
@@ -84,13 +89,9 @@ impl Hvsocks {
 
     /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
     pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<CarryingProcess> {
-        let carriers = self.answers.iter().filter_map(|status| {
-            let mut vms = status.vms().into_iter();
-            Some(CarryingProcess {
-                process: status.pid,
-                vm: vms.find(|vm| is_it(&vm.directory))?.clone(),
-            })
-        });
+        let carriers = self.answers.iter();
+        let carriers = carriers
+            .filter_map(|status| CarryingProcess::all(status).find(|it| is_it(&it.vm.directory)));
         carriers.collect()
     }
 
@@ -100,7 +101,6 @@ impl Hvsocks {
     /// directory says that it leads to the VM.
     pub(super) fn unknown(
         &self,
-        name: &str,
         carriers: &[CarryingProcess],
         directory: Option<&Path>,
     ) -> Vec<Check> {
@@ -111,7 +111,7 @@ impl Hvsocks {
                 None => return Vec::new(),
             };
             let (seen, remedy) = why.split_once("; ").unwrap_or((&why, OTHER));
-            return vec![Check::failed(name, seen, remedy)];
+            return vec![Check::failed(SLOTS, seen, remedy)];
         }
         let Some(directory) = directory else {
             return Vec::new();
@@ -129,7 +129,7 @@ impl Hvsocks {
             let what = format!(
                 "hvsock {process} leads to the VM, and doesn't tell how it uses it: it is stopped, or its control socket is elsewhere"
             );
-            Check::skipped(name, what)
+            Check::skipped(SLOTS, what)
                 .with_remedy("name its control socket with --control PATH, if it has one")
         };
         processes.into_iter().map(unknown).collect()
@@ -146,10 +146,32 @@ impl Hvsocks {
     }
 }
 
+/// Checks each VM to which an hvsock of this user leads, as far as that one tells: nothing is
+/// dialled.
+pub(super) fn examine() -> Vec<Check> {
+    let (hvsocks, now) = (Hvsocks::ask_all(), SystemTime::now());
+    let carriers = hvsocks.answers.iter().flat_map(CarryingProcess::all);
+    let mut checks: Vec<Check> = carriers.map(|it| it.check_all(now)).collect();
+    let silent = hvsocks.silent.iter().map(|it| &it.process);
+    let silent = silent.filter(|it| serves(&it.command));
+    checks.extend(silent.map(|it| {
+        let seen = format!(
+            "hvsock {} doesn't answer: it is stopped, or has no control socket, or it is elsewhere",
+            it.id
+        );
+        Check::skipped(VM, seen).with_remedy("`hvsock doctor --vm VM` looks at one VM itself")
+    }));
+    checks
+}
+
+/// Returns whether a command serves forwards.
+fn serves(command: &[String]) -> bool {
+    let command = command.get(1);
+    command.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()))
+}
+
 /// Returns whether a command serves the VM of that directory, as far as its words tell.
 fn serves_vm_of(command: &[String], directory: &str) -> bool {
-    let serves = command.get(1);
-    let serves = serves.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()));
     let is_in = |word: &String| {
         let mut behind = word.match_indices(directory);
         behind.any(|(at, _)| {
@@ -157,28 +179,56 @@ fn serves_vm_of(command: &[String], directory: &str) -> bool {
             next.is_none_or(|next| "/?".contains(next))
         })
     };
-    serves && command.iter().skip(2).any(is_in)
+    serves(command) && command.iter().skip(2).any(is_in)
 }
 
 impl CarryingProcess {
-    /// Returns how it uses the VM's slots, behind what else is `known` of the VM.
-    pub(super) fn check(&self, name: &str, known: Option<String>) -> Check {
-        let (process, status) = (self.process, &self.vm.status);
-        let known = known.map(|known| format!("{known}; "));
+    /// Returns one for each VM that an hvsock carries.
+    fn all(status: &Status) -> impl Iterator<Item = CarryingProcess> {
+        status.vms().into_iter().map(|vm| CarryingProcess {
+            process: status.pid,
+            vm: vm.clone(),
+        })
+    }
+
+    /// Returns how the VM is, and how it uses the VM's slots, in one check.
+    fn check_all(&self, now: SystemTime) -> Check {
+        let place = &self.vm.directory;
+        let checks = [self.check_health(now), self.check_slots()];
         let seen = format!(
-            "hvsock {process}: {}{}",
-            known.unwrap_or_default(),
+            "{place}: hvsock {}: {}; {}",
+            self.process,
+            self.vm.health(now),
             self.vm.slots()
         );
+        let more = format!("`hvsock doctor --vm {place}` tells more");
+        let wrong = checks.into_iter().find(|it| it.verdict != Verdict::Ok);
+        match wrong.and_then(|it| it.remedy) {
+            Some(remedy) => Check::warning(VM, seen, &format!("{remedy}; {more}")),
+            None => Check::ok(VM, seen).with_remedy(more),
+        }
+    }
+
+    /// Returns whether the VM is there, and answers.
+    pub(super) fn check_health(&self, now: SystemTime) -> Check {
+        let status = &self.vm.status;
+        let seen = format!("hvsock {}: {}", self.process, self.vm.health(now));
+        let remedy = match status.silent_since {
+            _ if status.up == Some(false) => "start the VM",
+            _ if status.paused => "send its process a SIGCONT",
+            Some(_) => "no dial is answered: see on the VM's console whether it hangs",
+            None => return Check::ok(HEALTH, seen),
+        };
+        Check::warning(HEALTH, seen, remedy)
+    }
+
+    /// Returns how it uses the VM's slots.
+    pub(super) fn check_slots(&self) -> Check {
+        let (name, process, status) = (SLOTS, self.process, &self.vm.status);
+        let seen = format!("hvsock {process}: {}", self.vm.slots());
         let most = status.guest_limit.filter(|_| status.guests > 0);
         let is_crowded = most.is_some_and(|most| status.guests >= most);
         match status.lost {
-            _ if status.up == Some(false) => Check::warning(name, seen, "start the VM"),
-            _ if status.paused => Check::warning(name, seen, "send its process a SIGCONT"),
-            _ if status.silent_since.is_some() => {
-                let remedy = "no dial is answered: see on the VM's console whether it hangs";
-                Check::warning(name, seen, remedy)
-            }
             0 if self.vm.is_full() => {
                 let remedy = format!(
                     "end some (`hvsock connections --pid {process}` shows them), or allow more, 1000 at most: --vm-connections, or `connections` of the VM in the file"

@@ -57,6 +57,10 @@ impl Verdict {
     }
 }
 
+/// The remedy for a guest that doesn't answer.
+#[cfg(unix)]
+pub(super) const UNANSWERED: &str = "wait, or wake it; if it stays so, restart the VM";
+
 /// One thing that was looked at.
 #[derive(Clone, Debug)]
 pub(crate) struct Check {
@@ -101,6 +105,22 @@ impl Check {
             Some(remedy) => check.with_remedy(remedy),
             None => check,
         }
+    }
+
+    /// Makes the check of a guest that hasn't answered a dial.
+    #[cfg(unix)]
+    pub(super) fn unanswered(name: impl fmt::Display, patience: std::time::Duration) -> Check {
+        let seconds = patience.as_secs_f64();
+        let seen = format!("no answer within {seconds} s: paused, asleep or still booting");
+        Check::failed(name, seen, UNANSWERED)
+    }
+
+    /// Makes the check of a VM's process that doesn't run, but will go on when it is let.
+    #[cfg(unix)]
+    pub(super) fn stopped_process(process: impl fmt::Display) -> Check {
+        let seen = format!("{process} is stopped, by SIGSTOP or a debugger");
+        let remedy = format!("let it go on: kill -CONT {process}");
+        Check::failed("process", seen, &remedy)
     }
 
     pub(super) fn with_remedy(mut self, remedy: impl Into<String>) -> Check {

@@ -7,12 +7,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use socket2::SockRef;
 
-use super::carriers::{Hvsocks, Usage};
-use super::check::{Check, DoctorPlan};
+use super::carriers::{CarryingProcess, Hvsocks, Usage};
+use super::check::{Check, DoctorPlan, UNANSWERED, Verdict};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
 use crate::error::{Result, counted};
@@ -34,6 +34,9 @@ const MOST_CONNECTIONS: u64 = 1013;
 const LEAVE: Duration = Duration::from_secs(1);
 
 const START: &str = "start the VM";
+
+/// Why the guest isn't dialled where the device has no slot left.
+const ALL_TAKEN: &str = "all slots of the VM are taken";
 
 pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let (directory, vm) = directory(name);
@@ -57,6 +60,7 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     checks.push(process.check);
     checks.push(match process.pid {
         Some(pid) => limits(pid),
+        None if process.gone => Check::skipped("limits", "hyperkit's process is gone"),
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
     let connect = socket::examine("socket", &vm.connect_path(), START);
@@ -87,8 +91,19 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
         }
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
-    checks.extend(carriers.iter().map(|it| it.check("slots", None)));
-    checks.extend(hvsocks.unknown("slots", &carriers, Some(&vm.state_dir)));
+    let now = SystemTime::now();
+    checks.extend(carriers.iter().map(|it| it.check_health(now)));
+    let slots = carriers.iter().map(CarryingProcess::check_slots);
+    checks.extend(slots.map(|check| match guest.undialled {
+        // Others have taken those that this hvsock has not.
+        Some(ALL_TAKEN) if check.verdict == Verdict::Ok => Check::warning(
+            check.name,
+            format_args!("{}; {ALL_TAKEN}", check.seen),
+            &usage.remedy(),
+        ),
+        _ => check,
+    }));
+    checks.extend(hvsocks.unknown(&carriers, Some(&vm.state_dir)));
     checks.extend(keepers(&vm));
     checks
 }
@@ -269,6 +284,8 @@ struct HyperkitProcess {
     pid: Option<i32>,
     /// It doesn't run, but will go on with what it was sent when it is let.
     stopped: bool,
+    /// The one that is known has ended.
+    gone: bool,
 }
 
 impl From<Check> for HyperkitProcess {
@@ -277,6 +294,7 @@ impl From<Check> for HyperkitProcess {
             check,
             pid: None,
             stopped: false,
+            gone: false,
         }
     }
 }
@@ -306,7 +324,10 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
     let (state, program) = ps(pid).unwrap_or_default();
     if !sys::process_is_alive(pid) || state.starts_with('Z') {
         let seen = format!("{pid}, of {PID_NAME}, is gone");
-        return Check::failed(name, seen, remedy).into();
+        return HyperkitProcess {
+            gone: true,
+            ..Check::failed(name, seen, remedy).into()
+        };
     }
     let known = |known| program.contains(known);
     if !program.is_empty() && !["hyperkit", "hvsock"].into_iter().any(known) {
@@ -315,16 +336,14 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
     }
     let stopped = state.starts_with('T');
     let check = match stopped {
-        true => {
-            let seen = format!("{pid} is stopped, by SIGSTOP or a debugger");
-            Check::failed(name, seen, &format!("let it go on: kill -CONT {pid}"))
-        }
+        true => Check::stopped_process(pid),
         false => Check::ok(name, format_args!("{pid} runs")),
     };
     HyperkitProcess {
         check,
         pid: Some(pid),
         stopped,
+        gone: false,
     }
 }
 
@@ -439,7 +458,7 @@ fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     GuestReport {
         undialled: match &answer {
             Ok(Answer::After(_)) => None,
-            Ok(Answer::EndedUnread) => Some("all slots of the VM are taken"),
+            Ok(Answer::EndedUnread) => Some(ALL_TAKEN),
             Ok(Answer::None) => Some("the guest doesn't answer"),
             Ok(Answer::NotTaken) => Some("hyperkit takes no connection"),
             Err(_) => Some("the guest can't be dialled"),
@@ -472,11 +491,9 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
                 Check::ok(name, format_args!("answers, after {took:.1} ms"))
             }
         },
-        Ok(Answer::None) => Check::failed(
-            name,
-            format_args!("no answer within {seconds} s: paused, asleep or still booting"),
-            "wait, or wake it; if it stays so, restart the VM. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 slots",
-        ),
+        Ok(Answer::None) => Check::unanswered(name, patience).with_remedy(format!(
+            "{UNANSWERED}. Each dial that a guest hasn't answered takes one of hyperkit's 1,024 slots"
+        )),
         Ok(Answer::NotTaken) => Check::failed(
             name,
             format_args!(

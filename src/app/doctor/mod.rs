@@ -32,7 +32,11 @@ use crate::hyperkit::Places;
 pub(crate) fn examine(plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = vec![system::descriptors()];
     match &plan.vm {
-        None => checks.extend(system::vsock()),
+        None => {
+            checks.extend(system::vsock());
+            #[cfg(unix)]
+            checks.extend(carriers::examine());
+        }
         #[cfg(unix)]
         Some(name) => match VmPlace::find_other(name, &Places::from_env()) {
             None => checks.extend(hyperkit::examine(name, plan)),

@@ -1,11 +1,15 @@
 //! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
-use super::carriers::Hvsocks;
+use super::carriers::{CarryingProcess, Hvsocks};
 use super::check::{Check, DoctorPlan, Verdict};
 use super::{socket, system};
 use crate::address::{Address, AnyVm, Port, VsockMuxAddress};
+use crate::app::processes;
 use crate::app::vm::VmPlace;
+use crate::app::vmms::{self, RunningVm};
 use crate::stream::Stream;
+use crate::sys;
+use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -18,27 +22,33 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
         _ => checks.extend(system::vsock()),
     }
-    let can_dial = checks.iter().all(|it| it.verdict != Verdict::Failed);
+    let process = process(vm);
+    let why_undialled = match &process {
+        _ if checks.iter().any(|it| it.verdict == Verdict::Failed) => {
+            Some("there is no socket to dial it by")
+        }
+        Some(process) if process.verdict == Verdict::Failed => Some("its process is stopped"),
+        _ => None,
+    };
+    checks.extend(process);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|place| match VmPlace::parse(place) {
         Some(Ok(other)) => is_same(&other, vm),
         _ => false,
     });
     let now = SystemTime::now();
-    let health = carriers
-        .iter()
-        .map(|it| it.check("health", Some(it.vm.health(now))));
-    checks.extend(health);
+    checks.extend(carriers.iter().map(|it| it.check_health(now)));
+    checks.extend(carriers.iter().map(CarryingProcess::check_slots));
     let path = match vm {
         VmPlace::VsockMux(mux) => Some(mux.path.as_path()),
         _ => None,
     };
-    checks.extend(hvsocks.unknown("health", &carriers, path));
+    checks.extend(hvsocks.unknown(&carriers, path));
     checks.extend(plan.ports.iter().map(|port| {
         let name = format!("port {port}");
-        match can_dial {
-            true => guest_port(name, &vm.guest_port(*port), plan.patience),
-            false => Check::skipped(name, "there is no socket to dial it by"),
+        match why_undialled {
+            None => guest_port(name, &vm.guest_port(*port), plan.patience),
+            Some(why) => Check::skipped(name, why),
         }
     }));
     if plan.ports.is_empty() {
@@ -47,6 +57,21 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
     }
     checks.extend(plan.host_ports.iter().map(|port| host_port(vm, *port)));
     checks
+}
+
+/// Checks whether the VM's process runs, if it is one that can be known by its command line.
+fn process(vm: &VmPlace) -> Option<Check> {
+    let is_meant = |it: &RunningVm| match VmPlace::parse(&it.vm) {
+        Some(Ok(other)) => is_same(&other, vm),
+        _ => false,
+    };
+    let mut running = vmms::find(&processes::list_all().ok()?).into_iter();
+    let RunningVm { vmm, process, .. } = running.find(is_meant)?;
+    let is_stopped = i32::try_from(process).is_ok_and(sys::process_is_stopped);
+    Some(match is_stopped {
+        true => Check::stopped_process(process),
+        false => Check::ok("process", format_args!("{process} runs, of {vmm}")),
+    })
 }
 
 /// Returns whether two places are one VM's, however its socket's path is spelled.
@@ -66,6 +91,7 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
             let _ = stream.finish(LEAVE);
             Check::ok(name, "is listened on")
         }
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Check::unanswered(name, patience),
         Err(e) => Check::error(name, &e),
     }
 }

@@ -16,9 +16,11 @@
 //! the time it is accepted. So a guest's dials are bounded by their end: those beyond their quota
 //! ([`guests`]) are not served, but ended at once, gracefully.
 //!
-//! What is counted are the slots that the device counts. A connection that was closed though its
-//! guest never ended it keeps its slot in the device: it is [lost](Slot::lose) until the VM is
-//! another one.
+//! What is counted are the slots that the device counts. A connection that its guest has not ended
+//! in time keeps its slot in the device, closed or not. So its socket stays open where it can be,
+//! half-closed, and the slot is [lost](Slot::mark_held) until the guest ends it, too. What had to
+//! be closed is [lost](Slot::mark_lost) until the VM is another one: nothing tells what the guest
+//! does.
 //!
 //! A VM that has no slot free meets three kinds of client:
 //!

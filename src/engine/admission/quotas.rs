@@ -20,7 +20,9 @@ pub(crate) enum Holder {
     TurnedAway,
     /// A process whose listeners this one has taken over, until it has ended.
     Predecessor,
-    /// The slots that no close gives back: see [`Slot::mark_lost`](super::Slot::mark_lost).
+    /// The slots that are lost: of connections that were closed before their guest has ended them
+    /// ([`Slot::mark_lost`](super::Slot::mark_lost)), and of those whose end is still waited for
+    /// ([`Slot::mark_held`](super::Slot::mark_held)). Of the process' connections, these last.
     Lost,
 }
 

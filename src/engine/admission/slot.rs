@@ -49,6 +49,8 @@ pub(super) enum Stage {
     Accepted,
     /// A dial of the guest has it, and is not served.
     TurnedAway,
+    /// A dial of the guest had it, whose connection has ended without the guest.
+    Held,
 }
 
 impl Slot {
@@ -195,6 +197,28 @@ impl Slot {
         self.is_lost = self.can_be_lost();
     }
 
+    /// Notes that the connection has ended though its guest has not ended it, and that its socket
+    /// stays open: the slot counts as lost until the guest ends it, too. Returns false, and notes
+    /// nothing, if the slot [can't be lost](Slot::can_be_lost) or is of a VM that has gone.
+    pub(crate) fn mark_held(&mut self) -> bool {
+        let mut state = self.gate.state();
+        if !self.gate.traits.loses_slots || state.epoch != self.epoch {
+            return false;
+        }
+        state.quotas.give_back(self.holder);
+        state.quotas.take(Holder::Lost);
+        self.holder = Holder::Lost;
+        if self.stage == Stage::Accepted {
+            state.guests = state.guests.saturating_sub(1);
+            self.stage = Stage::Held;
+        }
+        if let Some(drain) = self.drain.take() {
+            state.forget_drain(drain);
+        }
+        state.wake();
+        true
+    }
+
     /// Returns whether the VMM keeps the slot of a connection that is closed before its guest has
     /// ended it.
     pub(crate) fn can_be_lost(&self) -> bool {
@@ -234,7 +258,7 @@ impl Drop for Slot {
         match self.stage {
             Stage::Admitted => state.pending = state.pending.saturating_sub(1),
             Stage::Accepted => state.guests = state.guests.saturating_sub(1),
-            Stage::Queued | Stage::Dialled(_) | Stage::TurnedAway => {}
+            Stage::Queued | Stage::Dialled(_) | Stage::TurnedAway | Stage::Held => {}
         }
         state.quotas.give_back(self.holder);
         if self.is_lost {

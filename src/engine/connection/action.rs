@@ -47,6 +47,9 @@ pub(crate) enum Action<S> {
     Leave(S),
     /// Drop the connection, which is closed.
     Drop,
+    /// Drop the connection, but for what is left of it, [`super::Connection::take_remnant`], which
+    /// takes its place.
+    Hold,
 }
 
 /// What every call of a connection is given.
@@ -64,6 +67,8 @@ pub(crate) struct Context<'a, S: Socket> {
     /// Returns whether the process at the other end of a socket is ending or has ended, as far as
     /// the system tells. The call costs some microseconds.
     pub(crate) has_peer_ended: &'a mut dyn FnMut(&S) -> bool,
+    /// Returns whether a socket may stay open for a guest that has not ended its connection.
+    pub(crate) may_hold: &'a dyn Fn() -> bool,
     /// Whether the connection has work left: [`super::Connection::step`] is to be called again,
     /// after the others.
     pub(crate) has_more_work: bool,

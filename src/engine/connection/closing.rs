@@ -9,6 +9,7 @@
 //! `Reporter::drain_timeout`.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::dial::Dial;
@@ -25,7 +26,7 @@ use super::action::{Action, Context};
 use super::closing_end::{Closing, How};
 use super::closing_times::ClosingTimes;
 use super::socket::ConnectionSocket;
-use super::state::{Connection, State};
+use super::state::{Connection, Program, State};
 
 /// How long input is read and discarded from a client that has received its whole answer and goes
 /// on sending.
@@ -42,6 +43,7 @@ const LAST_TURNS: usize = 64;
 pub(super) const NOT_ENDED: &str =
     "closed connections that the guest did not end within the drain timeout";
 const LOST: &str = "closed connections that the guest did not end within the drain timeout; their slots are lost until the VM is restarted";
+const HELD: &str = "the guest did not end connections within the drain timeout; their slots are lost until it ends them or the VM is restarted";
 const SENDS_ON: &str =
     "closed connections on which the guest went on sending though nobody was left to read";
 
@@ -249,6 +251,10 @@ impl<S: ConnectionSocket> Connection<S> {
             may_slow: cx.phase == Phase::Running && self.forward.needs_graceful_close(side),
         };
         let mut next = drain.take_turn(turn, now);
+        if self.is_remnant && drain.wants_end() {
+            // Once it is closed, the guest's next packet has the device end the connection.
+            next = DrainStep::GiveUp;
+        }
         let slot = &mut self.slots[side];
         if let Some(slot) = slot {
             match next {
@@ -346,7 +352,7 @@ impl<S: ConnectionSocket> Connection<S> {
             return;
         };
         let ends = std::mem::take(ends);
-        let mut is_settling = false;
+        let (mut is_settling, mut held) = (false, [None, None]);
         for (side, closing) in Side::BOTH.into_iter().zip(ends) {
             let Some(Closing { end, how }) = closing else {
                 continue;
@@ -360,11 +366,30 @@ impl<S: ConnectionSocket> Connection<S> {
                 How::Drain(_) | How::ShakeHands(_) => Gone::Silent,
             };
             // At the end of the process, its keeper has all the time that the guest needs.
-            if cx.phase == Phase::Cutting && end.socket.is_guarded() {
+            if (cx.phase == Phase::Cutting || self.is_remnant) && end.socket.is_guarded() {
+                // The process may live on for a while, as that of a proxy that has handed over.
+                if let (true, Some(slot)) = (self.is_remnant, &mut self.slots[side]) {
+                    slot.mark_lost();
+                }
                 cx.request(Action::Leave(end.socket));
                 continue;
             }
+            if let (Gone::Silent, How::Drain(_)) = (guest, &how)
+                && self.may_hold(side, cx)
+            {
+                self.note_abandoned(HELD, cx.now);
+                held[side] = Some(Closing::drain(end));
+                continue;
+            }
             is_settling |= self.give_up(side, end, guest, cx);
+        }
+        if held.iter().any(Option::is_some) {
+            let mut times = ClosingTimes::ending_at(None);
+            if is_settling {
+                times.note_given_up(cx.now);
+            }
+            self.state = State::Closing { ends: held, times };
+            return cx.request(Action::Hold);
         }
         match &mut self.state {
             State::Closing { times, .. } if is_settling && cx.phase == Phase::Running => {
@@ -375,8 +400,37 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
+    /// Returns whether the socket of a side may stay open until its silent guest ends it, and has
+    /// its slot count as lost until then.
+    fn may_hold(&mut self, side: Side, cx: &Context<'_, S>) -> bool {
+        cx.phase == Phase::Running
+            && self.program == Program::None
+            && (cx.may_hold)()
+            && self.slots[side].as_mut().is_some_and(Slot::mark_held)
+    }
+
+    /// Takes what is left of the connection: the ends that its guests have not ended. The rest has
+    /// ended.
+    ///
+    /// A close would tell a silent guest nothing, and its slot would be as much taken as before.
+    /// While the socket is open, the guest's end is seen, and the slot is known to be free again. A
+    /// guest that sends would be told by a close, so its drain is given up then.
+    pub(crate) fn take_remnant(&mut self, now: Instant) -> Connection<S> {
+        let forward = Arc::clone(&self.forward);
+        let state = self.take_state();
+        self.enter(State::Closed);
+        let mut remnant = Connection::internal(forward, self.peer, state, now);
+        remnant.is_remnant = true;
+        remnant.is_inherited = self.is_inherited;
+        remnant.is_queued = self.is_queued;
+        remnant.slots = std::mem::take(&mut self.slots);
+        // What came since the last turn is read.
+        remnant.wake_at = Some(now);
+        remnant
+    }
+
     /// Shortens the closing to what the current phase allows. A probe may take as long as the proxy
-    /// runs.
+    /// runs, and so may a remnant.
     pub(crate) fn shorten_closing(&mut self, cx: &mut Context<'_, S>) {
         let State::Closing { ends, times } = &mut self.state else {
             return;
@@ -393,6 +447,8 @@ impl<S: ConnectionSocket> Connection<S> {
             // Its slots are not waited for.
             _ if is_closed && cx.phase > Phase::Running => cx.now,
             None if cx.phase == Phase::Running => return,
+            // It has had its time.
+            None if self.is_remnant => cx.now,
             None => cx.now + LAST_DRAIN,
             Some(until) => until.min(after(cx.now, time_to_close(&self.forward, ends, cx.phase))),
         };

@@ -34,6 +34,7 @@ impl<S: Socket> Connection<S> {
         let forward = self.forward.label();
         match self.name {
             Some(ConnectionId(id)) => error_span!("connection", id, %forward, peer = %self.peer),
+            None if self.is_remnant => error_span!("remnant", %forward),
             None => error_span!("probe", %forward),
         }
     }
@@ -83,6 +84,10 @@ impl<S: Socket> Connection<S> {
 
     /// Counts and logs an end that the peer has not ended in time.
     pub(super) fn note_abandoned(&self, text: &str, now: Instant) {
+        if self.is_remnant {
+            // It was counted before.
+            return;
+        }
         let forward = &self.forward;
         add_one(&forward.tally.abandoned);
         if forward.log_limiter.admit(text, now).is_some() {

@@ -27,8 +27,11 @@ use super::transitions;
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Connection<S: Socket> {
-    /// The public identifier; a probe has none.
+    /// The public identifier; a probe has none, nor has a remnant.
     pub(crate) name: Option<ConnectionId>,
+    /// Whether this is what is left of a connection that has ended: a socket that is read until
+    /// the guest ends it, which it has not done in time. The slot counts as lost until then.
+    pub(crate) is_remnant: bool,
     pub(crate) forward: Arc<Forward>,
     pub(crate) state: State<S>,
     /// The time at which [`step`](Connection::step) is to be called, if no event comes before.
@@ -180,6 +183,7 @@ impl<S: Socket> Connection<S> {
         transitions::report_transition("new", state.name());
         Connection {
             name: None,
+            is_remnant: false,
             forward,
             #[cfg(all(test, target_os = "linux"))]
             state_name: state.name(),
@@ -227,6 +231,7 @@ impl<S: Socket> Connection<S> {
     pub(crate) fn holder(&self) -> Holder {
         match self.name {
             Some(_) => Holder::Forward(self.forward.id),
+            None if self.is_remnant => Holder::Lost,
             None => Holder::Probes,
         }
     }

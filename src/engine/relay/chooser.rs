@@ -52,8 +52,8 @@ const GAIN: f64 = 0.97;
 /// The time is the same if it differs by less than this part: then the cost decides.
 const SAME_PACE: f64 = 0.95;
 
-/// The most that a wait between two turns counts. A longer one is a peer's that has nothing to send
-/// or nothing to say, and no carrier's.
+/// The most that a wait between two turns counts. In a longer one a peer has nothing to send or
+/// takes nothing, whatever the carrier.
 const LONGEST_WAIT: Duration = Duration::from_millis(1);
 
 /// What a wake-up costs besides the calls that move bytes: an `epoll_wait` that sleeps, on machines
@@ -62,13 +62,13 @@ const WAKE: Duration = Duration::from_micros(2);
 
 /// Chooses the carrier for flows of one kind.
 ///
-/// Now and then it compares: the flows take one carrier and the other in turn, a few MiB at a time.
-/// The faster one is chosen. If both are as fast, since a peer or a network sets the pace, it is the
-/// one whose calls cost less. In between it counts bytes, and no time is measured.
+/// Now and then it compares: the flows take one carrier and the other in turn, a few MiB at a
+/// time. The faster one is chosen. If both are as fast, since a peer or a network sets the pace, it
+/// is the one whose calls cost less. In between it counts bytes, and no time is measured.
 ///
-/// The calls alone don't say which is faster: where the peers share the processors with the proxy,
-/// what wakes them, and what they pay for the bytes that one carrier or the other has left them,
-/// is seen only in how much passes.
+/// The calls alone don't say which is faster. Where the peers share the processors with the proxy,
+/// only the rate shows what it costs to wake them, and what they pay for the bytes that one carrier
+/// or the other leaves them.
 #[derive(Debug)]
 pub(crate) struct Chooser {
     chosen: Through,

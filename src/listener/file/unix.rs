@@ -142,7 +142,7 @@ pub(crate) fn bind(
                 "another program listens there: stop it, or choose another path or port"
             }
             io::ErrorKind::AlreadyExists => "choose another path, or move the file away",
-            io::ErrorKind::InvalidFilename => "choose a shorter name",
+            io::ErrorKind::InvalidFilename => "choose a shorter name, or a shorter path",
             io::ErrorKind::PermissionDenied => {
                 "look at the permissions of the directory and of the file in the way"
             }
@@ -163,9 +163,12 @@ pub(crate) fn bind(
     };
     let (socket, file) = sys::with_short_path(path, bind).map_err(|e| {
         let remedy = match e.kind() {
+            io::ErrorKind::NotFound if path.parent().is_some_and(Path::is_dir) => {
+                "no socket can be made in its directory: choose another one"
+            }
             io::ErrorKind::NotFound => "its directory doesn't exist: make it first",
             io::ErrorKind::PermissionDenied => "you may not write to its directory",
-            io::ErrorKind::InvalidFilename => "choose a shorter name",
+            io::ErrorKind::InvalidFilename => "choose a shorter name, or a shorter path",
             _ => return fail(e, None),
         };
         fail(e, Some(remedy))

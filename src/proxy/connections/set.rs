@@ -231,6 +231,7 @@ impl<D: Driver> Connections<D> {
             pool: &mut self.pool,
             actions: &mut self.actions,
             has_peer_ended: &mut |socket| driver.has_peer_ended(socket),
+            may_hold: &|| cx.shared.may_hold(),
             has_more_work: false,
         };
         call(connection, &mut to);
@@ -266,6 +267,7 @@ impl<D: Driver> Connections<D> {
             Action::Reset(stream) => return cx.driver.reset(stream),
             Action::Leave(stream) => return cx.driver.leave(stream),
             Action::Drop => return self.drop_connection(id, cx),
+            Action::Hold => return self.hold_remnant(id, cx),
             other => other,
         };
         let Some(connection) = self.table.get_mut(id) else {
@@ -306,7 +308,8 @@ impl<D: Driver> Connections<D> {
             | Action::Discard(_)
             | Action::Reset(_)
             | Action::Leave(_)
-            | Action::Drop => {}
+            | Action::Drop
+            | Action::Hold => {}
         }
     }
 
@@ -368,19 +371,38 @@ impl<D: Driver> Connections<D> {
         }
     }
 
+    /// Puts what is left of a connection that has ended into its place: its socket is registered
+    /// with that token.
+    fn hold_remnant(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
+        let Some(connection) = self.table.get_mut(id) else {
+            return;
+        };
+        let remnant = connection.take_remnant(cx.now);
+        self.timers.change(id, connection.wake_at, remnant.wake_at);
+        cx.shared.note_begin(&remnant.forward, remnant.holder());
+        if let Some(connection) = self.table.replace(id, remnant) {
+            self.note_end(connection, cx);
+        }
+    }
+
     /// Removes a connection that has ended, with all that is counted for it.
     fn drop_connection(&mut self, id: Id, cx: &mut TurnContext<'_, D>) {
         let Some(connection) = self.table.remove(id) else {
             return;
         };
         self.timers.remove(id, connection.wake_at);
-        let holder = connection.holder();
-        let at = cx.driver.wall_time();
-        let forward = connection.finish(&cx.shared.routes, cx.now, at);
         let load = &cx.shared.inboxes[cx.index].load;
         if load.fetch_sub(1, Ordering::Relaxed) == 1 {
             cx.driver.release_unused();
         }
+        self.note_end(connection, cx);
+    }
+
+    /// Reports and counts the end of a connection.
+    fn note_end(&self, connection: Connection<D::Stream>, cx: &mut TurnContext<'_, D>) {
+        let holder = connection.holder();
+        let at = cx.driver.wall_time();
+        let forward = connection.finish(&cx.shared.routes, cx.now, at);
         cx.shared.note_end(&forward, holder, cx.now);
     }
 

@@ -208,6 +208,10 @@ impl Audit {
                         "a socket is closed, and keeps its slot in its VM"
                     );
                     began.insert(key, *self.began_to_close.get(&key).unwrap_or(&now));
+                    if conn.is_remnant {
+                        // It has had its time.
+                        continue;
+                    }
                     let until = times.forced_at().map(|at| world.time_of(at));
                     let before = self.closing.get(&key).copied();
                     assert!(
@@ -330,6 +334,13 @@ impl Audit {
     pub(super) fn check_listeners(&self, worker: &Worker<SimDriver>, world: &SimWorld) {
         let in_vain = worker.listeners.all().iter().any(|it| it.sleeps_in_vain());
         assert!(!in_vain, "a listener sleeps, and its VM has a place");
+        let forwards: Vec<_> = worker.shared.forwards().iter().cloned().collect();
+        let sockets = forwards.iter().map(|it| it.rule.listen.listening_sockets());
+        assert_eq!(
+            worker.shared.listening_sockets(),
+            sockets.sum::<usize>(),
+            "the sockets that are listened on are counted wrongly"
+        );
         let forgotten = worker.listeners.has_forgotten();
         assert!(
             !forgotten,

@@ -383,7 +383,8 @@ fn check_counts(plan: &Plan, run: &Run, shared: &crate::proxy::shared::Shared<Si
         .count_some("times that drains were in the way", in_the_way);
     let may_miss = stage.verdicts().ledger.has_failed_additions;
     assert!(
-        may_miss || abandoned == stage.kernel().abandoned,
+        // A guest may end one later, which is not closed by force then.
+        may_miss || abandoned >= stage.kernel().abandoned,
         "{abandoned} are counted as not ended in time, and {} were",
         stage.kernel().abandoned
     );

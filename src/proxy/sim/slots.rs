@@ -74,7 +74,7 @@ impl Slots {
                     continue;
                 };
                 let vm = path_of(gate);
-                let slot = conn.slots[side].as_ref();
+                let slot = conn.slots[side].as_ref().filter(|_| !conn.is_remnant);
                 if side == Side::Client && slot.is_some_and(|slot| !slot.is_turned_away()) {
                     *guests.entry(vm.clone()).or_default() += 1;
                 }

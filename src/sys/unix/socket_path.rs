@@ -58,7 +58,9 @@ pub(crate) fn check_socket_name(path: &Path) -> io::Result<()> {
     Err(io::Error::new(
         io::ErrorKind::InvalidFilename,
         format!(
-            "the name has {length} bytes, and a socket's name can have {LONGEST_NAME} in a directory with a long path"
+            "its name has {length} bytes, and {LONGEST_NAME} is the limit where the whole path has more than {}, as this one has with {}",
+            SUN_PATH_LEN - 1,
+            path.as_os_str().len()
         ),
     ))
 }

@@ -5,7 +5,7 @@ mod guide;
 mod page;
 
 use std::fs;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 #[cfg(unix)]
@@ -20,17 +20,21 @@ use page::Page;
 
 /// Show a man page, or write them all
 ///
-/// On a terminal `man` shows the page; elsewhere its source is printed.
+/// It is shown by `man`, as text where it goes into a file or another program.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   hvsock man expose
-  hvsock man hvsock.toml >hvsock.toml.5
+  hvsock man expose | grep -A 3 PORT
+  hvsock man --roff hvsock.toml >hvsock.toml.5
   hvsock man --dir /usr/local/share/man")]
 pub(super) struct ManArgs {
     /// The command that the page is of, or the name of another page, such as hvsock.toml or
     /// hvsock-control [default: hvsock itself]
     #[arg(value_name = "COMMAND|PAGE")]
     of: Option<String>,
+    /// Print the page's source, as `man` reads it
+    #[arg(long, conflicts_with = "dir")]
+    roff: bool,
     /// Write all pages below this directory, into man1, man5 and man7, which are made if they don't
     /// exist
     #[arg(long, value_name = "DIR", conflicts_with = "of", value_hint = ValueHint::DirPath)]
@@ -53,8 +57,9 @@ impl ManArgs {
         let of = self.of.unwrap_or_default();
         let meant = [page::full_name(&of), of.clone()];
         match pages.iter().find(|page| meant.contains(&page.name)) {
+            Some(page) if self.roff => write_out(page.text.as_bytes()),
             Some(page) if io::stdout().is_terminal() => show(&page.text),
-            Some(page) => write_out(page.text.as_bytes()),
+            Some(page) => write_out(&render(&page.text)?),
             None => Err(Failure::Usage(format!(
                 "there is no command and no page {of:?}; there are {}",
                 names.join(", ")
@@ -79,10 +84,27 @@ fn show(page: &str) -> Outcome {
     });
     match shown {
         Ok(status) if status.success() => Ok(()),
-        _ => Err(Failure::Failed(
-            "there is no `man` here that shows it: --help has most of it, and `| cat` behind this prints the page's source".to_owned(),
-        )),
+        _ => Err(no_man()),
     }
+}
+
+/// Returns a page as the text that `man` makes of it.
+fn render(page: &str) -> Result<Vec<u8>, Failure> {
+    // It may write before it has read all.
+    let mut source = tempfile::tempfile()?;
+    source.write_all(page.as_bytes())?;
+    source.rewind()?;
+    let mut man = std::process::Command::new("man");
+    man.args(["-l", "-"]).stdin(source).stderr(Stdio::inherit());
+    match man.output() {
+        Ok(output) if output.status.success() => Ok(output.stdout),
+        _ => Err(no_man()),
+    }
+}
+
+fn no_man() -> Failure {
+    let why = "there is no `man` here that shows it: --help has most of it, and --roff prints the page's source";
+    Failure::Failed(why.to_owned())
 }
 
 /// Makes all pages.
