@@ -19,9 +19,9 @@ pub(super) enum Added {
 /// How the forwards came that were added by the control socket of this process, or of one from
 /// which it has taken over, and are there still. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub(super) struct AddedForwards(Arc<Mutex<HashMap<ForwardId, Added>>>);
+pub(super) struct AdditionRecords(Arc<Mutex<HashMap<ForwardId, Added>>>);
 
-impl AddedForwards {
+impl AdditionRecords {
     /// Notes how forwards were asked for, of which these are `new`. One of a range stays one. Those
     /// that are not among `forwards` any more are forgotten.
     pub(super) fn note(&self, ids: &[ForwardId], new: &[ForwardId], forwards: &[ForwardStatus]) {

@@ -25,7 +25,7 @@ use crate::error::counted;
 use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
 
-use super::added::{Added, AddedForwards};
+use super::added::{Added, AdditionRecords};
 use super::endpoint::{ServedInterface, ServiceEndpoint};
 use super::events::Events;
 use super::handover::give::{Finishing, Successor};
@@ -115,7 +115,7 @@ pub(super) struct Api {
     endpoints: Vec<Arc<ServiceEndpoint>>,
     pub(super) events: Arc<Events>,
     lanes: Lanes,
-    added: AddedForwards,
+    added: AdditionRecords,
     handover: Mutex<HandoverState>,
     inherited: Inherited,
     /// The connection to the process that has taken over, until this one ends.
@@ -198,7 +198,7 @@ impl Api {
                 stops: lane(1),
                 upgrades: lane(1),
             },
-            added: AddedForwards::default(),
+            added: AdditionRecords::default(),
             handover: Mutex::default(),
             inherited: Inherited::default(),
             finishing: Mutex::default(),
@@ -208,7 +208,7 @@ impl Api {
 
     /// Sets the ended connections of earlier processes, to be shown beside those of this one, and
     /// how these forwards were added.
-    pub(super) fn with_inherited(self, inherited: Inherited, added: AddedForwards) -> Api {
+    pub(super) fn with_inherited(self, inherited: Inherited, added: AdditionRecords) -> Api {
         Api {
             inherited,
             added,

@@ -85,7 +85,7 @@ pub(crate) use model::{
 pub(crate) use place::{default_path, find_own_path, find_path, paths_of};
 pub(crate) use problem::ApiProblem;
 
-use added::AddedForwards;
+use added::AdditionRecords;
 use api::Api;
 use clients::most_clients;
 use endpoint::{BoundEndpoint, Demand, ServedInterface};
@@ -135,7 +135,7 @@ pub(crate) struct Bound {
     missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
-    added: AddedForwards,
+    added: AdditionRecords,
 }
 
 /// Takes those of the sockets that the predecessor has, and binds the others.
@@ -222,7 +222,7 @@ fn open(
         missing,
         events: Arc::default(),
         inherited: Inherited::default(),
-        added: AddedForwards::default(),
+        added: AdditionRecords::default(),
     })
 }
 

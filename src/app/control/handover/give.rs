@@ -13,7 +13,7 @@ use super::{
 use super::{Use, Wire, Yours};
 use super::{address_of, guest_port, take_from_keepers};
 use crate::address::Address;
-use crate::app::control::added::AddedForwards;
+use crate::app::control::added::AdditionRecords;
 use crate::app::control::endpoint::{ServedInterface, ServiceEndpoint};
 use crate::app::control::model::{EndedInfo, RuleBody};
 use crate::engine::admission::sharing::Remainder;
@@ -49,7 +49,7 @@ impl Successor {
         handle: &Handle,
         endpoints: &[Arc<ServiceEndpoint>],
         listed: &HashSet<ForwardId>,
-        added: &AddedForwards,
+        added: &AdditionRecords,
         agree: impl FnOnce() -> bool,
     ) -> io::Result<Finishing> {
         let wire = &mut self.0;
@@ -205,7 +205,7 @@ fn endpoint_line(endpoint: &ServiceEndpoint, listener: &Listener) -> SocketLine 
 fn forward_line(
     offered: &Offered,
     listed: &HashSet<ForwardId>,
-    all_added: &AddedForwards,
+    all_added: &AdditionRecords,
 ) -> SocketLine {
     let forward = offered.forward.as_ref();
     let added_as = forward.and_then(|(id, _)| all_added.of(*id));
