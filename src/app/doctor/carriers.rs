@@ -301,7 +301,7 @@ impl Usage {
             (more, _) => format!(" ({} show them)", more.join(" and ")),
         };
         format!(
-            "end some of its connections{shown}; slots that were lost come back when the VM is restarted"
+            "end some of its connections{shown}; slots that were lost come back when the guest ends them or the VM is restarted"
         )
     }
 }
