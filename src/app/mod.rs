@@ -18,7 +18,7 @@ mod output;
 #[cfg(unix)]
 mod processes;
 mod ranges;
-mod rule;
+mod rule_options;
 mod serve;
 mod slow;
 mod stress;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::address::{Address, UnixAddress};
 #[cfg(unix)]
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::slow::give_up_if_slow;
 #[cfg(unix)]
 use crate::hyperkit::{HyperkitVm, MAX_STATE_DIR};

@@ -26,9 +26,10 @@
 //! | [`id`] | identifiers | nothing |
 //!
 //! All may import `address`, `error`, `lock`, `name` and `time`, and log through `tracing`. The
-//! engine's invariants have numbers; each stands above the code that relies on it: 1 to 5 in
-//! [`relay`], 6 in [`table`], 7 in [`timers`] and [`relay`], 9 where [`connection`] handles a
-//! freeze. Those of the loop are in [`proxy`](crate::proxy).
+//! invariants have numbers, the same in the engine and in the loop. Each stands above the code that
+//! relies on it: 1 to 5 in [`relay`], 6 in [`table`], 7 in [`timers`] and [`relay`], 9 where
+//! [`connection`] handles a freeze. Those that the loop keeps (5, 6 and 8 to 11) are listed in
+//! `proxy/mod.rs`, below the page's own text.
 
 pub(crate) mod admission;
 pub(crate) mod connection;

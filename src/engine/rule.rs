@@ -153,8 +153,8 @@ pub struct Timeouts {
     /// whose half-close is held back, before the connection is closed nevertheless. A guest that
     /// goes on sending though nobody is left to read is given up after ten seconds, or when clients
     /// wait and such connections have more than a tenth of its VM's slots; it is read slowly until
-    /// then. This applies to guests of Hyper-V as well. For a half-close that was passed on see
-    /// [`half_closed`](Timeouts::half_closed).
+    /// then. A guest of Hyper-V has the whole drain timeout, also if it goes on sending. For a
+    /// half-close that was passed on see [`half_closed`](Timeouts::half_closed).
     pub drain: Duration,
     /// The idle timeout: how long an open connection may go on without a byte in either direction
     /// before it is cut off. Its client and its target are reset, where their family can be, and

@@ -51,7 +51,7 @@ pub enum ForwardState {
         since: SystemTime,
     },
     /// The system refuses to accept, as it does when descriptors run out: new clients wait in the
-    /// backlog.
+    /// backlog. (On macOS one that was to be accepted without a descriptor is lost.)
     Paused {
         /// The system's error.
         why: String,

@@ -1,9 +1,13 @@
 //! The budget of the process' descriptors. It counts, and opens nothing.
 //!
-//! Invariant 10: a connection is accepted only if there are descriptors for both its sockets.
-//! Without descriptors, a client is accepted and then reset; on macOS a client that can't be given
-//! a descriptor is lost. So everything else that has a descriptor is counted first: listeners,
-//! including those added later, pollers, pipes, and what the program has besides the proxy.
+//! Invariant 10: descriptors are budgeted for all that has one. A connection is accepted only if
+//! there are descriptors for both its sockets. With one alone, a client is accepted and then reset;
+//! on macOS a client that can't be given a descriptor is lost. So everything else that has a
+//! descriptor is counted first: listeners, including those added later, pollers, pipes, and what
+//! the program has besides the proxy.
+//!
+//! A listener waits while the budget is used up, and also if the system has no descriptor after
+//! all: see `pause_listener` in `listeners/accepting.rs`.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

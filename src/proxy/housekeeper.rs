@@ -1,7 +1,7 @@
 //! The threads for all calls that may block: on state directories, pid files and socket files. They
 //! know no connection.
 //!
-//! Invariant 8: a worker touches sockets and the clock, and nothing else. A directory that hangs
+//! Invariant 8: the loop touches sockets and the clock, and nothing else. A directory that hangs
 //! blocks one thread, and further jobs for that same directory. Jobs for other directories are
 //! done, traffic flows, and a signal ends the process.
 

@@ -36,6 +36,24 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+// The invariants that the loop keeps, with the numbers that they have in the engine as well
+// (`engine/mod.rs` says where 1 to 4 and 7 are), and the files that hold them:
+//
+//  5. Work per turn is bounded. A connection that has work left goes to the back of a ready queue
+//     (`connections/set.rs`), a listener to that of `listeners/schedule.rs`. What a turn costs does
+//     not grow with the number of forwards or of idle connections.
+//  6. Tokens carry a generation, and an event for an older one is dropped (`engine/table.rs`).
+//  8. The loop touches sockets and the clock, and nothing else: no file, no name service, no write
+//     that may wait. What may block is done by `housekeeper.rs`, names by `resolver.rs`. Whatever
+//     happens outside the sockets, traffic flows and a signal ends the process.
+//  9. Sockets, events and the time come to the loop only through `driver.rs`. After a freeze, what
+//     has come is read before a timer is believed (`worker.rs`).
+// 10. An accept error never ends a listener, and never spins: without descriptors it waits
+//     (`listeners/accepting.rs`); one that is broken is bound again (`listeners/checks.rs`).
+//     Descriptors are budgeted for all that has one (`descriptors.rs`).
+// 11. One thing that can't be had, such as an address, never takes from the others what they have:
+//     it is logged once, shown in the status, and tried again (`listeners/checks.rs`).
+
 mod adapter;
 mod connections;
 mod controller;

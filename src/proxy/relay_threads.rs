@@ -5,9 +5,20 @@
 //! The rules are the relay's. EOF of one side becomes a half-close of the other after the last
 //! byte. An error ends its own direction, and what the other still holds may arrive. Once both have
 //! ended, each side is closed as [`CloseMode`] says, so that a broken upload is never a clean EOF
-//! where the family can reset. Two things differ. A side whose bytes nobody takes any more is not
-//! read on, so its end is noticed only when the other direction ends. And an idle connection holds
-//! two threads and their buffers.
+//! where the family can reset. What differs:
+//!
+//! - A side whose bytes nobody takes any more is not read on, so its end is noticed only when the
+//!   other direction ends.
+//! - An idle connection holds two threads and their buffers, against invariant 7.
+//! - There are no turns and no budget: the system's scheduler shares the time (invariant 5).
+//! - Refusals by EOF are not known, and half-closes are not held back. So a rule that leads from or
+//!   to a VMM that needs either is refused: see `check_relay_threads` in `rules.rs`. Nor is the end
+//!   of a VM told from the end of a connection.
+//! - Bytes are counted, but their times are not: the engine looks at the counts now and then, so an
+//!   idle timeout may come a quarter late.
+//! - A side is drained at full speed for the whole drain timeout, also one that goes on sending.
+//! - A reset waits for [`LINGER`] at most until its peer has received what was sent before, however
+//!   long the drain timeout is.
 //!
 //! A waiting thread is woken by [`Stream::interrupt`] and by nothing else: none polls.
 //!

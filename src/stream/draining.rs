@@ -3,7 +3,8 @@
 //! A drain reads what a guest sends on a connection that nobody listens to any more, until the EOF
 //! that ends it in order. Most guests end it at once. One that goes on sending is read slowly, so
 //! that it costs little, and is given up after [`LONGEST_SENDING`], or before that if clients wait
-//! and drains have more than their part of the VM's slots.
+//! and drains have more than their part of the VM's slots. The drain timeout itself is applied by
+//! `engine/connection/closing.rs`, which closes by force what has not ended by then.
 //!
 //! What a close does to hyperkit's device depends on the guest (`pci_virtio_sock.c`):
 //!

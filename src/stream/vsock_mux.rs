@@ -1,5 +1,6 @@
-//! The protocol of the Unix socket that Firecracker, Cloud Hypervisor and rust-vmm's
-//! vhost-device-vsock share.
+//! The handshake of a dial at the Unix socket of Firecracker, Cloud Hypervisor and rust-vmm's
+//! vhost-device-vsock: the line that asks for a port, and the VMM's answer. Nothing else of that
+//! family is here.
 //!
 //! To the guest: connect, `CONNECT PORT\n`, and the VMM answers `OK NUMBER\n` when the guest has
 //! accepted. From the guest: the VMM connects to the Unix socket PATH_PORT. Source: Firecracker's

@@ -29,7 +29,7 @@ use crate::app::control::{
 use crate::app::escape;
 use crate::app::needs::ACCESS_KEYS;
 use crate::app::ranges::{BarePort, expand, join};
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
 use crate::proxy::{Counters, EndReason, RefusalReason, Rule, check_rule};

@@ -5,7 +5,7 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use serde_json::{Map, Value};
 
 use crate::app::needs::ACCESS_KEYS;
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 
 /// The options of a rule, and which of them a command line gives.
 #[derive(Clone, Debug)]

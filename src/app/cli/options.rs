@@ -16,7 +16,7 @@ use super::given::GivenOptions;
 use super::outcome::{Failure, Outcome};
 use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values::{number, parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};

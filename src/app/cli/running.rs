@@ -13,7 +13,7 @@ use crate::app::config::{Config, Missing, Problems, STANDARD_INPUT, WantedState,
 use crate::app::control;
 use crate::app::guest_control::GuestControl;
 #[cfg(unix)]
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 #[cfg(unix)]
 use crate::error::counted_have;
 use crate::hyperkit::Places;

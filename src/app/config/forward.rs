@@ -5,7 +5,7 @@ use super::section::Section;
 use crate::address::{Address, Port};
 use crate::app::needs::ACCESS_KEYS;
 use crate::app::ranges::{name_of, pair};
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values;
 use crate::app::vm::VmPlace;
 use crate::proxy::Rule;

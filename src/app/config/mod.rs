@@ -42,7 +42,7 @@ use tracing::Level;
 use crate::address::Address;
 use crate::app::guest_control::{self, GuestControl};
 use crate::app::needs::look_at_given_access;
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::slow::tell_if_slow;
 use crate::app::vm::VmPlace;
 use crate::app::{log, values};

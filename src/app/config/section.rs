@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::problems::{Line, Problem, Weight, quote_key};
 use super::template;
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values;
 use crate::nearest::nearest;
 use crate::proxy::check_name;

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
 use crate::app::ranges::{BarePort, TAKEN_IN_RANGE, are_a_range, expand, name_of};
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values::parse_time;
 use crate::error::counted;
 use crate::lock::lock;

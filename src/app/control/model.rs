@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::app::ranges::{name_of, pair, parse_addresses};
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::app::values;
 use crate::engine::relay::Side;
 use crate::error::counted;

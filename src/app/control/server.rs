@@ -440,7 +440,7 @@ mod tests {
 
     use super::*;
     use crate::app::control::api::Actions;
-    use crate::app::rule::RuleOptions;
+    use crate::app::rule_options::RuleOptions;
     use crate::proxy::{Proxy, ProxyConfig};
 
     /// No wait is longer.

@@ -1,5 +1,7 @@
-//! The admission of connections to one hyperkit VM: the pace of dials, and the two caps that keep
-//! the VM's device alive.
+//! The admission of connections to one VM: its slots and their quotas, and the pace of dials. VMs
+//! of all families have gates. Those of hyperkit VMs have two caps and a pace that keep the VM's
+//! device alive; what is said of a device below is true of them alone ([`Gate`] asks the family's
+//! `VmTraits`).
 //!
 //! Rule 5 of a good neighbour (`hyperkit.md`): a burst of dials overflows the ring of 512 replies
 //! in which the device keeps what the guest has not fetched yet, and the VM dies. So it does after
@@ -24,11 +26,11 @@
 //!
 //! A VM that has no slot free meets three kinds of client:
 //!
-//! | client | where it waits | until |
-//! |---|---|---|
-//! | one that is not accepted yet | in its listener's backlog | the gate wakes the worker ([`Gate::queue`]) |
-//! | one that is: it was held, or a forward of this process dialled it | in a queue of its forward | its dial timeout; the gate is asked every 10 ms ([`Gate::admit`]) |
-//! | a guest of the VM, which dials the host | nowhere: it is accepted | it is ended at once ([`Gate::accept`]) |
+//! | client | where it waits | until | told by |
+//! |---|---|---|---|
+//! | one that is not accepted yet | in its listener's backlog | the gate wakes the worker ([`Gate::queue`]) | nobody; the forward's status and the log say it (`proxy/listeners/accepting.rs`) |
+//! | one that is: it was held, or a forward of this process dialled it | in a queue of its forward (`proxy/connections/queues.rs`) | the gate admits it, which is asked every 10 ms ([`Gate::admit`]); at most for the dial timeout, or for the rule's `wait` if that is set | `time_out` in `connection/refusing.rs` |
+//! | a guest of the VM, which dials the host | nowhere: it is accepted | it is ended at once ([`Gate::accept`]) | `turn_away` in `connection/beginning.rs` |
 //!
 //! A gate decides and counts. It knows no socket, and makes no dial.
 

@@ -247,8 +247,8 @@ impl Drop for Slot {
         }
         let answered = self.gate.answered.load(Ordering::Relaxed);
         // A lost probe keeps the next one waiting for the whole patience.
-        let is_lost = self.number().is_some_and(|number| number > answered);
-        if self.holder == Holder::Probes && !is_lost {
+        let is_unanswered = self.number().is_some_and(|number| number > answered);
+        if self.holder == Holder::Probes && !is_unanswered {
             state.next_probe = None;
             state.patience = PROBE_PATIENCE;
         }

@@ -4,9 +4,19 @@
 //! Which of these a side needs is decided here; the sockets themselves are closed by the loop,
 //! through [`Action`]s. No socket call here waits for its peer.
 //!
-//! The drain timeout is applied at three places: here (`time_to_close`); in `relaying.rs`, while a
-//! peer is gone or a half-close is held back; and by relay threads, which are told it by
-//! `Reporter::drain_timeout`.
+//! The drain timeout is applied at these places:
+//!
+//! - here, to the whole of a closing (`time_to_close`);
+//! - here, to a reset that waits until its peer has received what was sent before (`close_pair`),
+//!   which has [`LINGER`] at least, but no longer than the whole;
+//! - in `relaying.rs`, while a peer is gone or a half-close is held back: then the pair is closed;
+//! - in `proving.rs`, to a probe for which no event can arrive;
+//! - by relay threads, which are told it by `Reporter::drain_timeout`, and by adapters
+//!   (`proxy/adapter.rs`).
+//!
+//! When the time of a closing is over, `close_by_force` acts: it resets what was to be reset, hands
+//! over or holds the socket of a silent guest where it can, and has `give_up` read out and close
+//! the rest.
 
 use std::io;
 use std::sync::Arc;

@@ -1,11 +1,10 @@
 //! The idle timeouts of a connection: how long no byte has moved, and what its rule says about it.
 //!
 //! Moving a byte sets no timer. A timer that is due compares the time of the last byte with the
-//! timeout, and is set to what is left.
+//! timeout, and is set to what is left. `cut_if_idle` in `relaying.rs` does so.
 
 use std::time::{Duration, Instant};
 
-use crate::engine::relay::{Ending, Side};
 use crate::engine::rule::Timeouts;
 use crate::time::after;
 
@@ -18,26 +17,6 @@ pub(super) struct Idle {
     half_closed: Option<Instant>,
     /// The bytes that threads had delivered at the last check.
     pub(super) delivered: u64,
-}
-
-/// The progress of relay threads.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Progress {
-    /// The bytes of each side that were delivered to the other.
-    pub(crate) delivered: [u64; 2],
-    /// The side that has ended, if one has.
-    pub(crate) half_closed: Option<Side>,
-}
-
-/// The result of relay threads that have ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ThreadsResult {
-    /// The bytes of each side that were delivered to the other.
-    pub(crate) delivered: [u64; 2],
-    /// Whether a side did not end within the drain timeout that it was given.
-    pub(crate) abandoned: bool,
-    /// The side that ended first, and how. One that broke off comes before one that did not.
-    pub(crate) first: Option<(Side, Ending)>,
 }
 
 /// The timeouts of a connection on which nothing moves.

@@ -14,8 +14,8 @@
 //! out in their order, and the result is handed back through the `take_` method that the action's
 //! doc names.
 
-mod accepting;
 mod action;
+mod beginning;
 mod closing;
 mod closing_end;
 mod closing_times;
@@ -38,7 +38,7 @@ pub(crate) mod transitions;
 pub(crate) use action::{Action, Context};
 pub(crate) use closing::{LAST_DRAIN, LINGER};
 pub(crate) use dialling::Dialled;
-pub(crate) use idle::{Progress, ThreadsResult};
+pub(crate) use on_threads::{Progress, ThreadsResult};
 pub(crate) use socket::ConnectionSocket;
 pub(crate) use state::Connection;
 #[cfg(all(test, target_os = "linux"))]

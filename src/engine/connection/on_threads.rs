@@ -4,13 +4,13 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::engine::end_reason::{EndReason, RefusalReason};
+use crate::engine::relay::{Ending, Side};
 use crate::engine::rule::Timeouts;
 use crate::error::{Error, Operation};
 use crate::time::after;
 
 use super::action::{Action, Context};
 use super::closing::{NOT_ENDED, reason_of_end};
-use super::idle::{Progress, ThreadsResult};
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 
@@ -20,6 +20,26 @@ const CHECKS: u32 = 4;
 
 /// How long threads may take to end after they were cut off, before they are cut off again.
 const CUT_PAUSE: Duration = Duration::from_millis(10);
+
+/// The progress of relay threads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// The bytes of each side that were delivered to the other.
+    pub(crate) delivered: [u64; 2],
+    /// The side that has ended, if one has.
+    pub(crate) half_closed: Option<Side>,
+}
+
+/// The result of relay threads that have ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ThreadsResult {
+    /// The bytes of each side that were delivered to the other.
+    pub(crate) delivered: [u64; 2],
+    /// Whether a side did not end within the drain timeout that it was given.
+    pub(crate) abandoned: bool,
+    /// The side that ended first, and how. One that broke off comes before one that did not.
+    pub(crate) first: Option<(Side, Ending)>,
+}
 
 impl<S: ConnectionSocket> Connection<S> {
     /// Takes the error of threads that could not be started; both sockets were reset.

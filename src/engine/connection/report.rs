@@ -20,7 +20,7 @@ use crate::engine::status::{ConnectionState, ConnectionStatus, Waiting};
 use crate::error::Error;
 use crate::stream::socket::Socket;
 
-use super::idle::Progress;
+use super::on_threads::Progress;
 use super::socket::ConnectionSocket;
 use super::state::{Connection, State};
 

@@ -38,7 +38,7 @@ pub(crate) struct Connection<S: Socket> {
     pub(crate) wake_at: Option<Instant>,
     /// Whether the connection stands in the ready queue. Only the loop sets it.
     pub(crate) is_queued: bool,
-    /// The slot of each side that is a hyperkit VM.
+    /// The slot of each side that is a VM, of any family.
     pub(crate) slots: [Option<Slot>; 2],
     /// How the connection leads to another forward of this process, or comes from one.
     pub(super) route: Option<Box<Route>>,
@@ -60,7 +60,7 @@ pub(crate) struct Connection<S: Socket> {
     pub(super) program: Program,
     /// The error for which the client was refused.
     pub(super) error: Option<Arc<str>>,
-    /// Whether it was [cut off](Connection::cut). Relay threads are cut again until they have
+    /// Whether it was [cut off](Connection::cut_off). Relay threads are cut again until they have
     /// ended.
     pub(super) is_cut_off: bool,
     /// The name of the current state.

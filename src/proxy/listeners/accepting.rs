@@ -1,5 +1,12 @@
 //! Accepting clients: in batches, and in spite of every error. What becomes of an accepted
 //! connection is not known here: it is handed over to a worker.
+//!
+//! A listener that can't accept now waits in one of two ways:
+//!
+//! - A limit of the process or of the forward is reached (the status says full), or the system
+//!   refuses to accept (paused): it tries again every [`PAUSE`] (`pause_listener`).
+//! - The VM that the forward leads to has no slot (full as well): its gate tells when it may have
+//!   one (`await_vm_slot`).
 
 use std::fmt::Display;
 use std::io;
@@ -130,8 +137,8 @@ impl<D: Driver> Listeners<D> {
             // The next client may still be there.
             Err(e) if has_client_left(&e) => return ControlFlow::Continue(()),
             Err(e) if is_broken(&e) => self.replace_broken(token, cx),
-            // Invariant 10: no error ends a listener. Most often descriptors ran out, and a close
-            // frees one.
+            // Invariant 10: an accept error never ends a listener, and never spins. Most often
+            // descriptors ran out, and a close frees one.
             Err(e) => self.pause_listener(token, Obstacle::Paused, &e, cx),
         }
         ControlFlow::Break(())
@@ -166,24 +173,25 @@ impl<D: Driver> Listeners<D> {
                 ControlFlow::Continue(slot)
             }
             Err(full) => {
-                self.wait_for_slot(token, full, cx);
+                self.await_vm_slot(token, full, cx);
                 ControlFlow::Break(())
             }
         }
     }
 
     /// Has a listener wait until the VM that its forward leads to may have a slot.
-    fn wait_for_slot(&mut self, token: usize, full: Full, cx: &mut TurnContext<'_, D>) {
+    fn await_vm_slot(&mut self, token: usize, full: Full, cx: &mut TurnContext<'_, D>) {
         let listening = &mut self.entries[token];
         if let Some(gate) = &listening.forward.gates[Side::Server] {
-            self.schedule.wait_for_slot(token, gate.id());
+            self.schedule.queue_when_freed(token, gate.id());
         }
-        if listening.wait_for_slot(full) {
+        if listening.note_full_vm(full) {
             self.report_obstacle(token, Obstacle::Full, &full, cx);
         }
     }
 
-    /// Has a listener try again in a moment.
+    /// Has a listener try again in a moment: a limit of the process or of the forward is reached,
+    /// or the system refuses to accept.
     fn pause_listener(
         &mut self,
         token: usize,

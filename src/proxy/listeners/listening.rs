@@ -77,7 +77,7 @@ impl<L> Listening<L> {
     }
 
     /// Notes why the VM has no slot for the next client. Returns whether that is news.
-    pub(super) fn wait_for_slot(&mut self, full: Full) -> bool {
+    pub(super) fn note_full_vm(&mut self, full: Full) -> bool {
         self.full.replace(full) != Some(full)
     }
 

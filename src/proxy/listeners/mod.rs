@@ -3,8 +3,8 @@
 //! What becomes of an accepted connection is not known here: it is handed over to a worker.
 
 mod accepting;
+mod checks;
 mod entries;
-mod files;
 mod listening;
 mod schedule;
 

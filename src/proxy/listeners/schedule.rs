@@ -98,7 +98,7 @@ impl Schedule {
     }
 
     /// Has a listener queued when the gate tells that there may be a slot.
-    pub(super) fn wait_for_slot(&mut self, token: usize, gate: GateId) {
+    pub(super) fn queue_when_freed(&mut self, token: usize, gate: GateId) {
         self.waiting.entry(gate).or_default().insert(token);
     }
 

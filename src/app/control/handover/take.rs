@@ -20,7 +20,7 @@ use crate::app::control::client::{Unanswered, ask};
 use crate::app::control::inherited::Inherited;
 use crate::app::control::model::{EndedInfo, read_rule};
 use crate::app::control::problem::ApiProblem;
-use crate::app::rule::RuleOptions;
+use crate::app::rule_options::RuleOptions;
 use crate::listener::file::SocketFile;
 use crate::listener::{FileAccess, Handed, Key, Listener, Ready};
 use crate::proxy::{Handle, Rule};

@@ -1,5 +1,10 @@
 //! The options of a rule. The command line, the file and the control socket all have them from
 //! here: what is added to [`RuleOptions`] is an option of each.
+//!
+//! A new option is a field of [`Rule`] (`engine/rule.rs`), with its default in `Rule::new`, and a
+//! field of [`RuleOptions`], with the same default in `Default`, `From<&Rule>` and
+//! [`applied_to`](RuleOptions::applied_to). Each of them names all fields, so that the compiler
+//! tells what was forgotten. A new timeout is the same with [`Timeouts`] and [`TimeoutOptions`].
 
 use std::time::Duration;
 
@@ -173,6 +178,23 @@ impl From<Timeouts> for TimeoutOptions {
     }
 }
 
+impl From<TimeoutOptions> for Timeouts {
+    fn from(timeouts: TimeoutOptions) -> Timeouts {
+        let TimeoutOptions {
+            dial,
+            drain,
+            idle,
+            half_closed,
+        } = timeouts;
+        Timeouts {
+            dial,
+            drain,
+            idle,
+            half_closed,
+        }
+    }
+}
+
 impl Rule {
     /// Returns the rule with its paths as they are in any directory, to be shown.
     pub(crate) fn absolute(mut self) -> Rule {
@@ -198,28 +220,38 @@ impl RuleOptions {
 
     /// Returns a rule as these options have it.
     pub(crate) fn applied_to(&self, rule: Rule) -> Rule {
-        let mut timeouts = rule.timeouts;
-        timeouts.dial = self.timeouts.dial;
-        timeouts.drain = self.timeouts.drain;
-        timeouts.idle = self.timeouts.idle;
-        timeouts.half_closed = self.timeouts.half_closed;
+        let RuleOptions {
+            mode,
+            owner,
+            group,
+            ref from,
+            timeouts,
+            wait,
+            reserved,
+            connections,
+            keepalive,
+            proxy_protocol,
+            ref accept_proxy,
+        } = *self;
         Rule {
-            mode: self.mode,
-            owner: self.owner,
-            group: self.group,
-            from: match self.from.is_empty() {
+            name: rule.name,
+            listen: rule.listen,
+            connect: rule.connect,
+            mode,
+            owner,
+            group,
+            from: match from.is_empty() {
                 // A VM may be the only one that may come.
                 true => rule.from,
-                false => self.from.clone(),
+                false => from.clone(),
             },
-            timeouts,
-            wait: self.wait,
-            reserved: self.reserved,
-            connections: self.connections,
-            keepalive: Some(self.keepalive).filter(|time| !time.is_zero()),
-            proxy_protocol: self.proxy_protocol,
-            accept_proxy: self.accept_proxy.clone(),
-            ..rule
+            timeouts: timeouts.into(),
+            wait,
+            reserved,
+            connections,
+            keepalive: Some(keepalive).filter(|time| !time.is_zero()),
+            proxy_protocol,
+            accept_proxy: accept_proxy.clone(),
         }
     }
 

@@ -1,4 +1,5 @@
-//! The beginning of a connection: its client was accepted, and is refused or dialled for.
+//! The beginning of a connection: its client was accepted (`proxy/listeners/accepting.rs`), and is
+//! refused or dialled for.
 
 use std::io;
 use std::sync::Arc;

@@ -177,7 +177,7 @@ impl<D: Driver> Listeners<D> {
         }
         let rule = &listening.forward.rule;
         if let Err(e) = cx.driver.watch_listener(&mut listener, token, rule) {
-            // Invariant 11: it is tried again each second, and logged once.
+            // Invariant 11: it is logged once, shown in the status, and tried again each second.
             let e = Error::new(Operation::Listen, &rule.listen, e);
             cx.driver.close_listener(listener);
             return self.take_file_state(token, Found::Failed(e));
