@@ -314,6 +314,29 @@ fn check_finds_all_though_another_key_is_wrong() {
 }
 
 #[test]
+fn check_names_each_forward_of_a_vm_that_is_not_there() {
+    let dir = private_dir();
+    let file = "[vm.docker]\nat = \"/tmp/docker\"\n\
+        [forward.web]\nlisten = 0\nvm = \"dockr\"\nport = 80\n\
+        [forward.range]\nlisten = \"20000-20001\"\nvm = \"dockr\"\nport = \"80-81\"\n\
+        [forward.back]\nguest-dials = \"0xZZ\"\nvm = \"dockr\"\nconnect = 80\n";
+    let (code, said) = checked(dir.path(), file);
+    assert_eq!(code, Some(1));
+    for of in [
+        "hvsock.toml:5: [forward.web] vm: cannot find VM \"dockr\"",
+        "hvsock.toml:9: [forward.range] vm: cannot find VM \"dockr\"",
+        "hvsock.toml:13: [forward.back] vm: cannot find VM \"dockr\"",
+    ] {
+        let line = said.lines().find(|line| line.contains(of));
+        let line = line.unwrap_or_else(|| panic!("{of}: {said}"));
+        assert!(line.ends_with("did you mean \"docker\"?"), "{line}");
+    }
+    // That it is used by none follows from that.
+    assert!(!said.contains("is used by no forward"), "{said}");
+    assert!(said.contains("4 things are wrong"), "{said}");
+}
+
+#[test]
 fn a_reader_who_has_seen_enough_is_no_error() {
     let gone = || {
         let (reader, writer) = std::io::pipe().unwrap();

@@ -133,6 +133,8 @@ pub(crate) struct WantedState {
     pub(crate) limits: Vec<VmLimits>,
     /// VMs that may come later.
     pub(crate) missing: Vec<Missing>,
+    /// The VMs with a section that were offered for names that no VM has.
+    offered: Vec<String>,
     /// What may not be what was meant.
     pub(crate) notes: Vec<Problem>,
 }
@@ -254,7 +256,10 @@ impl Config {
             return Err(problems);
         }
         let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
-        for vm in config.unused_vms() {
+        // Where a name was mistyped it is said which VM may be meant: that one is used, then.
+        let offered = &wanted.offered;
+        let unused = config.unused_vms();
+        for vm in unused.filter(|vm| !offered.contains(&vm.name)) {
             let text = format!(
                 "[vm.{}] is used by no forward; is one's vm another name?",
                 quote_key(&vm.name)
@@ -325,7 +330,9 @@ impl Config {
                 false => forwards.append(&mut read.forwards),
             }
         }
-        let mut known: HashSet<String> = vms.iter().map(|vm| vm.name.clone()).collect();
+        let known = vms.iter().enumerate();
+        let mut known: HashMap<String, usize> =
+            known.map(|(at, vm)| (vm.name.clone(), at)).collect();
         let named = forwards.iter();
         let named = named.filter_map(|it| Some((it.section(), it.vm()?)));
         let named_in_parts = parts.iter().filter_map(|it| {
@@ -333,8 +340,12 @@ impl Config {
             Some((it.name.as_str(), (vm.as_str(), line)))
         });
         for (section, (vm, line)) in named.chain(named_in_parts) {
-            if known.insert(vm.to_owned()) {
-                vms.push(VmSection::undeclared(vm, section, line.clone()));
+            match known.get(vm) {
+                Some(at) => vms[*at].name_again(section, line.clone()),
+                None => {
+                    known.insert(vm.to_owned(), vms.len());
+                    vms.push(VmSection::undeclared(vm, section, line.clone()));
+                }
             }
         }
         Config {
@@ -395,13 +406,19 @@ impl Config {
     /// Looks for the VMs, and for what can't work.
     fn wanted(&self, places: &Places, complain: &mut dyn FnMut(Line, String)) -> WantedState {
         conflicts::find_namesakes(&self.vms, &self.forwards, complain);
-        let FoundVms { vms, missing } = vms::find(&self.vms, places, complain);
+        let found = vms::find(&self.vms, places, complain);
+        let FoundVms {
+            vms,
+            missing,
+            offered,
+        } = found;
         let mut wanted = WantedState {
             limits: vms
                 .iter()
                 .filter_map(|(vm, place)| vm.limits(place))
                 .collect(),
             missing,
+            offered: offered.into_iter().map(str::to_owned).collect(),
             ..WantedState::default()
         };
         // The first of a name.

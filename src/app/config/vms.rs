@@ -30,6 +30,8 @@ pub(super) struct VmSection {
     connections: Option<usize>,
     unanswered: Option<usize>,
     unanswered_line: Line,
+    /// The other sections that name it, and the lines in which they do; of one without a section.
+    also_named: Vec<(String, Line)>,
 }
 
 /// A hyperkit VM whose state directory is not there yet, or can't be understood.
@@ -47,6 +49,8 @@ pub(crate) struct Missing {
 pub(super) struct FoundVms<'a> {
     pub(super) vms: Vec<(&'a VmSection, VmPlace)>,
     pub(super) missing: Vec<Missing>,
+    /// The VMs with a section that were offered for names that no VM has.
+    pub(super) offered: Vec<&'a str>,
 }
 
 impl VmSection {
@@ -75,13 +79,14 @@ impl VmSection {
             connections,
             unanswered,
             unanswered_line,
+            also_named: Vec::new(),
         }
     }
 
     /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
     pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> VmSection {
         VmSection {
-            place: format!("[forward.{}] vm", quote_key(forward)),
+            place: place_of_forward(forward),
             name: name.to_owned(),
             line: line.clone(),
             at: Some(name.to_owned()),
@@ -90,7 +95,24 @@ impl VmSection {
             section_line: line,
             connections: None,
             unanswered: None,
+            also_named: Vec::new(),
         }
+    }
+
+    /// Notes another section that names one without a section, once.
+    pub(super) fn name_again(&mut self, forward: &str, line: Line) {
+        let place = place_of_forward(forward);
+        let is_noted = self.also_named.iter().any(|(noted, _)| *noted == place);
+        if !self.declared && self.place != place && !is_noted {
+            self.also_named.push((place, line));
+        }
+    }
+
+    /// Returns the places that name it as none can be named, and their lines.
+    fn places(&self) -> impl Iterator<Item = (&str, &Line)> {
+        let also = self.also_named.iter();
+        let also = also.map(|(place, line)| (place.as_str(), line));
+        std::iter::once((self.place.as_str(), &self.line)).chain(also)
     }
 
     /// Returns how many connections it may have; `None`: as many as there may be.
@@ -112,6 +134,11 @@ impl VmSection {
     }
 }
 
+/// Returns the key of a forward's section that names its VM.
+fn place_of_forward(forward: &str) -> String {
+    format!("[forward.{}] vm", quote_key(forward))
+}
+
 /// Looks for VMs.
 pub(super) fn find<'a>(
     vms: &'a [VmSection],
@@ -119,7 +146,7 @@ pub(super) fn find<'a>(
     complain: &mut dyn FnMut(Line, String),
 ) -> FoundVms<'a> {
     let mut found: Vec<(&VmSection, VmPlace)> = Vec::new();
-    let mut missing = Vec::new();
+    let (mut missing, mut offered) = (Vec::new(), Vec::new());
     let mut known: HashMap<AnyVm, &VmSection> = HashMap::new();
     for vm in vms {
         let Some(at) = &vm.at else {
@@ -132,11 +159,13 @@ pub(super) fn find<'a>(
                     .iter()
                     .filter(|vm| vm.declared)
                     .map(|vm| vm.name.as_str());
-                let hint = match nearest(&vm.name, declared) {
-                    Some(near) if !vm.declared => format!("; did you mean {near:?}?"),
-                    _ => String::new(),
-                };
-                complain(vm.line.clone(), format!("{}: {why}{hint}", vm.place));
+                let near = nearest(&vm.name, declared).filter(|_| !vm.declared);
+                offered.extend(near);
+                let hint = near.map(|it| format!("; did you mean {it:?}?"));
+                let hint = hint.unwrap_or_default();
+                for (place, line) in vm.places() {
+                    complain(line.clone(), format!("{place}: {why}{hint}"));
+                }
                 continue;
             }
         };
@@ -177,6 +206,7 @@ pub(super) fn find<'a>(
     FoundVms {
         vms: found,
         missing,
+        offered,
     }
 }
 
