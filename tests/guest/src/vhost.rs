@@ -257,8 +257,9 @@ impl Host {
         self.says("cannot connect to vsock://3:1007: no connection within the dial timeout")?;
         self.shows("status", &["VM vsock://3: gone for "])?;
         let (code, said) = tool("doctor --vm build --port 1007 --timeout 1")?;
-        let told = code == Some(1) && said.contains("the VM doesn't answer: is it up?");
-        ensure!(told, "{code:?}: {said}");
+        let told = said.contains(" is stopped, by SIGSTOP or a debugger\n")
+            && said.contains("let it go on: kill -CONT ");
+        ensure!(code == Some(1) && told, "{code:?}: {said}");
         self.signal(Signal::SIGCONT)?;
         held.read_exact(&mut [0; 5])?;
         echo_client(&connect_unix("/echo.sock")?, 3, MIB, End::HalfClose)?;
