@@ -206,6 +206,28 @@ fn what_the_peer_did_not_take_is_told() {
 }
 
 #[test]
+fn tcp_needs_no_scheme() {
+    for is_bare in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let address = match is_bare {
+            false => address.to_string(),
+            true => address.port().to_string(),
+        };
+        let server = thread::spawn(move || listener.accept().unwrap().0.write_all(b"hello"));
+        let output = cat(&[&address]).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(output.stdout, b"hello");
+        server.join().unwrap().unwrap();
+    }
+    // What is neither is no address, as ever.
+    let output = cat(&["minikube"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("scheme is missing"), "{said}");
+}
+
+#[test]
 fn a_broken_input_is_no_clean_end() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp://{}", listener.local_addr().unwrap());

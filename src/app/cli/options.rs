@@ -16,8 +16,9 @@ use super::given::GivenOptions;
 use super::outcome::{Failure, Outcome};
 use crate::address::{Address, HvsockAddress, Port, parse_service};
 use crate::app::log::LogOptions;
+use crate::app::ranges::is_number;
 use crate::app::rule_options::RuleOptions;
-use crate::app::values::{number, parse_some_time, parse_time};
+use crate::app::values::{local_address, number, parse_some_time, parse_time};
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
 use crate::hyperkit::Places;
@@ -29,7 +30,8 @@ use crate::sys;
 /// One end of a connection: a URI, or a port of a VM.
 #[derive(Args, Debug)]
 pub(super) struct PeerArgs {
-    /// Where to connect or listen; with --vm a vsock port alone
+    /// Where to connect or listen, of TCP HOST:PORT or a port of 127.0.0.1, too; with --vm a vsock
+    /// port alone
     #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::address), value_parser = arguments::address_text())]
     address: String,
     /// The VM that ADDRESS is a port of: its state directory, the name of one that can be found, or
@@ -46,8 +48,13 @@ impl PeerArgs {
     /// Returns its address. A VM that can't be found is looked for until `deadline`.
     pub(super) fn address(&self, deadline: Instant) -> Result<Address, Failure> {
         let Some(vm) = &self.vm else {
-            let parsed = self.address.parse::<Address>();
-            return parsed.map_err(|e| Failure::Usage(e.to_string()));
+            let text = &self.address;
+            let parsed = text.parse::<Address>();
+            return parsed.or_else(|e| match text.contains(':') || is_number(text) {
+                // As `forward` takes it.
+                true => local_address(text).map_err(Failure::Usage),
+                false => Err(Failure::Usage(e.to_string())),
+            });
         };
         let places = Places::from_env();
         let vm = loop {
