@@ -1269,6 +1269,25 @@ fn a_range_is_added_as_a_whole_and_removed_at_once() {
     }
 }
 
+#[test]
+fn a_port_may_be_a_number_as_in_a_file() {
+    let scene = Scene::new();
+    let rule = json!({"listen": 0, "connect": 80}).to_string();
+    let (status, added) = scene.call("POST", "/v1/forwards", &rule);
+    assert_eq!(status, 201, "{added}");
+    assert_eq!(added["connect"], "tcp://127.0.0.1:80");
+    assert_eq!(added["rule"]["listen"], "tcp://127.0.0.1:0");
+    for (listen, part) in [
+        (json!(99999), "listen: TCP port 99999 is larger than 65535"),
+        (json!(true), "listen: it is true or false; write an address"),
+    ] {
+        let rule = json!({"listen": listen, "connect": 80}).to_string();
+        let (status, why) = scene.call("POST", "/v1/forwards", &rule);
+        let error = why["error"].as_str().unwrap();
+        assert!(status == 400 && error.contains(part), "{error}");
+    }
+}
+
 /// A name with a port is not a part of a range for that: it may have been given so.
 #[test]
 fn what_was_added_singly_is_not_removed_as_a_range() {

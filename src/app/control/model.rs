@@ -429,8 +429,12 @@ pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, A
     let mut addresses = |key| {
         let asked = asked.remove(key);
         let asked = asked.ok_or_else(|| no_rule(&format_args!("{key} is missing")))?;
-        let text = values::text(&asked).map_err(|why| wrong(key, why))?;
-        parse_addresses(&text).map_err(|why| wrong(key, why))
+        let found = match &asked {
+            Value::String(text) => parse_addresses(text),
+            // A port, as in a file.
+            other => values::address(other).map(|it| vec![it]),
+        };
+        found.map_err(|why| wrong(key, why))
     };
     let pairs = pair(addresses("listen")?, addresses("connect")?);
     let pairs = pairs.map_err(|why| wrong("listen and connect", why))?;
