@@ -570,6 +570,23 @@ fn errors_say_what_why_and_how_to_mend_it() {
 }
 
 #[test]
+fn a_forward_where_hvsock_itself_listens_is_refused_as_such() {
+    let dir = private_dir();
+    let place = dir.path().join("own");
+    for option in ["control", "metrics"] {
+        let own = format!("--{option}={}", text(&place));
+        fails(
+            &["forward", text(&place), "80", &own],
+            2,
+            &[
+                "this hvsock itself listens there",
+                "choose another address for one of them",
+            ],
+        );
+    }
+}
+
+#[test]
 fn tcp_needs_no_scheme_where_rules_are_written() {
     let dir = private_dir();
     let control = dir.path().join("control");

@@ -57,6 +57,8 @@ pub(super) fn carry(
         .map(|sockets| control_socket::open(&sockets, &mut config))
         .transpose()?;
     #[cfg(unix)]
+    refuse_own_places(&config.rules, bound.as_ref())?;
+    #[cfg(unix)]
     let warning = bound.as_ref().and_then(Bound::warning);
     #[cfg(unix)]
     let bound = bound.filter(|bound| !bound.is_empty());
@@ -73,6 +75,20 @@ pub(super) fn carry(
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(KeptRules::keep_trying).transpose()?;
     run_proxy(proxy, options, signals)
+}
+
+/// Refuses rules that listen where this process itself is looked at or controlled.
+#[cfg(unix)]
+fn refuse_own_places(rules: &[Rule], bound: Option<&Bound>) -> Outcome {
+    let own = bound.map(Bound::endpoint_states).unwrap_or_default();
+    for Rule { listen, .. } in rules {
+        if let Some((what, place, _)) = own.iter().find(|(_, own, _)| own.collides(listen)) {
+            return Err(Failure::Usage(format!(
+                "cannot listen on {listen}: this hvsock itself listens there ({what} {place}); choose another address for one of them"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Prints what the rules of a command line need and lack now, and refuses what can never work.
