@@ -13,6 +13,8 @@ use super::spec::{LocalForward, Locals, Remote, Remotes};
 use crate::address::overlap::ListenKey;
 use crate::address::{Address, HyperkitVm};
 use crate::app::needs::look_at_given_access;
+#[cfg(unix)]
+use crate::app::needs::look_at_state_dir;
 use crate::app::ranges::pair;
 use crate::app::vm::VmPlace;
 use crate::error::{Error, Operation};
@@ -61,6 +63,11 @@ pub(super) fn rules_of_vm_to_come(
         ),
         false => "is the path right?".to_owned(),
     };
+    // Such a VM can't be started by that path, and would be waited for in vain.
+    #[cfg(unix)]
+    if let Some(finding) = look_at_state_dir(&vm) {
+        complain(finding);
+    }
     complain(format_args!(
         "there is no VM directory {} yet{}: clients are refused until the VM has made it; {remedy}",
         directory.display(),
