@@ -136,12 +136,11 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
-            lines.push(format!(
-                "{} is {} since {}: {why}",
-                forward.name_or_address(),
-                forward.state,
-                ago(since, now)
-            ));
+            let (name, since) = (forward.name_or_address(), ago(since, now));
+            lines.push(match &*forward.state {
+                "failed" => format!("{name} failed {since}: {why}"),
+                state => format!("{name} is {state} since {since}: {why}"),
+            });
         }
         if let Some(note) = &forward.note {
             lines.push(format!("{}: {note}", forward.name_or_address()));
@@ -549,7 +548,7 @@ impl UpgradeArgs {
         let mut missing: Vec<String> = failed
             .map(|(name, why)| {
                 let why = why.as_str().unwrap_or_default();
-                format!("forward {name} can't be had now: {why}")
+                format!("forward {name} failed: {why}")
             })
             .collect();
         missing.extend(after.unserved.iter().map(|it| {

@@ -212,6 +212,7 @@ fn failed(pending: &[PendingForward]) -> Vec<Failed> {
     let failed = |it: &PendingForward| Failed {
         name: name_of(&it.rule),
         why: it.why.clone(),
+        waits: it.waits,
         retried: it.retried,
     };
     pending.iter().map(failed).collect()

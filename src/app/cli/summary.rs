@@ -32,6 +32,8 @@ pub(super) struct Summary {
 pub(super) struct Failed {
     pub(super) name: String,
     pub(super) why: String,
+    /// Whether what it needs is expected to be missing at times.
+    pub(super) waits: bool,
     pub(super) retried: Retried,
 }
 
@@ -153,7 +155,7 @@ impl SummaryReport {
     pub(super) fn troubles(&self) -> Vec<String> {
         let failed = self.failed.iter();
         let mut told: Vec<String> = failed
-            .map(|(name, why)| format!("[forward.{}] can't be had now: {why}", quote_key(name)))
+            .map(|(name, why)| format!("[forward.{}]: {why}", quote_key(name)))
             .collect();
         let restart =
             |key: &String| format!("{key} has changed in the file, which takes a restart");
@@ -173,10 +175,17 @@ impl fmt::Display for Summary {
         ];
         let counts = counts.map(|(names, what)| format!("{} {what}", names.len()));
         f.write_str(&counts.join(", "))?;
-        match self.failed.len() {
-            0 => Ok(()),
-            n => write!(f, ", {n} can't be had now"),
+        let waiting = self.failed.iter().filter(|it| it.waits).count();
+        // As `hvsock status` calls them.
+        for (count, state) in [
+            (self.failed.len() - waiting, "failed"),
+            (waiting, "waiting"),
+        ] {
+            if count > 0 {
+                write!(f, ", {count} {state}")?;
+            }
         }
+        Ok(())
     }
 }
 
