@@ -343,7 +343,7 @@ fn a_command_keeps_trying_if_it_is_told_to() {
     }
     let at = ["--control", text(&control)];
     let (_, table) = asked(dir.path(), &[&["status"], &at[..]].concat());
-    assert!(table.contains(&format!("{listen} is failed")), "{table}");
+    assert!(table.contains(&format!("{listen} failed ")), "{table}");
     let remove = |name: &str| asked(dir.path(), &[&["remove", name], &at[..]].concat());
     let (code, why) = remove(&listen);
     assert_eq!(code, Some(1), "{why}");
@@ -358,6 +358,67 @@ fn a_command_keeps_trying_if_it_is_told_to() {
     let (_, json) = asked(dir.path(), &[&["status", "--json"], &at[..]].concat());
     assert_eq!(json.matches("\"id\":").count(), 1, "{json}");
     assert!(vm.fate().is_none());
+}
+
+/// Of the ports that stand for sockets in a directory no other test knows.
+#[test]
+fn a_range_of_which_one_failed_is_removed_by_its_name_and_by_its_addresses() {
+    let dir = private_dir();
+    let place = |port: &str, name: &str| {
+        let path = dir.path().join(name);
+        format!("vsock-mux://:{port}{}", text(&path))
+    };
+    let forward = |name: &str| {
+        format!(
+            "[forward.{name}]\nlisten = {:?}\nconnect = {:?}\n",
+            place("8000-8003", name),
+            place("80-83", "guest")
+        )
+    };
+    let taken = |name: &str| {
+        let path = dir.path().join(format!("{name}_8001"));
+        std::os::unix::net::UnixListener::bind(path).unwrap()
+    };
+    let _taken = [taken("a"), taken("b")];
+    let file = File::new(dir.path(), &(forward("a") + &forward("b")));
+    let proxy = file.run();
+    proxy.complains("[forward.b-8001]: cannot listen on");
+    for (range, failed) in [
+        ("a", "a-8001".to_owned()),
+        (&*place("8000-8003", "b"), place("8001", "b")),
+    ] {
+        let output = output(in_runtime(dir.path(), &["remove", range]));
+        let (said, why) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert_eq!(said.matches("removed ").count(), 3, "{said}{why}");
+        assert_eq!(output.status.code(), Some(1), "{said}{why}");
+        let reason = format!("{failed:?} isn't carried: cannot listen on");
+        assert!(
+            why.contains(&reason) && why.contains("take it out there"),
+            "{why}"
+        );
+        assert_eq!(why.lines().count(), 1, "{why}");
+        // Nothing else of it is left.
+        let (code, why) = asked(dir.path(), &["remove", range]);
+        assert_eq!(code, Some(1), "{why}");
+        assert!(why.contains("isn't carried: cannot listen on"), "{why}");
+    }
+}
+
+#[test]
+fn expose_says_that_no_vm_can_have_so_long_a_directory() {
+    let dir = private_dir();
+    let home = dir.path().join("x".repeat(120));
+    let words = ["expose", "--vm", text(&home), "-L", "0:7"];
+    let proxy = Running::spawn(in_runtime(dir.path(), &words));
+    let told = proxy.complains("where hyperkit takes 85");
+    let length = format!("{} bytes", home.as_os_str().len());
+    assert!(
+        told.contains(&length) && told.contains("started by a shorter path to it"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -1161,8 +1222,8 @@ fn a_reload_with_a_forward_that_can_not_be_had_fails() {
     file.write(&(forward("a", 0) + &forward("b", taken)));
     let (code, told) = asked(dir.path(), &["reload"]);
     assert_eq!(code, Some(1), "{told}");
-    assert!(told.contains("[forward.b] can't be had now: "), "{told}");
-    proxy.complains("1 kept, 1 can't be had now");
+    assert!(told.contains("[forward.b]: cannot listen on"), "{told}");
+    proxy.complains("1 kept, 1 failed");
     let (_, json) = asked(dir.path(), &["status", "--json"]);
     let status: serde_json::Value = serde_json::from_str(&json).unwrap();
     let b = &status["forwards"][1];

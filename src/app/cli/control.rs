@@ -1,7 +1,7 @@
 //! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by
 //! its control socket.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -28,7 +28,7 @@ use crate::app::control::{
 };
 use crate::app::escape;
 use crate::app::needs::ACCESS_KEYS;
-use crate::app::ranges::{BarePort, expand, join};
+use crate::app::ranges::{BarePort, expand, join, name_of};
 use crate::app::rule_options::RuleOptions;
 use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
@@ -391,9 +391,27 @@ impl RemoveArgs {
             for it in removed.list() {
                 tell_removed(it, &path)?;
             }
-            if let AddedForwards::Range(removed) = &removed {
-                for place in not_among(name, removed) {
-                    complain(format_args!("there is no forward {place:?}"));
+            let AddedForwards::Range(removed) = &removed else {
+                continue;
+            };
+            let forwards: Vec<control::ForwardInfo> = control::get(&path, "/v1/forwards")?;
+            // Those of the range that can't be had now.
+            let pending = forwards.iter().filter(|it| it.id.is_none());
+            let pending: HashMap<&str, &str> = pending
+                .map(|it| (it.listen.as_str(), it.name_or_address()))
+                .collect();
+            for place in not_among(name, removed) {
+                let listen = local_address(&place).map(|it| it.to_string());
+                match listen.ok().filter(|it| pending.contains_key(it.as_str())) {
+                    Some(listen) => self.complain_of_pending(&listen, &path)?,
+                    None => complain(format_args!("there is no forward {place:?}")),
+                }
+                is_whole = false;
+            }
+            for (listen, its_name) in &pending {
+                let of_name = listen.parse().ok().map(|it| name_of(name, &it));
+                if of_name.as_deref() == Some(its_name) {
+                    self.complain_of_pending(its_name, &path)?;
                     is_whole = false;
                 }
             }
@@ -402,6 +420,21 @@ impl RemoveArgs {
             true => Ok(()),
             // The missing one was printed above.
             false => Err(Failure::Silent),
+        }
+    }
+}
+
+impl RemoveArgs {
+    /// Removes one of a range that can't be had now, and prints why that isn't done.
+    fn complain_of_pending(&self, name: &str, path: &Path) -> Outcome {
+        let call = format!("/v1/forwards/{}{}", encode_segment(name), query(self.grace));
+        match ask(path, "DELETE", &call, "") {
+            // It could be had meanwhile.
+            Ok(removed) => tell_removed(&read(&removed)?, path),
+            Err(why) => {
+                complain(why);
+                Ok(())
+            }
         }
     }
 }

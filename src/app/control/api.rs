@@ -16,11 +16,12 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use crate::address::Address;
 use crate::app::needs::{Finding, Weight, look_at_access, look_at_targets};
 use crate::app::output;
 use crate::app::ranges::{BarePort, TAKEN_IN_RANGE, are_a_range, expand, name_of};
 use crate::app::rule_options::RuleOptions;
-use crate::app::values::parse_time;
+use crate::app::values::{parse_local_addresses, parse_time};
 use crate::error::counted;
 use crate::lock::lock;
 use crate::proxy::{ConnectionId, ForwardId, ForwardStatus, Handle, Rule};
@@ -407,6 +408,24 @@ impl Api {
         pending.find(|it| it.name.as_deref() == Some(name) || it.listen == name)
     }
 
+    /// Returns the forwards of that range, by its addresses or its name, that are wanted and can't
+    /// be had now.
+    fn pending_of_range(&self, name: &str) -> Vec<ForwardInfo> {
+        let mut pending = (self.actions.pending)();
+        match &expand(name, BarePort::Tcp).unwrap_or_default()[..] {
+            [_, _, ..] => {
+                let addresses = parse_local_addresses(name).unwrap_or_default();
+                let addresses: HashSet<String> = addresses.iter().map(Address::to_string).collect();
+                pending.retain(|it| addresses.contains(&it.listen));
+            }
+            _ => pending.retain(|it| {
+                let listen = it.listen.parse().ok();
+                listen.is_some_and(|listen| it.name == Some(name_of(name, &listen)))
+            }),
+        }
+        pending
+    }
+
     /// Returns the forward of that name, or else that listens there, or else that has this id, or
     /// else the only one that listens on this TCP port.
     fn find(&self, name: &str) -> Result<ForwardStatus, ApiProblem> {
@@ -514,7 +533,13 @@ impl Api {
         let is_of_range = |it: &ForwardStatus| self.added.of(it.id) == Some(Added::InRange);
         let unknown = alike.iter().filter(|it| is_unknown(it));
         let unknown: Vec<_> = unknown.map(|it| (&it.listen, &it.rule.connect)).collect();
-        let unknown_are_meant = are_a_range(&unknown);
+        // One that can't be had now leaves a gap.
+        let pending = self.pending_of_range(name).into_iter();
+        let ends = |it: ForwardInfo| Some((it.listen.parse().ok()?, it.connect.parse().ok()?));
+        let pending: Vec<(Address, Address)> = pending.filter_map(ends).collect();
+        let pending = pending.iter().map(|(listen, connect)| (listen, connect));
+        let unknown_are_meant = are_a_range(&unknown)
+            || are_a_range(&[&unknown[..], &pending.collect::<Vec<_>>()].concat());
         let is_meant = |it: &&ForwardStatus| is_of_range(it) || unknown_are_meant && is_unknown(it);
         let (meant, others): (Vec<_>, Vec<_>) = alike.into_iter().partition(is_meant);
         match (&meant[..], &others[..]) {
@@ -577,20 +602,29 @@ impl Api {
             Err(none) => none,
         };
         if let Some(it) = pending {
-            let why = it.why.unwrap_or(it.state);
-            let problem = ApiProblem::new(409, format!("{name:?} isn't carried: {why}"));
-            return Err(problem.with_remedy(match self.actions.reload {
-                Some(_) => "the file asks for it: take it out there, and reload",
-                None => "it was asked for at the start, and is tried again",
-            }));
+            return Err(self.not_carried(name, it));
         }
-        let range = self.find_range(&forwards, name, none)?;
+        let range = self.find_range(&forwards, name, none);
+        let range = range.map_err(|none| {
+            let first = self.pending_of_range(name).into_iter().next();
+            first.map_or(none, |it| self.not_carried(name, it))
+        })?;
         for found in &range {
             self.handle.remove(found.id, grace)?;
             info!("removed {}", describe(found));
         }
         let removed: Vec<ForwardInfo> = range.into_iter().map(ForwardInfo::from).collect();
         json(200, &removed)
+    }
+
+    /// Returns why a forward that is wanted and can't be had now is not removed.
+    fn not_carried(&self, name: &str, it: ForwardInfo) -> ApiProblem {
+        let why = it.why.unwrap_or(it.state);
+        let problem = ApiProblem::new(409, format!("{name:?} isn't carried: {why}"));
+        problem.with_remedy(match self.actions.reload {
+            Some(_) => "the file asks for it: take it out there, and reload",
+            None => "it was asked for at the start, and is tried again",
+        })
     }
 
     fn close(&self, id: &str, asked_by: Option<u32>) -> ApiResult {
