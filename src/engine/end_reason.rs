@@ -93,7 +93,7 @@ impl EndReason {
 
     /// Returns a kind's name in words: `VM gone` for `vm_gone`. The name of one that only another
     /// version knows is told as it is.
-    #[cfg(feature = "cli")]
+    #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn kind_in_words(name: &str) -> &str {
         let known = EndReason::KINDS.into_iter().find(|kind| kind.0 == name);
         known.map_or(name, |(_, words)| words)
@@ -199,13 +199,13 @@ impl RefusalReason {
     ];
 
     /// Returns the reason's name, as the status and the metrics have it: `by_target` for example.
-    #[cfg(feature = "cli")]
+    #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn name(self) -> &'static str {
         RefusalReason::KINDS[self as usize].0
     }
 
     /// Returns a reason's name in words, as [`EndReason::kind_in_words`] does.
-    #[cfg(feature = "cli")]
+    #[cfg(all(unix, feature = "cli"))]
     pub(crate) fn name_in_words(name: &str) -> &str {
         let mut known = RefusalReason::KINDS.into_iter();
         let known = known.find(|reason| reason.0 == name);
@@ -253,7 +253,7 @@ impl RefusalReason {
     }
 }
 
-#[cfg(all(test, feature = "cli"))]
+#[cfg(all(test, unix, feature = "cli"))]
 mod tests {
     use super::*;
 

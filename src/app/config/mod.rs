@@ -79,6 +79,7 @@ pub(crate) struct Config {
     /// Where it tells of itself.
     pub(crate) metrics: Option<Address>,
     /// The options of a forward that says none, in the file or by the control socket.
+    #[cfg_attr(not(unix), allow(dead_code))]
     pub(crate) defaults: RuleOptions,
     /// Whether forwards to programs may be added there.
     #[cfg_attr(not(unix), allow(dead_code))]
