@@ -17,7 +17,7 @@ use super::occupant::Occupants;
 use super::outcome::{Failure, Outcome};
 use super::predecessor::left_behind;
 use super::reconciler::describe_danger;
-use super::rules::{refuse_useless_access, rules_of, rules_of_vm};
+use super::rules::{refuse_unworkable, refuse_useless_access, rules_of, rules_of_vm};
 use super::spec::{Locals, Remotes};
 use super::summary::{SummaryReport, tried_again};
 use super::{arguments, complete, table};
@@ -32,7 +32,7 @@ use crate::app::ranges::{BarePort, expand, join, name_of};
 use crate::app::rule_options::RuleOptions;
 use crate::app::values::{local_address, parse_process, parse_time};
 use crate::keeper::LinkStatus;
-use crate::proxy::{Counters, EndReason, RefusalReason, Rule, check_rule};
+use crate::proxy::{Counters, EndReason, RefusalReason, Rule};
 
 /// Which hvsock is meant.
 #[derive(Args, Debug)]
@@ -289,7 +289,7 @@ impl AddArgs {
         refuse_useless_access(rules.iter().flatten(), &self.options.access())?;
         for rule in rules.iter().flatten() {
             let rule = self.options.all.applied_to(rule.clone());
-            check_rule(&rule).map_err(|e| Failure::Usage(e.to_string()))?;
+            refuse_unworkable(&rule)?;
         }
         let path = self.which.path();
         let has_file = |it: &Rule| it.listen.listen_path().is_some();

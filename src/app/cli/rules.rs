@@ -203,10 +203,19 @@ pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
+/// Refuses a rule that can't work wherever it is carried.
+pub(super) fn refuse_unworkable(rule: &Rule) -> Outcome {
+    check_rule(rule).map_err(|e| match e.cause().raw_os_error() {
+        // This system lacks something: other words wouldn't help.
+        Some(_) => Failure::from(e),
+        None => Failure::Usage(e.to_string()),
+    })
+}
+
 /// Refuses rules that can't work wherever they are carried, and those that lead back to themselves.
 pub(super) fn refuse_what_can_not_work(rules: &[Rule]) -> Outcome {
     for rule in rules {
-        check_rule(rule).map_err(|e| Failure::Usage(e.to_string()))?;
+        refuse_unworkable(rule)?;
     }
     let mut index = RuleIndex::default();
     for (id, rule) in (0..).zip(rules) {
