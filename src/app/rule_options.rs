@@ -85,8 +85,8 @@ struct TimeoutOptions {
     #[arg(long = "dial-timeout", value_name = "SECONDS", default_value = "30", value_parser = parse_time)]
     #[serde(deserialize_with = "read_time", serialize_with = "write_seconds")]
     dial: Duration,
-    /// Seconds a guest may take to end a connection after our half-close (10 at most if it goes on
-    /// sending)
+    /// Seconds a guest may take to end a connection that is being closed (10 at most if it goes on
+    /// sending). They begin when the client is known to be gone, not at its half-close
     #[arg(long = "drain-timeout", value_name = "SECONDS", default_value = "60", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_some_time", serialize_with = "write_seconds")]
     drain: Duration,
@@ -94,7 +94,8 @@ struct TimeoutOptions {
     #[arg(long = "idle-timeout", value_name = "SECONDS", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_idle", serialize_with = "write_seconds")]
     idle: Option<Duration>,
-    /// The same, once one side has ended [default: never]
+    /// The same, once one side has ended. A client that closes looks like that until keepalive, or
+    /// something sent to it, finds it gone [default: never]
     #[arg(long = "half-closed-timeout", value_name = "SECONDS", value_parser = parse_some_time)]
     #[serde(deserialize_with = "read_idle", serialize_with = "write_seconds")]
     half_closed: Option<Duration>,

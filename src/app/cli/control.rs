@@ -125,8 +125,12 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
         lines.push(format!("{service} can't be had since {since}: {}", it.why));
     }
     for vm in status.vms() {
+        let advice = match vm.status.lost {
+            0 => "",
+            _ => " (see `hvsock doctor`)",
+        };
         lines.push(format!(
-            "VM {}: {}; {}, {}",
+            "VM {}: {}; {}{advice}, {}",
             vm.directory,
             vm.health(now),
             vm.slots(),

@@ -694,9 +694,7 @@ impl VmInfo {
         }
         if lost > 0 {
             let slots = counted(lost as u64, "slot");
-            text += &format!(
-                ", {slots} lost to programs in the guest that don't end their connections (see `hvsock doctor`)"
-            );
+            text += &format!(", {slots} lost (until the guest ends them)");
         }
         text
     }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::check::{Asked, Check, Verdict};
 use crate::app::answering::{self, Hvsock, find_control_of};
 use crate::app::control::{self, ForwardInfo, Status, VmInfo, ask_status};
+use crate::error::counted;
 use crate::keeper::status as keepers;
 
 /// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
@@ -20,8 +21,12 @@ const HEALTH: &str = "health";
 const SLOTS: &str = "slots";
 const VM: &str = "vm";
 
-/// The remedy where slots are lost.
-const LOST: &str = "end the programs in the guest that keep connections open whose other end is gone, or restart the VM; --vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
+/// What brings lost slots back.
+const REGAIN: &str = "let the guest go on if it sleeps, or end its programs that keep connections open whose other end is gone, or restart the VM";
+
+/// What gives more slots than were lost, while the device has some.
+const REPLACE: &str =
+    "--vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
 
 /// The hvsocks that were asked.
 pub(super) struct Hvsocks {
@@ -43,6 +48,17 @@ struct NamedProcess {
 pub(super) struct CarryingProcess {
     pub(super) process: u32,
     pub(super) vm: VmInfo,
+}
+
+/// What a look at a VM has found, which its hvsocks may not know yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum VmFinding {
+    /// Nothing that an hvsock would not know.
+    Nothing,
+    /// Its process is stopped.
+    Stopped,
+    /// Its guest hasn't answered a dial.
+    Unanswered,
 }
 
 impl Hvsocks {
@@ -85,6 +101,11 @@ impl Hvsocks {
             all.answers.push(status);
         }
         all
+    }
+
+    /// Returns whether that process was among those that were to be asked.
+    pub(super) fn was_meant(&self, process: u32) -> bool {
+        self.named.is_none() || self.answers.iter().any(|it| it.pid == process)
     }
 
     /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
@@ -194,7 +215,10 @@ impl CarryingProcess {
     /// Returns how the VM is, and how it uses the VM's slots, in one check.
     fn check_all(&self, now: SystemTime) -> Check {
         let place = &self.vm.directory;
-        let checks = [self.check_health(now), self.check_slots()];
+        let checks = [
+            self.check_health(VmFinding::Nothing, now),
+            self.check_slots(),
+        ];
         let seen = format!(
             "{place}: hvsock {}: {}; {}",
             self.process,
@@ -209,15 +233,19 @@ impl CarryingProcess {
         }
     }
 
-    /// Returns whether the VM is there, and answers.
-    pub(super) fn check_health(&self, now: SystemTime) -> Check {
+    /// Returns whether the VM is there, and answers. `found` is what was found of it just now.
+    pub(super) fn check_health(&self, found: VmFinding, now: SystemTime) -> Check {
+        const SILENT: &str = "no dial is answered: see on the VM's console whether it hangs";
         let status = &self.vm.status;
         let seen = format!("hvsock {}: {}", self.process, self.vm.health(now));
-        let remedy = match status.silent_since {
+        let remedy = match (status.silent_since, found) {
             _ if status.up == Some(false) => "start the VM",
             _ if status.paused => "send its process a SIGCONT",
-            Some(_) => "no dial is answered: see on the VM's console whether it hangs",
-            None => return Check::ok(HEALTH, seen),
+            // The hvsock looks now and then, and has not seen it yet.
+            (_, VmFinding::Stopped) => "its process is stopped by now: send it a SIGCONT",
+            (Some(_), _) => SILENT,
+            (None, VmFinding::Unanswered) if status.unanswered > 0 => SILENT,
+            (None, _) => return Check::ok(HEALTH, seen),
         };
         Check::warning(HEALTH, seen, remedy)
     }
@@ -242,7 +270,7 @@ impl CarryingProcess {
                 Check::warning(name, seen, &remedy)
             }
             0 => Check::ok(name, seen),
-            _ => Check::warning(name, seen, LOST),
+            _ => Check::warning(name, seen, &format!("{REGAIN}; {REPLACE}")),
         }
     }
 }
@@ -253,22 +281,48 @@ pub(super) struct Usage {
     used: usize,
     /// The most that one of them may take; `None` if none of them carries the VM.
     limit: Option<usize>,
-    carriers: Vec<(u32, usize)>,
+    shares: Vec<Share>,
     /// The hvsock that was asked, if no other was.
     asked_alone: Option<String>,
+}
+
+/// The slots that an hvsock has of a VM's.
+struct Share {
+    process: u32,
+    taken: usize,
+    lost: usize,
+}
+
+impl Share {
+    /// Returns it in words: `hvsock 12 has 3 of them, and has lost 2`.
+    fn in_words(&self) -> String {
+        let Share {
+            process,
+            taken,
+            lost,
+        } = self;
+        match (taken, lost) {
+            (taken, 0) => format!("hvsock {process} has {taken} of them"),
+            (0, lost) => format!("hvsock {process} has lost {lost} of them"),
+            (taken, lost) => format!("hvsock {process} has {taken} of them, and has lost {lost}"),
+        }
+    }
 }
 
 impl Usage {
     pub(super) fn of(hvsocks: &Hvsocks, carriers: &[CarryingProcess]) -> Usage {
         let limits = carriers.iter().filter_map(|it| it.vm.status.limit);
         let limit = limits.max();
-        let used =
-            |it: &CarryingProcess| (it.process, it.vm.status.connections + it.vm.status.lost);
-        let carriers: Vec<(u32, usize)> = carriers.iter().map(used).collect();
+        let share = |it: &CarryingProcess| Share {
+            process: it.process,
+            taken: it.vm.status.connections,
+            lost: it.vm.status.lost,
+        };
+        let shares: Vec<Share> = carriers.iter().map(share).collect();
         Usage {
-            used: carriers.iter().map(|(_, used)| used).sum(),
+            used: shares.iter().map(|it| it.taken + it.lost).sum(),
             limit,
-            carriers,
+            shares,
             asked_alone: hvsocks.named.as_ref().map(|it| it.name.clone()),
         }
     }
@@ -280,28 +334,38 @@ impl Usage {
     }
 
     /// Returns how many of the slots each hvsock has, if there is one that carries the VM:
-    /// `hvsock 12 has 3 of them`.
+    /// `hvsock 12 has 3 of them, hvsock 14 has lost 2 of them`.
     pub(super) fn shares(&self) -> Option<String> {
         self.limit?;
-        let shares = self.carriers.iter();
-        let shares = shares.map(|(process, used)| format!("hvsock {process} has {used} of them"));
+        let shares = self.shares.iter().map(Share::in_words);
         Some(shares.collect::<Vec<_>>().join(", "))
     }
 
     /// Returns the remedy for a VM that has no slot left.
     pub(super) fn remedy(&self) -> String {
-        let users = self.carriers.iter().filter(|(_, used)| *used > 0);
+        let lost = self.shares.iter().map(|it| it.lost).sum::<usize>();
+        let lost = counted(lost as u64, "slot");
+        let users = self.shares.iter().filter(|it| it.taken > 0);
         let commands: Vec<String> = users
-            .map(|(process, _)| format!("`hvsock connections --pid {process}`"))
+            .map(|it| format!("`hvsock connections --pid {}`", it.process))
             .collect();
+        let has_lost = self.shares.iter().any(|it| it.lost > 0);
+        if has_lost && commands.is_empty() {
+            return format!("{lost} can't be had back from here: {REGAIN}");
+        }
         let shown = match (&commands[..], &self.asked_alone) {
             ([], None) => "; no hvsock that can be asked has one".to_owned(),
             ([], Some(name)) => format!("; {name} was asked alone, and has none"),
             ([one], _) => format!(" ({one} shows them)"),
             (more, _) => format!(" ({} show them)", more.join(" and ")),
         };
-        format!(
-            "end some of its connections{shown}; slots that were lost come back when the guest ends them or the VM is restarted"
-        )
+        let lost = match has_lost {
+            true => format!("to have back the {lost} that were lost, {REGAIN}"),
+            false => {
+                "slots that were lost come back when the guest ends them or the VM is restarted"
+                    .to_owned()
+            }
+        };
+        format!("end some of its connections{shown}; {lost}")
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use socket2::SockRef;
 
-use super::carriers::{CarryingProcess, Hvsocks, Usage};
+use super::carriers::{CarryingProcess, Hvsocks, Usage, VmFinding};
 use super::check::{Check, DoctorPlan, UNANSWERED, Verdict};
 use super::{socket, target};
 use crate::address::{HyperkitAddress, Port, is_guest_cid};
@@ -37,6 +37,9 @@ const START: &str = "start the VM";
 
 /// Why the guest isn't dialled where the device has no slot left.
 const ALL_TAKEN: &str = "all slots of the VM are taken";
+
+/// Why a guest isn't dialled again that has not answered.
+const UNANSWERING: &str = "the guest doesn't answer";
 
 pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let (directory, vm) = directory(name);
@@ -92,7 +95,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     }));
     checks.extend(left_over(&vm, &plan.host_ports));
     let now = SystemTime::now();
-    checks.extend(carriers.iter().map(|it| it.check_health(now)));
+    let found = match guest.undialled {
+        _ if process.stopped => VmFinding::Stopped,
+        Some(UNANSWERING) => VmFinding::Unanswered,
+        _ => VmFinding::Nothing,
+    };
+    checks.extend(carriers.iter().map(|it| it.check_health(found, now)));
     let slots = carriers.iter().map(CarryingProcess::check_slots);
     checks.extend(slots.map(|check| match guest.undialled {
         // Others have taken those that this hvsock has not.
@@ -101,10 +109,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
             format_args!("{}; {ALL_TAKEN}", check.seen),
             &usage.remedy(),
         ),
+        // The device has no more, however many this hvsock may take.
+        Some(ALL_TAKEN) => check.with_remedy(usage.remedy()),
         _ => check,
     }));
     checks.extend(hvsocks.unknown(&carriers, Some(&vm.state_dir)));
-    checks.extend(keepers(&vm));
+    checks.extend(keepers(&vm, &hvsocks));
     checks
 }
 
@@ -114,8 +124,9 @@ fn is_same(one: &Path, other: &Path) -> bool {
     real(one) == real(other)
 }
 
-/// Checks whether each keeper of the VM still has its hvsock.
-fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
+/// Checks whether each keeper of the VM still has its hvsock. Where one hvsock is asked alone,
+/// those of others are left out.
+fn keepers(vm: &HyperkitVm, hvsocks: &Hvsocks) -> impl Iterator<Item = Check> {
     let name = "keeper";
     let check = move |it: KeeperStatus| {
         let (pid, proxy) = (it.pid, it.proxy);
@@ -142,7 +153,9 @@ fn keepers(vm: &HyperkitVm) -> impl Iterator<Item = Check> {
             ),
         }
     };
-    keepers::query(&vm.state_dir).into_iter().map(check)
+    let all = keepers::query(&vm.state_dir).into_iter();
+    let meant = all.filter(|it| it.proxy_ended || hvsocks.was_meant(it.proxy));
+    meant.map(check)
 }
 
 fn named_port(port: Port) -> String {
@@ -459,7 +472,7 @@ fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
         undialled: match &answer {
             Ok(Answer::After(_)) => None,
             Ok(Answer::EndedUnread) => Some(ALL_TAKEN),
-            Ok(Answer::None) => Some("the guest doesn't answer"),
+            Ok(Answer::None) => Some(UNANSWERING),
             Ok(Answer::NotTaken) => Some("hyperkit takes no connection"),
             Err(_) => Some("the guest can't be dialled"),
         },

@@ -1,6 +1,6 @@
 //! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
-use super::carriers::{CarryingProcess, Hvsocks};
+use super::carriers::{CarryingProcess, Hvsocks, VmFinding};
 use super::check::{Check, DoctorPlan, Verdict};
 use super::{socket, system};
 use crate::address::{Address, AnyVm, Port, VsockMuxAddress};
@@ -30,6 +30,11 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
         Some(process) if process.verdict == Verdict::Failed => Some("its process is stopped"),
         _ => None,
     };
+    let is_stopped = |process: &Check| process.verdict == Verdict::Failed;
+    let found = match process.as_ref().is_some_and(is_stopped) {
+        true => VmFinding::Stopped,
+        false => VmFinding::Nothing,
+    };
     checks.extend(process);
     let hvsocks = Hvsocks::ask(&plan.asked);
     let carriers = hvsocks.carriers(|place| match VmPlace::parse(place) {
@@ -37,7 +42,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
         _ => false,
     });
     let now = SystemTime::now();
-    checks.extend(carriers.iter().map(|it| it.check_health(now)));
+    checks.extend(carriers.iter().map(|it| it.check_health(found, now)));
     checks.extend(carriers.iter().map(CarryingProcess::check_slots));
     let path = match vm {
         VmPlace::VsockMux(mux) => Some(mux.path.as_path()),

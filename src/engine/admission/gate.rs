@@ -92,14 +92,14 @@ impl std::fmt::Display for Full {
                 f.write_str("the one connection that the VM may have is in use")
             }
             Full::Live { cap: 1, .. } => f.write_str(
-                "the one connection that the VM may have is lost to a program in the guest that doesn't end its own (end that, or restart the VM)",
+                "the one connection that the VM may have is lost until the guest ends it (end its program there, or restart the VM)",
             ),
             Full::Live { cap, lost: 0 } => {
                 write!(f, "all {cap} connections that one VM may have are in use")
             }
             Full::Live { cap, lost } => write!(
                 f,
-                "all {cap} connections that one VM may have are in use, {lost} of them lost to programs in the guest that don't end theirs (end those, or restart the VM)"
+                "all {cap} connections that one VM may have are in use, {lost} of them lost until the guest ends them (end their programs there, or restart the VM)"
             ),
             Full::Reserved(n) => write!(
                 f,
