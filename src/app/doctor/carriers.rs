@@ -235,14 +235,15 @@ impl CarryingProcess {
 
     /// Returns whether the VM is there, and answers. `found` is what was found of it just now.
     pub(super) fn check_health(&self, found: VmFinding, now: SystemTime) -> Check {
+        const GO_ON: &str = "send its process a SIGCONT";
         const SILENT: &str = "no dial is answered: see on the VM's console whether it hangs";
         let status = &self.vm.status;
         let seen = format!("hvsock {}: {}", self.process, self.vm.health(now));
         let remedy = match (status.silent_since, found) {
+            // The hvsock looks now and then: it may not have seen it yet, or take the VM for gone.
+            (_, VmFinding::Stopped) => GO_ON,
             _ if status.up == Some(false) => "start the VM",
-            _ if status.paused => "send its process a SIGCONT",
-            // The hvsock looks now and then, and has not seen it yet.
-            (_, VmFinding::Stopped) => "its process is stopped by now: send it a SIGCONT",
+            _ if status.paused => GO_ON,
             (Some(_), _) => SILENT,
             (None, VmFinding::Unanswered) if status.unanswered > 0 => SILENT,
             (None, _) => return Check::ok(HEALTH, seen),
