@@ -935,6 +935,16 @@ fn registrations_of(pid: u32) -> usize {
     entries.filter_map(count).sum()
 }
 
+/// Has that many clients of the echo server come, one after the other.
+#[cfg(target_os = "linux")]
+fn come_and_go(count: usize, dir: &Path, vm: &Vm) {
+    for _ in 0..count {
+        let answer = ask(unix_client(&dir.join("echo")), b"hello").unwrap();
+        assert_eq!(answer, b"hello");
+    }
+    all_slots_come_back(vm);
+}
+
 /// A registration with epoll outlives the close of a socket as long as the keeper has a copy.
 #[cfg(target_os = "linux")]
 #[test]
@@ -947,15 +957,7 @@ fn nothing_that_is_closed_stays_registered_while_the_keeper_has_a_copy() {
     let proxy = expose(dir, echo_server(), &[]);
     let pid = proxy.child.0.id();
     let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
-    let round = || {
-        for _ in 0..COUNT {
-            assert_eq!(
-                ask(unix_client(&dir.join("echo")), b"hello").unwrap(),
-                b"hello"
-            );
-        }
-        all_slots_come_back(&vm);
-    };
+    let round = || come_and_go(COUNT, dir, &vm);
     round();
     let before = registrations_of(pid);
     kill(Pid::from_raw(keeper), Signal::SIGSTOP).unwrap();
@@ -998,15 +1000,7 @@ fn a_keeper_sleeps_while_a_thousand_connections_come_and_go_and_holds_none() {
     let proxy = expose(dir, echo_server(), &[]);
     let pid = proxy.child.0.id();
     let keeper = keeper_of(dir, pid, |it| has_port(it, "held"));
-    let round = || {
-        for _ in 0..COUNT {
-            assert_eq!(
-                ask(unix_client(&dir.join("echo")), b"hello").unwrap(),
-                b"hello"
-            );
-        }
-        all_slots_come_back(&vm);
-    };
+    let round = || come_and_go(COUNT, dir, &vm);
     round();
     let before = (proxy.descriptors(), descriptors_of(keeper.cast_unsigned()));
     let waits = waits_of(keeper);

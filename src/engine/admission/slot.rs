@@ -147,7 +147,7 @@ impl Slot {
 
     /// Returns whether a look that was begun after the dial has found its VM gone. If not, another
     /// look is asked for.
-    pub(crate) fn is_vm_gone(&self) -> bool {
+    pub(crate) fn check_vm_gone(&self) -> bool {
         let mut state = self.gate.state();
         let is_gone = self
             .number()

@@ -703,17 +703,17 @@ fn the_vm_of_a_dial_without_an_answer_is_looked_for() {
     let first = go(&gate, now);
     assert!(!gate.begin_look(now, second));
     // A look that has found it says nothing else of it, and is made once for all that ask.
-    assert!(!first.is_vm_gone() && !first.is_vm_gone());
+    assert!(!first.check_vm_gone() && !first.check_vm_gone());
     assert!(gate.begin_look(now + second, second));
     gate.take_look(&look(Some(VmIdentity::Cid)), now + second);
     assert_eq!(gate.status(now).up, None);
     assert!(!gate.begin_look(now + 9 * second, second));
-    assert!(!first.is_vm_gone());
+    assert!(!first.check_vm_gone());
     assert!(gate.begin_look(now + 10 * second, second));
     // That of a dial which was made meanwhile may be another one.
     let later = go(&gate, now + 10 * second);
     gate.take_look(&look(None), now + 10 * second);
-    assert!(first.is_vm_gone() && !later.is_vm_gone());
+    assert!(first.check_vm_gone() && !later.check_vm_gone());
     assert_eq!(gate.status(now).up, Some(false));
     // It is looked for until it is there.
     assert!(gate.begin_look(now + 11 * second, second));

@@ -385,7 +385,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 continue;
             }
             if let (Gone::Silent, How::Drain(_)) = (guest, &how)
-                && self.may_hold(side, cx)
+                && self.try_hold(side, cx)
             {
                 self.note_abandoned(HELD, cx.now);
                 held[side] = Some(Closing::drain(end));
@@ -410,9 +410,9 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Returns whether the socket of a side may stay open until its silent guest ends it, and has
-    /// its slot count as lost until then.
-    fn may_hold(&mut self, side: Side, cx: &Context<'_, S>) -> bool {
+    /// Has the slot of a side count as lost until its silent guest ends the socket, which is to stay
+    /// open. Returns false, and does nothing, if it may not.
+    fn try_hold(&mut self, side: Side, cx: &Context<'_, S>) -> bool {
         cx.phase == Phase::Running
             && self.program == Program::None
             && (cx.may_hold)()

@@ -365,7 +365,7 @@ impl<S: ConnectionSocket> Connection<S> {
                 self.begin_relaying(Acceptance::Unknown, cx);
             }
             Ok(false) if cx.now >= race.dial.deadline() => self.time_out(cx),
-            Ok(false) => match self.is_vm_gone(cx) {
+            Ok(false) => match self.check_vm_gone(cx) {
                 true => self.attempt_ended(dial::vm_is_gone(), cx),
                 false => self.wait_for_answers(cx),
             },
@@ -402,10 +402,12 @@ impl<S: ConnectionSocket> Connection<S> {
 
     /// Returns whether the VM that was dialled is gone: nothing tells the socket, which would wait
     /// for its whole timeout. The first time it is asked is a while after the dial.
-    fn is_vm_gone(&self, cx: &Context<'_, S>) -> bool {
+    fn check_vm_gone(&self, cx: &Context<'_, S>) -> bool {
         let is_due = self.wake_at.is_none_or(|at| at <= cx.now);
         let slot = self.slots[Side::Server].as_ref();
-        is_due && self.forward.resets_when_gone(Side::Server) && slot.is_some_and(Slot::is_vm_gone)
+        is_due
+            && self.forward.resets_when_gone(Side::Server)
+            && slot.is_some_and(Slot::check_vm_gone)
     }
 
     /// Notes that the VMM has answered the dial, whether it was taken or refused.

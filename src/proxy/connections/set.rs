@@ -406,13 +406,7 @@ impl<D: Driver> Connections<D> {
         cx.shared.note_end(&forward, holder, cx.now);
     }
 
-    fn cut_connections(
-        &mut self,
-        id: Id,
-        cuts: &Cuts,
-        why: EndReason,
-        cx: &mut TurnContext<'_, D>,
-    ) {
+    fn cut_connection(&mut self, id: Id, cuts: &Cuts, why: EndReason, cx: &mut TurnContext<'_, D>) {
         // What was about to end is cut short, but not off; nobody is behind a probe.
         if let Some(connection) = self.table.get_mut(id)
             && connection.name.is_some()
@@ -431,7 +425,7 @@ impl<D: Driver> Connections<D> {
         cx: &mut TurnContext<'_, D>,
     ) {
         for id in self.table.ids() {
-            self.cut_connections(id, cuts, why, cx);
+            self.cut_connection(id, cuts, why, cx);
         }
     }
 
@@ -445,7 +439,7 @@ impl<D: Driver> Connections<D> {
         for id in self.table.ids() {
             let connection = self.table.get_mut(id);
             if let Some(cuts) = connection.and_then(|it| forwards.get(&it.forward.id)) {
-                self.cut_connections(id, cuts, why, cx);
+                self.cut_connection(id, cuts, why, cx);
             }
         }
     }
