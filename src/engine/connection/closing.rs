@@ -410,8 +410,8 @@ impl<S: ConnectionSocket> Connection<S> {
         }
     }
 
-    /// Has the slot of a side count as lost until its silent guest ends the socket, which is to stay
-    /// open. Returns false, and does nothing, if it may not.
+    /// Has the slot of a side count as lost until its silent guest ends the socket, which is to
+    /// stay open. Returns false, and does nothing, if it may not.
     fn try_hold(&mut self, side: Side, cx: &Context<'_, S>) -> bool {
         cx.phase == Phase::Running
             && self.program == Program::None
