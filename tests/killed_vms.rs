@@ -237,12 +237,17 @@ fn the_log_tells_once_that_a_process_is_stopped_and_that_it_goes_on() {
         ];
         let proxy = Running::start(&expose);
         // By this it learns the process behind a socket.
-        let mut client = tcp(proxy.tcp_port());
+        let port = proxy.tcp_port();
+        let mut client = tcp(port);
+        // The VMM may not listen yet.
+        eventually("the guest answers", || {
+            client = tcp(port);
+            client.write_all(b"x").is_ok() && client.read_exact(&mut [0]).is_ok()
+        });
         let mut answers = || {
             client.write_all(b"x").unwrap();
             client.read_exact(&mut [0]).unwrap();
         };
-        answers();
         let mut said = Vec::new();
         let mut expect = |paused, resumed| {
             eventually("the log tells it", || {
