@@ -8,9 +8,9 @@ use tracing::warn;
 use super::console::{complain, say};
 #[cfg(unix)]
 use super::control_socket;
-use super::ending::run_proxy;
 #[cfg(unix)]
 use super::ending::tell_manager_of_end;
+use super::ending::{log_start, run_proxy};
 use super::kept::{Describe, KeepTrying, KeptRules};
 use super::options::ProxyOptions;
 use super::outcome::{Failure, Outcome};
@@ -71,6 +71,7 @@ pub(super) fn carry(
     let _control = bound
         .map(|bound| control_socket::serve(bound, &proxy, actions(options, kept.clone())))
         .transpose()?;
+    log_start(&proxy);
     proxy.forwards().iter().map(describe).for_each(say);
     kept.iter().for_each(|kept| kept.complain());
     let _retry = kept.map(KeptRules::keep_trying).transpose()?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::console::say;
-use super::ending::run_proxy;
+use super::ending::{log_start, run_proxy};
 use super::options::ProxyOptions;
 use super::outcome::Outcome;
 use super::passed::start;
@@ -67,6 +67,7 @@ impl DemoArgs {
         let unix = UnixAddress::Path(socket.clone()).into();
         let rules = [Rule::new(tcp, web.clone()), Rule::new(unix, web)];
         let proxy = start(self.options.config(rules))?;
+        log_start(&proxy);
         let forwards = proxy.forwards();
         for forward in &forwards {
             say(format_args!("{} -> guest port {WEB}", forward.listen));

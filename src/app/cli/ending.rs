@@ -169,18 +169,23 @@ pub(super) fn run_until_told(
         }
     };
     start_thread("hvsock-signals", "to wait for signals", hear)?;
-    // This lets the log's file alone show where a process begins and ends.
-    if log::is_in_file() {
-        let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
-        info!("hvsock {version} has started, process {process}");
-        proxy.forwards().iter().for_each(log_forward);
-    }
     let ended = proxy.wait();
     info!("has stopped");
     closer.close();
     // Nothing is sent: this ends the thread.
     let _ = silence.recv_timeout(LAST_DELIVERY);
     Ok(ended?)
+}
+
+/// Logs that the process has started and what it carries, if the log is in a file: the file alone
+/// shows where a process begins and ends. It comes before standard output tells of the listeners,
+/// so that what their first clients leave in the log follows.
+pub(super) fn log_start(proxy: &Proxy) {
+    if log::is_in_file() {
+        let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
+        info!("hvsock {version} has started, process {process}");
+        proxy.forwards().iter().for_each(log_forward);
+    }
 }
 
 /// Logs that a forward is carried, if the log is in a file: standard output says so elsewhere.

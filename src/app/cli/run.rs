@@ -21,9 +21,11 @@ use clap::{Args, ValueHint};
 
 use super::console::{complain, list, print, say};
 #[cfg(unix)]
-use super::ending::{ProcessEnd, end_without_what_hangs, run_until_told, tell_manager_of_end};
+use super::ending::{
+    ProcessEnd, end_without_what_hangs, log_start, run_until_told, tell_manager_of_end,
+};
 #[cfg(not(unix))]
-use super::ending::{ProcessEnd, run_until_told};
+use super::ending::{ProcessEnd, log_start, run_until_told};
 use super::manager::Manager;
 #[cfg(unix)]
 use super::options::KeeperOptions;
@@ -154,6 +156,7 @@ impl RunArgs {
         let _control = control(&running, sockets, &proxy, program)?;
         #[cfg(not(unix))]
         let ControlSockets = sockets;
+        log_start(&proxy);
         running.describe(&[]).iter().for_each(say);
         running.troubles().iter().for_each(complain);
         let [retrying, reloading, asked] = [(); 3].map(|()| Arc::clone(&running));
