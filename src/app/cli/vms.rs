@@ -1,4 +1,4 @@
-//! `hvsock vms`: what there is to connect to.
+//! `hvsock vms`: lists the VMs that one can connect to.
 
 use std::io::ErrorKind;
 
@@ -79,7 +79,7 @@ fn hyperkit() -> Outcome {
     Ok(())
 }
 
-/// The state of a VM whose process lives, in the words of `hvsock status`.
+/// Returns the state of a VM whose process is alive, in the words of `hvsock status`.
 fn state_of(process: i32) -> &'static str {
     match sys::process_is_stopped(process) {
         true => "paused",
@@ -87,11 +87,11 @@ fn state_of(process: i32) -> &'static str {
     }
 }
 
-/// The rows of the VMs that other VMMs run here.
+/// Returns the rows of running VMs of other VMMs.
 #[cfg(unix)]
 fn others() -> Vec<[String; 4]> {
     use crate::app::{processes, vmms};
-    // Where the system doesn't tell of processes, none is known.
+    // Some systems don't list processes.
     let found = vmms::find(&processes::list_all().unwrap_or_default()).into_iter();
     let row = |it: vmms::RunningVm| {
         let state = i32::try_from(it.process).map_or("running", state_of);
@@ -105,7 +105,7 @@ fn others() -> Vec<[String; 4]> {
     Vec::new()
 }
 
-/// The keepers of the VMs, those of which the hvsock has ended included, line by line.
+/// Returns lines that describe the VMs' keepers, including those whose hvsock has ended.
 #[cfg(unix)]
 fn keepers(vms: &[hyperkit::Discovered]) -> Vec<String> {
     use super::stop::describe;
