@@ -1,21 +1,21 @@
-//! The VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock that run here, and the
-//! stand-ins for them, as far as the command lines of their processes tell of a vsock device.
+//! Finds running VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock, and stand-ins
+//! for them, by the vsock device in the command lines of their processes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::app::processes::RunningProcess;
 
-/// A VM that runs here.
+/// A running VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RunningVm {
     /// The name that its VMM gives it, or that of its process.
     pub(crate) name: String,
     /// The program that runs it.
     pub(crate) vmm: &'static str,
-    /// What `--vm` takes for it.
+    /// The value of `--vm` for it.
     pub(crate) vm: String,
-    /// The number of its process.
+    /// The id of its process.
     pub(crate) process: u32,
 }
 
@@ -54,8 +54,8 @@ fn of_process(process: &RunningProcess) -> Vec<RunningVm> {
 
 type FoundVm = (&'static str, Option<String>, String);
 
-/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options
-/// may be written with one dash or two, as QEMU takes them.
+/// Returns the values of an option: the next word, or the text behind `=`. The option may have one
+/// dash or two, as QEMU takes them.
 fn values<'a>(words: &[&'a str], option: &str) -> Vec<&'a str> {
     let named = |word: &'a str| {
         let name = word.strip_prefix('-')?;
@@ -80,7 +80,7 @@ fn key<'a>(list: &'a str, key: &str) -> Option<&'a str> {
     pairs.find(|(name, _)| *name == key).map(|(_, value)| value)
 }
 
-/// QEMU: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
+/// Finds QEMU's: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
 fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "name").into_iter().next().map(|it| {
         let plain = it.split(',').next().filter(|it| !it.contains('='));
@@ -100,8 +100,8 @@ fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
         .collect()
 }
 
-/// Firecracker: `vsock.uds_path` of the file of `--config-file`. What is set through its API stands
-/// in no command line.
+/// Finds Firecracker's: `vsock.uds_path` of the file of `--config-file`. A VM configured by its API
+/// is not found.
 fn of_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "id").into_iter().next().map(str::to_owned);
     let path = |file: &str| -> Option<String> {
@@ -115,7 +115,7 @@ fn of_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
         .collect()
 }
 
-/// Cloud Hypervisor: `--vsock cid=3,socket=/path`.
+/// Finds Cloud Hypervisor's: `--vsock cid=3,socket=/path`.
 fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock")
         .into_iter()
@@ -125,7 +125,7 @@ fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
         .collect()
 }
 
-/// Returns the number that QEMU reads in a word: decimal, or hexadecimal after `0x`.
+/// Parses a number as QEMU does: decimal, or hexadecimal after `0x`.
 fn number(word: &str) -> Option<u64> {
     match word.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16).ok(),
@@ -133,7 +133,8 @@ fn number(word: &str) -> Option<u64> {
     }
 }
 
-/// vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or `--uds-path=/path`.
+/// Finds those of vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or
+/// `--uds-path=/path`.
 fn of_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let of_vms = values(words, "vm")
         .into_iter()
@@ -144,7 +145,7 @@ fn of_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
         .collect()
 }
 
-/// The stand-in: `hvsock simulate --vsock-mux /path`.
+/// Finds the stand-in's: `hvsock simulate --vsock-mux /path`.
 fn of_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock-mux").into_iter();
     paths
@@ -164,7 +165,7 @@ fn mux(process: u32, path: &str) -> String {
     .replacen(":0", "", 1)
 }
 
-/// Returns a path as the process means it: a relative one begins in its current directory.
+/// Returns a path absolute, relative to the process' current directory.
 fn in_directory_of(process: u32, path: &str) -> PathBuf {
     if Path::new(path).is_absolute() {
         return PathBuf::from(path);
