@@ -1,4 +1,4 @@
-//! A VM of Hyper-V.
+//! Checks a VM of Hyper-V.
 
 use super::check::{Check, DoctorPlan};
 use crate::address::{Port, ServiceId, VmId};
@@ -37,7 +37,7 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     checks
 }
 
-/// Finds the VM that has this name or id.
+/// Finds the VM with this name or id.
 fn vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
     let id = match name.parse().map(VmId) {
         Ok(id) => id,

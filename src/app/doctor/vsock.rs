@@ -1,4 +1,4 @@
-//! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
+//! Checks a VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
 use super::carriers::{CarryingProcess, Hvsocks, VmFinding};
 use super::check::{Check, DoctorPlan, Verdict};
@@ -13,7 +13,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-/// How long a guest may take to end a connection of which only the end is wanted.
+/// How long a guest may take to end a connection that is being closed.
 const LEAVE: Duration = Duration::from_secs(1);
 
 pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
@@ -64,7 +64,7 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
     checks
 }
 
-/// Checks whether the VM's process runs, if it is one that can be known by its command line.
+/// Checks whether the VM's process runs, if it can be found by its command line.
 fn process(vm: &VmPlace) -> Option<Check> {
     let is_meant = |it: &RunningVm| match VmPlace::parse(&it.vm) {
         Some(Ok(other)) => is_same(&other, vm),
@@ -79,7 +79,7 @@ fn process(vm: &VmPlace) -> Option<Check> {
     })
 }
 
-/// Returns whether two places are one VM's, however its socket's path is spelled.
+/// Returns whether two places are those of one VM, however the socket's path is spelled.
 fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
     let same = |vm: &VmPlace| match vm.any() {
@@ -89,7 +89,7 @@ fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     same(one) == same(other)
 }
 
-/// Checks whether a program in the guest takes a connection to this address.
+/// Checks whether a program in the guest accepts a connection to this address.
 fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     match Stream::connect_timeout(address, patience) {
         Ok(stream) => {
@@ -101,7 +101,7 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     }
 }
 
-/// Checks whether a program of the host listens for the dials of the guest.
+/// Checks whether a program of the host listens for the guest's dials.
 fn host_port(vm: &VmPlace, port: Port) -> Check {
     let name = format!("host port {port}");
     match vm {
