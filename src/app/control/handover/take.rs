@@ -1,4 +1,4 @@
-//! The successor's part: it takes the sockets of an hvsock that runs.
+//! The successor's part of a hand-over: takes the sockets of a running hvsock.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -26,17 +26,17 @@ use crate::listener::{FileAccess, Handed, Key, Listener, Ready};
 use crate::proxy::{Handle, Rule};
 use crate::sys::{self, Identity};
 
-/// An hvsock that runs, and offers all its listening sockets. Dropped, it goes on as before.
+/// A running hvsock that offers its listening sockets. If dropped, it goes on as before.
 #[derive(Debug)]
 pub(crate) struct Predecessor {
     wire: Wire,
     sockets: Ready<PassedSocket>,
     taken: Vec<usize>,
-    /// The files of the sockets that are taken, each with the access that it is to have.
+    /// The files of the taken sockets, each with its new access if that changes.
     files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
-    /// The paths of those of them at which guests dial.
+    /// The paths of the taken sockets that guests dial.
     guest_ports: Vec<PathBuf>,
-    /// How the forwards of these names were added to it.
+    /// How the forwards of these names were added to the predecessor.
     added_as: HashMap<String, Added>,
 }
 
@@ -49,16 +49,17 @@ struct PassedSocket {
 }
 
 impl Predecessor {
-    /// Asks the hvsock that is controlled at `control` for its sockets.
+    /// Requests the sockets of the hvsock whose control socket is `control`.
     ///
     /// # Errors
-    /// That none is, or that it refuses.
+    /// Returns an error if no hvsock is there, or if it refuses.
     pub(crate) fn ask(control: &Path) -> Result<Predecessor, Unanswered> {
         let fail = |e: io::Error| {
             let why = format!("its sockets can't be taken over: {e}");
             Unanswered::Refused(ApiProblem::new(500, why))
         };
-        // Beside the control socket: both can get there, whatever else is private to one of them.
+        // Beside the control socket: both processes can get there, even if other directories are
+        // private to one.
         let meeting = MeetingPoint::new(control).map_err(fail)?;
         let request = TakeOverRequest {
             protocol: PROTOCOL,
@@ -87,7 +88,7 @@ impl Predecessor {
         })
     }
 
-    /// Takes the socket of a service of the control interface, if it has one there.
+    /// Takes the socket of an address of the control interface, if the predecessor has one.
     pub(in crate::app::control) fn take_endpoint(
         &mut self,
         service: Use,
@@ -109,13 +110,13 @@ impl Predecessor {
         added.collect()
     }
 
-    /// Returns how the forwards of these names were asked for by its control socket.
+    /// Returns how the forwards of these names were added on the predecessor's control socket.
     pub(in crate::app::control) fn ways_of_adding(&self) -> &HashMap<String, Added> {
         &self.added_as
     }
 
-    /// Takes the sockets of these rules. A socket that another program has bound is taken in any
-    /// case: who waits there may be served later.
+    /// Takes the sockets of these rules, and all sockets that another program has bound: clients
+    /// that wait there may be served later.
     pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for rule in rules {
@@ -158,23 +159,24 @@ impl Predecessor {
         Some(socket.listener)
     }
 
-    /// Returns the addresses of the sockets that are left, which it closes.
+    /// Returns the addresses of the sockets that are not taken, and will be closed by the
+    /// predecessor.
     pub(crate) fn untaken_addresses(&self) -> Vec<Address> {
         let left = self.sockets.iter();
         let left = left.filter(|it| it.used_for == Use::Forward);
         let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
-        // One forward may have two sockets.
+        // A forward may have two sockets.
         left.dedup();
         left
     }
 
-    /// Says which sockets are taken, all of which are ready. Once this returns they are this
-    /// process', and it is to accept at them. `handle` leaves out the slots that the other may
-    /// still use.
+    /// Sends which sockets are taken, all of which must be ready. Once this returns they belong to
+    /// this process, which must accept clients. `handle` excludes the slots that the predecessor
+    /// may still use.
     ///
     /// # Errors
-    /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this
-    /// took too long.
+    /// Returns why the predecessor keeps them as if nothing had happened: it has ended, its end was
+    /// requested, or this took too long.
     pub(crate) fn agree_on_sockets(mut self, handle: &Handle) -> io::Result<Agreed> {
         self.wire.send(&TakenSockets {
             taken: std::mem::take(&mut self.taken),
@@ -185,7 +187,7 @@ impl Predecessor {
         }
         for (file, access) in self.files.drain(..) {
             file.own();
-            // That they can't be set is no reason to serve nobody.
+            // Serving with the wrong access is better than not serving.
             let _ = access.map(|access| file.set_access(access));
         }
         yours.slots.leave_out(handle);
@@ -196,7 +198,7 @@ impl Predecessor {
     }
 }
 
-/// A hand-over on which both have agreed.
+/// A hand-over on which both processes have agreed.
 #[derive(Debug)]
 pub(crate) struct Agreed {
     wire: Wire,
@@ -204,9 +206,9 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, but at the forwards that have `failed`, and returns
-    /// when the other, that process, accepts none any more. The slots that it still has are left
-    /// out until it has ended, and what has become of its connections is noted.
+    /// Reports that this process accepts clients, except at the forwards that have `failed`.
+    /// Returns once the predecessor accepts none. Until the predecessor ends, its slots are
+    /// excluded, and its ended connections are recorded.
     pub(crate) fn finish(
         mut self,
         handle: &Handle,
@@ -214,7 +216,7 @@ impl Agreed {
         inherited: Inherited,
         mut failed: FailedForwards,
     ) {
-        /// What fits into a line, however it is escaped.
+        /// What fits into a line, even if all of it is escaped.
         const MOST_BYTES: usize = LONGEST_LINE / 8;
         let mut bytes = 0;
         failed.retain(|name, why| {
@@ -231,7 +233,7 @@ impl Agreed {
                 done.slots.leave_out(handle);
                 let handle = handle.clone();
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
-                // Without a thread they are left out for ever, which is safe.
+                // Without a thread the slots stay excluded for ever, which is safe.
                 let hear = move || {
                     hear_on(self.wire, &handle, |ended| {
                         inherited.add_ended(ended, process)
@@ -241,15 +243,14 @@ impl Agreed {
             }
             Err(_) => {
                 handle.shared_slots().forget_predecessor();
-                // It was killed, or hangs, and is to have nothing in either case.
+                // It was killed, or hangs. In either case it must have no sockets.
                 take_from_keepers(&self.guest_ports);
             }
         }
     }
 }
 
-/// Hears of the slots that the predecessor still has, and of its connections that have ended, until
-/// it has itself.
+/// Receives the predecessor's remaining slots and ended connections, until the predecessor ends.
 fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
     loop {
         match wire.next::<FinalLine>() {
@@ -289,7 +290,7 @@ fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<PassedSocket> {
     })
 }
 
-/// A socket of which only this user knows.
+/// A socket at a path that only this user can reach.
 struct MeetingPoint {
     listener: UnixListener,
     address: String,
@@ -314,7 +315,7 @@ impl MeetingPoint {
         })
     }
 
-    /// Waits for the other, which has connected before it answered.
+    /// Accepts the predecessor, which connected before it answered the request.
     fn accept(&self) -> io::Result<Wire> {
         if !sys::wait(self.listener.as_fd(), sys::Wanted::Readable, PATIENCE)? {
             return Err(ErrorKind::TimedOut.into());
