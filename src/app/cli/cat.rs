@@ -112,7 +112,7 @@ impl CatArgs {
         let signals = EndSignals::take()?;
         let listener = LastingListener::bind(&plan.address, self.mode)?;
         if listener.address() != &plan.address {
-            // The port was chosen only now.
+            // The kernel has chosen the port only now.
             complain(format_args!("listening on {}", listener.address()));
         }
         match self.echo {
