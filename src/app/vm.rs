@@ -200,7 +200,7 @@ mod tests {
             let place = VmPlace::parse(vm).unwrap().unwrap();
             assert_eq!(place.guest_port(Port(80)).to_string(), guest_port, "{vm}");
             assert_eq!(place.host_port(Port(80)).to_string(), host_port, "{vm}");
-            // Every guest of a host dials the same ports of it.
+            // All guests of a host dial the same ports of it.
             let only = vm.starts_with("vsock://").then_some(Source::cid(3));
             assert_eq!(place.sources(), Vec::from_iter(only), "{vm}");
         }

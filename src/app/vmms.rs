@@ -21,25 +21,25 @@ pub(crate) struct RunningVm {
 
 /// Returns the VMs with a vsock device that these processes run.
 pub(crate) fn find(processes: &[RunningProcess]) -> Vec<RunningVm> {
-    processes.iter().flat_map(of_process).collect()
+    processes.iter().flat_map(find_of_process).collect()
 }
 
-fn of_process(process: &RunningProcess) -> Vec<RunningVm> {
+fn find_of_process(process: &RunningProcess) -> Vec<RunningVm> {
     let words: Vec<&str> = process.command.iter().map(String::as_str).collect();
     let Some((program, words)) = words.split_first() else {
         return Vec::new();
     };
     let program = program.rsplit('/').next().unwrap_or_default();
     let found = if program.starts_with("qemu-system-") || program == "qemu-kvm" {
-        of_qemu(words)
+        find_qemu(words)
     } else if program.starts_with("firecracker") {
-        of_firecracker(process.id, words)
+        find_firecracker(process.id, words)
     } else if program.starts_with("cloud-hypervisor") {
-        of_cloud_hypervisor(process.id, words)
+        find_cloud_hypervisor(process.id, words)
     } else if program == "vhost-device-vsock" {
-        of_vhost_device(process.id, words)
+        find_vhost_device(process.id, words)
     } else if program == "hvsock" && words.contains(&"simulate") {
-        of_stand_in(process.id, words)
+        find_stand_in(process.id, words)
     } else {
         return Vec::new();
     };
@@ -81,7 +81,7 @@ fn key<'a>(list: &'a str, key: &str) -> Option<&'a str> {
 }
 
 /// Finds QEMU's: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
-fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
+fn find_qemu(words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "name").into_iter().next().map(|it| {
         let plain = it.split(',').next().filter(|it| !it.contains('='));
         key(it, "guest").or(plain).unwrap_or(it).to_owned()
@@ -102,26 +102,26 @@ fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
 
 /// Finds Firecracker's: `vsock.uds_path` of the file of `--config-file`. A VM configured by its API
 /// is not found.
-fn of_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
+fn find_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "id").into_iter().next().map(str::to_owned);
     let path = |file: &str| -> Option<String> {
-        let text = fs::read_to_string(in_directory_of(process, file)).ok()?;
+        let text = fs::read_to_string(resolve_path(process, file)).ok()?;
         let config: serde_json::Value = serde_json::from_str(&text).ok()?;
         Some(config["vsock"]["uds_path"].as_str()?.to_owned())
     };
     let paths = values(words, "config-file").into_iter().filter_map(path);
     paths
-        .map(|path| ("Firecracker", name.clone(), mux(process, &path)))
+        .map(|path| ("Firecracker", name.clone(), format_mux_uri(process, &path)))
         .collect()
 }
 
 /// Finds Cloud Hypervisor's: `--vsock cid=3,socket=/path`.
-fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
+fn find_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock")
         .into_iter()
         .filter_map(|it| key(it, "socket"));
     paths
-        .map(|path| ("Cloud Hypervisor", None, mux(process, path)))
+        .map(|path| ("Cloud Hypervisor", None, format_mux_uri(process, path)))
         .collect()
 }
 
@@ -135,27 +135,27 @@ fn number(word: &str) -> Option<u64> {
 
 /// Finds those of vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or
 /// `--uds-path=/path`.
-fn of_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
+fn find_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let of_vms = values(words, "vm")
         .into_iter()
         .filter_map(|it| key(it, "uds-path"));
     let paths = of_vms.chain(values(words, "uds-path"));
     paths
-        .map(|path| ("vhost-device-vsock", None, mux(process, path)))
+        .map(|path| ("vhost-device-vsock", None, format_mux_uri(process, path)))
         .collect()
 }
 
 /// Finds the stand-in's: `hvsock simulate --vsock-mux /path`.
-fn of_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
+fn find_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock-mux").into_iter();
     paths
-        .map(|path| ("hvsock simulate", None, mux(process, path)))
+        .map(|path| ("hvsock simulate", None, format_mux_uri(process, path)))
         .collect()
 }
 
 /// Returns the URI of a VM behind a VMM's socket.
-fn mux(process: u32, path: &str) -> String {
-    let path = in_directory_of(process, path);
+fn format_mux_uri(process: u32, path: &str) -> String {
+    let path = resolve_path(process, path);
     crate::address::VsockMuxAddress {
         path,
         port: crate::address::Port(0),
@@ -166,7 +166,7 @@ fn mux(process: u32, path: &str) -> String {
 }
 
 /// Returns a path absolute, relative to the process' current directory.
-fn in_directory_of(process: u32, path: &str) -> PathBuf {
+fn resolve_path(process: u32, path: &str) -> PathBuf {
     if Path::new(path).is_absolute() {
         return PathBuf::from(path);
     }

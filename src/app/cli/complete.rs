@@ -37,7 +37,7 @@ pub(super) fn answer(
     let pages = man::names(&hvsock);
     let page = move |begun: &OsStr| {
         let names = pages.iter().map(|name| (name.clone(), String::new()));
-        matching(begun, names)
+        filter_matching(begun, names)
     };
     let page = ArgValueCompleter::new(page);
     let hvsock = hvsock.mut_subcommand("man", |man| man.mut_arg("of", |of| of.add(page)));
@@ -72,19 +72,19 @@ pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
     if is_path(begun) {
         return PathCompleter::dir().complete(begun);
     }
-    let found = in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
+    let found = run_in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
     let names = found.into_iter().map(|vm| {
         let state = if vm.running { "running" } else { "gone" };
         (vm.name, format!("{}, {state}", vm.source))
     });
-    matching(begun, names.chain(others()))
+    filter_matching(begun, names.chain(list_other_vms()))
 }
 
 /// Returns the names of running VMs of other VMMs, each with its VMM.
 #[cfg(unix)]
-fn others() -> Vec<(String, String)> {
+fn list_other_vms() -> Vec<(String, String)> {
     use crate::app::{processes, vmms};
-    let running = in_time(processes::list_all).and_then(Result::ok);
+    let running = run_in_time(processes::list_all).and_then(Result::ok);
     let found = vmms::find(&running.unwrap_or_default()).into_iter();
     found
         .map(|vm| (vm.name, format!("{}, {}", vm.vmm, vm.vm)))
@@ -92,7 +92,7 @@ fn others() -> Vec<(String, String)> {
 }
 
 #[cfg(not(unix))]
-fn others() -> Vec<(String, String)> {
+fn list_other_vms() -> Vec<(String, String)> {
     Vec::new()
 }
 
@@ -108,19 +108,19 @@ pub(super) fn address(begun: &OsStr) -> Vec<CompletionCandidate> {
 #[cfg(unix)]
 pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
     use crate::app::control::{Status, find_path, get};
-    let status = in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
+    let status = run_in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
     let forwards = status.map(|status| status.forwards).unwrap_or_default();
     let names = forwards
         .into_iter()
         .map(|it| (it.label(), format!("{} -> {}", it.listen, it.connect)));
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
 /// Completes the id of a connection of the running hvsock.
 #[cfg(unix)]
 pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
     use crate::app::control::{ConnectionInfo, Status, find_path, get};
-    let found = in_time(|| {
+    let found = run_in_time(|| {
         let path = find_path();
         let status: Status = get(&path, "/v1/status").ok()?;
         let connections: Vec<ConnectionInfo> = get(&path, "/v1/connections").ok()?;
@@ -136,13 +136,13 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
             format!("{forward}, from {peer}, {}", it.state),
         )
     });
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
 /// Completes the process id of a running hvsock.
 #[cfg(unix)]
 pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
-    let found = in_time(crate::app::answering::find).and_then(Result::ok);
+    let found = run_in_time(crate::app::answering::find).and_then(Result::ok);
     let names = found.into_iter().flatten().filter_map(|it| {
         let forwards = it.status()?.forwards;
         let first = forwards
@@ -155,7 +155,7 @@ pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
         let what = format!("{}{more}", first.unwrap_or_default());
         Some((it.process.id.to_string(), what))
     });
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
 fn is_path(begun: &OsStr) -> bool {
@@ -164,7 +164,7 @@ fn is_path(begun: &OsStr) -> bool {
 }
 
 /// Returns the names that begin with `begun`, each with what it is.
-fn matching(
+fn filter_matching(
     begun: &OsStr,
     names: impl Iterator<Item = (String, String)>,
 ) -> Vec<CompletionCandidate> {

@@ -80,7 +80,7 @@ impl StatusArgs {
             return print_json(answer.trim_end());
         }
         let status: control::Status = read(&answer)?;
-        print_text(overview(&status, SystemTime::now()))?;
+        print_text(format_overview(&status, SystemTime::now()))?;
         left_behind(&status).iter().try_for_each(print)
     }
 }
@@ -90,7 +90,7 @@ const HEADINGS: [&str; 9] = [
 ];
 
 /// Returns a status as text for people.
-fn overview(status: &control::Status, now: SystemTime) -> String {
+fn format_overview(status: &control::Status, now: SystemTime) -> String {
     let stopping = if status.stopping { ", stopping" } else { "" };
     let mut text = format!(
         "hvsock {}, process {}, up {}, {}{stopping}\n",
@@ -112,7 +112,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             HumanCount(counters.accepted).to_string(),
             HumanBytes(counters.sent).to_string(),
             HumanBytes(counters.received).to_string(),
-            refusals(counters),
+            describe_refusals(counters),
         ]
     });
     text += &match status.forwards.is_empty() {
@@ -121,7 +121,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     };
     let mut lines = Vec::new();
     for it in &status.unserved {
-        let (service, since) = (&it.service, ago(it.since, now));
+        let (service, since) = (&it.service, format_ago(it.since, now));
         lines.push(format!("{service} can't be had since {since}: {}", it.why));
     }
     for vm in status.vms() {
@@ -140,7 +140,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
-            let (name, since) = (forward.name_or_address(), ago(since, now));
+            let (name, since) = (forward.name_or_address(), format_ago(since, now));
             lines.push(match &*forward.state {
                 "failed" => format!("{name} failed {since}: {why}"),
                 state => format!("{name} is {state} since {since}: {why}"),
@@ -157,11 +157,11 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             lines.push(format!(
                 "the last error of {}, {}{since}: {}",
                 forward.name_or_address(),
-                ago(error.at, now),
+                format_ago(error.at, now),
                 error.text
             ));
         }
-        if let Some(ends) = ends(&forward.counters) {
+        if let Some(ends) = describe_ends(&forward.counters) {
             lines.push(format!("ended at {}: {ends}", forward.name_or_address()));
         }
     }
@@ -196,7 +196,7 @@ fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
 }
 
 /// Describes how many clients were refused, and why.
-fn refusals(counters: &Counters) -> String {
+fn describe_refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
         return "0".to_owned();
     }
@@ -209,7 +209,7 @@ fn refusals(counters: &Counters) -> String {
 }
 
 /// Describes how many connections have ended, and why; `None` if none has.
-fn ends(counters: &Counters) -> Option<String> {
+fn describe_ends(counters: &Counters) -> Option<String> {
     let by_reason = serde_json::to_value(counters.ended).ok()?;
     let counts = by_reason.as_object()?.iter();
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
@@ -224,7 +224,7 @@ pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
-fn ago(then: SystemTime, now: SystemTime) -> String {
+fn format_ago(then: SystemTime, now: SystemTime) -> String {
     let passed = now.duration_since(then).unwrap_or_default();
     format!("{} ago", HumanDuration(passed))
 }
@@ -404,7 +404,7 @@ impl RemoveArgs {
             let pending: HashMap<&str, &str> = pending
                 .map(|it| (it.listen.as_str(), it.name_or_address()))
                 .collect();
-            for place in not_among(name, removed) {
+            for place in find_missing_addresses(name, removed) {
                 let listen = local_address(&place).map(|it| it.to_string());
                 match listen.ok().filter(|it| pending.contains_key(it.as_str())) {
                     Some(listen) => self.complain_of_pending(&listen, &path)?,
@@ -461,7 +461,7 @@ fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
 }
 
 /// Returns the addresses of a range at which none of these forwards listened.
-fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
+fn find_missing_addresses(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     let places = expand(range, BarePort::Tcp).unwrap_or_default();
     if places.len() < 2 {
         // The range was given by its name.

@@ -103,10 +103,10 @@ impl KeptRules {
                 wanted.rules = rules;
                 let rules = &wanted.rules;
                 let summary = self.reconciler.apply(rules, &waits_for, Occasion::Asked);
-                self.tell_of(&summary);
+                self.print_summary(&summary);
             } else if self.reconciler.has_pending() {
                 let summary = self.reconciler.try_again(&wanted.rules, &waits_for);
-                self.tell_of(&summary);
+                self.print_summary(&summary);
             }
         };
         RetryThread::start(again, || ())
@@ -121,7 +121,7 @@ impl KeptRules {
         }
     }
 
-    fn tell_of(&self, summary: &Summary) {
+    fn print_summary(&self, summary: &Summary) {
         let forwards = self.reconciler.handle().forwards();
         let new = |it: &&ForwardStatus| {
             let name = name_of(&it.rule);

@@ -46,7 +46,7 @@ pub(super) fn tell_why_not(lines: &[String]) {
 
 /// Returns the processes that have handed over to this one, directly or through others, and still
 /// run.
-fn predecessors(status: &Status) -> Vec<Status> {
+fn find_predecessors(status: &Status) -> Vec<Status> {
     let mut found = Vec::new();
     let mut next = status.predecessor;
     for _ in 0..MOST {
@@ -61,7 +61,9 @@ fn predecessors(status: &Status) -> Vec<Status> {
 
 /// Returns a line for each predecessor that still has connections.
 pub(super) fn left_behind(status: &Status) -> Vec<String> {
-    let with_some = predecessors(status).into_iter().filter(|it| it.live > 0);
+    let with_some = find_predecessors(status)
+        .into_iter()
+        .filter(|it| it.live > 0);
     let lines = with_some.map(|old| {
         let (pid, live) = (old.pid, table::counted(old.live as u64, "connection"));
         format!(
@@ -78,6 +80,6 @@ pub(super) fn owner(status: &Status, id: u64) -> Option<u32> {
         let all = control::get::<Vec<ConnectionInfo>>(&path, "/v1/connections");
         all.is_ok_and(|all| all.iter().any(|it| it.id == id))
     };
-    let mut old = predecessors(status).into_iter();
+    let mut old = find_predecessors(status).into_iter();
     old.find(has_it).map(|old| old.pid)
 }

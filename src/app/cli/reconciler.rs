@@ -172,7 +172,7 @@ impl Reconciler {
                     let as_before = group.iter().filter_map(|(_, rule)| is_pending(rule));
                     change.pending.extend(as_before.cloned());
                 }
-                _ => change.make(step),
+                _ => change.apply_step(step),
             }
         }
         let Change {
@@ -237,7 +237,7 @@ struct Change<'a> {
 }
 
 impl Change<'_> {
-    fn make(&mut self, step: Step<ForwardId>) {
+    fn apply_step(&mut self, step: Step<ForwardId>) {
         match step {
             Step::Keep(id) => {
                 self.ours.insert(id);
@@ -254,7 +254,7 @@ impl Change<'_> {
                 self.ours.insert(id);
                 match self.handle.replace(id, rule.clone()) {
                     Ok(()) => self.summary.changed.push(name_of(&rule)),
-                    Err(e) => self.fails(rule, e),
+                    Err(e) => self.note_failure(rule, e),
                 }
             }
             Step::Move(id, rule) => self.move_to(id, rule),
@@ -263,9 +263,9 @@ impl Change<'_> {
         }
     }
 
-    fn fails(&mut self, rule: Rule, error: Error) {
+    fn note_failure(&mut self, rule: Rule, error: Error) {
         let text = error.to_string();
-        self.is_pending(rule, text);
+        self.add_pending(rule, text);
         // The other hvsocks are not asked again at every retry (2 s).
         #[cfg(unix)]
         if self.occasion == Occasion::Asked
@@ -275,7 +275,7 @@ impl Change<'_> {
         }
     }
 
-    fn is_pending(&mut self, rule: Rule, why: String) {
+    fn add_pending(&mut self, rule: Rule, why: String) {
         self.pending.push(PendingForward {
             rule,
             waits: false,
@@ -287,11 +287,11 @@ impl Change<'_> {
     }
 
     /// Returns whether a rule has to wait; if so, it is added to the pending ones.
-    fn has_to_wait(&mut self, rule: &Rule) -> bool {
+    fn defer_if_waiting(&mut self, rule: &Rule) -> bool {
         let Some(why) = (self.waits_for)(rule) else {
             return false;
         };
-        self.is_pending(rule.clone(), why);
+        self.add_pending(rule.clone(), why);
         if let Some(it) = self.pending.last_mut() {
             it.waits = true;
         }
@@ -299,7 +299,7 @@ impl Change<'_> {
     }
 
     fn add(&mut self, rule: Rule) {
-        if self.has_to_wait(&rule) {
+        if self.defer_if_waiting(&rule) {
             return;
         }
         match self.handle.add(rule.clone()) {
@@ -307,14 +307,14 @@ impl Change<'_> {
                 self.ours.insert(id);
                 self.summary.added.push(name_of(&rule));
             }
-            Err(e) => self.fails(rule, e),
+            Err(e) => self.note_failure(rule, e),
         }
     }
 
     /// Listens at the new address, then closes the listener at the old one. The old one stays if
     /// the new one can't be bound.
     fn move_to(&mut self, id: ForwardId, rule: Rule) {
-        if self.has_to_wait(&rule) {
+        if self.defer_if_waiting(&rule) {
             return;
         }
         // Name and reservation belong to the old forward until it is removed.
@@ -322,13 +322,13 @@ impl Change<'_> {
         bare.name = None;
         bare.reserved = 0;
         match self.handle.add(bare) {
-            Err(e) => self.fails(rule, e),
+            Err(e) => self.note_failure(rule, e),
             Ok(new) => {
                 self.ours.insert(new);
                 self.remove(id);
                 self.summary.added.push(name_of(&rule));
                 if let Err(e) = self.handle.replace(new, rule.clone()) {
-                    self.fails(rule, e);
+                    self.note_failure(rule, e);
                 }
             }
         }
@@ -338,7 +338,7 @@ impl Change<'_> {
     /// ones back.
     fn exchange(&mut self, group: Vec<(ForwardId, Rule)>) {
         let mut group = group;
-        group.retain(|(_, rule)| !self.has_to_wait(rule));
+        group.retain(|(_, rule)| !self.defer_if_waiting(rule));
         for (id, _) in &group {
             self.close(*id);
         }
@@ -357,7 +357,7 @@ impl Change<'_> {
             match self.handle.add(self.rules[&id].clone()) {
                 Ok(old) => {
                     self.ours.insert(old);
-                    self.fails(rule, error);
+                    self.note_failure(rule, error);
                     if let Some(it) = self.pending.last_mut() {
                         it.retried = Retried::OnReload;
                     }
@@ -365,7 +365,7 @@ impl Change<'_> {
                 Err(back) => {
                     self.note_removed(id);
                     let why = format!("{error}; and it could not be put back: {back}");
-                    self.is_pending(rule, why);
+                    self.add_pending(rule, why);
                 }
             }
         }
@@ -460,7 +460,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn a_reload_that_hangs_keeps_nobody_who_asks_for_another() {
+    fn a_hanging_reload_blocks_no_other_request() {
         let (begins, begun) = channel();
         let (goes_on, hangs) = channel::<()>();
         let reload = move || {

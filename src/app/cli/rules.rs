@@ -82,7 +82,7 @@ pub(super) fn rules_of_vm_to_come(
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
         // Something that is no VM may be at that path for long.
         Err(e) => {
-            tell_once(&told, &e);
+            complain_once(&told, &e);
             None
         }
     };
@@ -90,7 +90,7 @@ pub(super) fn rules_of_vm_to_come(
 }
 
 /// Prints why a VM can't be found, unless that was the last message.
-fn tell_once(told: &Mutex<Option<String>>, error: &Error) {
+fn complain_once(told: &Mutex<Option<String>>, error: &Error) {
     let text = error.to_string();
     let mut told = lock(told);
     if told.as_ref() != Some(&text) {

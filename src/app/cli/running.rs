@@ -398,7 +398,7 @@ impl Running {
         match &outcome {
             Ok(summary) => {
                 info!("{file} was read again: {summary}");
-                self.tell_of(summary);
+                self.log_summary(summary);
             }
             Err(problems) => {
                 let summary = problems.summary();
@@ -409,7 +409,7 @@ impl Running {
         outcome
     }
 
-    fn tell_of(&self, summary: &Summary) {
+    fn log_summary(&self, summary: &Summary) {
         let names: Vec<String> = [&summary.added[..], &summary.changed[..]].concat();
         if !names.is_empty() {
             self.describe(&names).iter().for_each(say);
@@ -472,7 +472,7 @@ impl Running {
     /// Retries pending forwards, and looks again for missing VMs. Logs what has changed.
     pub(super) fn try_again(&self) {
         if let Some(summary) = self.look_again() {
-            self.tell_of(&summary);
+            self.log_summary(&summary);
         }
     }
 

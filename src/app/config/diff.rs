@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn who_moves_waits_for_who_leaves_its_new_place() {
+    fn a_forward_moves_after_those_that_free_its_new_address() {
         let at = |name: &str, place: &str| rule(name, &format!("tcp://{place}"), TO);
         let now = existing(&[
             at("a", "10.0.0.1:1"),
@@ -345,7 +345,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn who_is_in_its_own_way_is_closed_first() {
+    fn a_forward_that_blocks_itself_is_closed_first() {
         let exchanges = |from: &str, to: &str| {
             let steps = plan(&existing(&[rule("a", from, TO)]), &[rule("a", to, TO)]);
             matches!(&steps[..], [Step::Exchange(_)])

@@ -64,7 +64,7 @@ pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> 
             false => line_at(span.start)..=line_at(span.end),
         });
         match error.message() {
-            DUPLICATE => say_duplicate(source, text, span, &mut told),
+            DUPLICATE => report_duplicate(source, text, span, &mut told),
             message => source.complain(source.line(span), format!("this is no TOML: {message}")),
         }
     }
@@ -79,7 +79,12 @@ pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> 
 
 /// Reports a key or section that occurs twice. The keys of such a section occur twice as well,
 /// which is not reported: `told` has the positions of the sections.
-fn say_duplicate(source: &ConfigText, text: &str, span: Range<usize>, told: &mut HashSet<usize>) {
+fn report_duplicate(
+    source: &ConfigText,
+    text: &str,
+    span: Range<usize>,
+    told: &mut HashSet<usize>,
+) {
     let section = headers(text).take_while(|(at, _)| *at <= span.start).last();
     if let Some((begin, title)) = &section
         && let Some((first, _)) = headers(text).find(|(_, other)| other == title)

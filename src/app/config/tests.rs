@@ -372,7 +372,7 @@ fn where_it_is_controlled_from_and_looked_at_is_no_place_for_forwards() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn one_address_is_taken_by_who_has_them_all() {
+fn a_wildcard_address_takes_each_single_one() {
     let forward =
         |name: &str, listen: &str| format!("[forward.{name}]\nlisten = {listen}\nconnect = 99\n");
     let (one, all) = (forward("one", "8080"), forward("all", "\"0.0.0.0:8080\""));

@@ -62,7 +62,7 @@ impl ServedClient {
     }
 
     /// Returns once the client has kept the server waiting for `most`.
-    pub(super) async fn keeps_waiting(&self, most: Duration) {
+    pub(super) async fn wait_until_overdue(&self, most: Duration) {
         loop {
             let (phase, since) = self.state();
             let left = match phase {
@@ -78,7 +78,7 @@ impl ServedClient {
 
     /// Returns the sort key of disconnection, least first: clients that keep the server waiting,
     /// the longest wait first, then those that wait for the server.
-    fn right_to_stay(&self) -> (bool, Instant) {
+    fn disconnection_key(&self) -> (bool, Instant) {
         let (phase, since) = self.state();
         (phase == ClientPhase::Waiting, since)
     }
@@ -110,22 +110,22 @@ impl SocketClients {
         while self.tasks.try_join_next().is_some() {}
         self.served.retain(|(_, task)| !task.is_finished());
         if self.served.len() >= self.most {
-            self.put_out_one();
+            self.disconnect_one();
         }
         let task = self.tasks.spawn(task);
         self.served.push((Arc::clone(client), task));
     }
 
-    pub(super) fn put_out_one(&mut self) {
+    pub(super) fn disconnect_one(&mut self) {
         let all = self.served.iter().enumerate();
-        let first = all.min_by_key(|(_, (client, _))| client.right_to_stay());
+        let first = all.min_by_key(|(_, (client, _))| client.disconnection_key());
         if let Some((index, _)) = first {
             let (_, task) = self.served.swap_remove(index);
             task.abort();
         }
     }
 
-    pub(super) fn put_out_who_has_not_asked(&mut self) {
+    pub(super) fn disconnect_silent(&mut self) {
         for (client, task) in &self.served {
             if client.phase() == ClientPhase::Asking {
                 task.abort();
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
+    fn the_client_that_delays_longest_is_disconnected_first() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         runtime.unwrap().block_on(async {
             let mut clients = SocketClients::new(Demand::Asked);
@@ -177,20 +177,20 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_us_is_given_all_the_time_and_who_does_not_so_much() {
+    fn a_client_has_a_deadline_only_while_it_delays() {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_time().build().unwrap();
         runtime.block_on(async {
             let (client, most) = (ServedClient::new(), Duration::from_millis(5));
             let patience = Duration::from_secs(20);
-            tokio::time::timeout(patience, client.keeps_waiting(most))
+            tokio::time::timeout(patience, client.wait_until_overdue(most))
                 .await
                 .unwrap();
             client.enter_phase(ClientPhase::Waiting);
-            let waits = tokio::time::timeout(20 * most, client.keeps_waiting(most));
+            let waits = tokio::time::timeout(20 * most, client.wait_until_overdue(most));
             waits.await.unwrap_err();
             client.enter_phase(ClientPhase::Hearing);
-            tokio::time::timeout(patience, client.keeps_waiting(most))
+            tokio::time::timeout(patience, client.wait_until_overdue(most))
                 .await
                 .unwrap();
         });

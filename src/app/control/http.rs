@@ -179,12 +179,12 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             Err(e) if e.is_parse() && !is_asked.load(Ordering::Relaxed) => Some(refusal(&e)),
             Err(_) => return,
         },
-        () = client.keeps_waiting(REQUEST) => match client.phase() {
+        () = client.wait_until_overdue(REQUEST) => match client.phase() {
             ClientPhase::Asking => Some(ApiProblem::new(408, "the request took too long to come")),
             _ => return,
         },
         // With nothing to write, only a poll shows that the client has disconnected.
-        () = is_gone(&stream, &follows) => return,
+        () = wait_until_gone(&stream, &follows) => return,
     };
     let Some(mut stream) = Arc::into_inner(stream) else {
         return;
@@ -204,7 +204,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
 }
 
 /// Returns when a client that follows events has disconnected.
-async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
+async fn wait_until_gone(stream: &UnixStream, follows: &AtomicBool) {
     const LOOK: Duration = Duration::from_secs(1);
     loop {
         sleep(LOOK).await;

@@ -12,28 +12,28 @@
 //!
 //! | call | what it does | answers |
 //! |---|---|---|
-//! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
-//! | `GET /v1/forwards` | the forwards | an array of [`ForwardInfo`] |
-//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out; where they have ranges of ports, one for each port, or none | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another; of a range an array |
-//! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
-//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was; of a range an array of those that were there |
-//! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionInfo`] |
-//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`EndedInfo`] |
-//! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
-//! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
-//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
-//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200, its process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
+//! | `GET /v1/status` | returns the whole status: version, uptime, forwards | [`Status`] |
+//! | `GET /v1/forwards` | returns the forwards | an array of [`ForwardInfo`] |
+//! | `POST /v1/forwards` | adds a forward; the body is a rule, of which only the addresses are required; with ranges of ports it adds one for each port, or none | 201 and the forward, with the chosen port if it was 0; 200 and the existing forward, if its rule is the same; 409 if its rule is different; for a range an array |
+//! | `GET /v1/forwards/NAME` | returns a forward, by its name, listen address (percent-encoded) or id | the forward |
+//! | `DELETE /v1/forwards/NAME?grace=S` | removes a forward: it takes no more clients, and its connections have S seconds to finish | the removed forward; for a range an array |
+//! | `GET /v1/events` | returns events from now on, until the proxy has ended | lines of JSON: see [`events`] |
+//! | `GET /v1/connections` | returns the live connections | an array of [`ConnectionInfo`] |
+//! | `GET /v1/connections/ended` | returns the last 100 ended connections, refused ones and those of predecessors included, the oldest first | an array of [`EndedInfo`] |
+//! | `DELETE /v1/connections/ID` | closes a connection, a VM's side of it gracefully | the closed connection |
+//! | `POST /v1/reload` | reads the file again | what has changed; 409 if there is no file |
+//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other process has another version |
+//! | `POST /v1/upgrade` | starts the program that is now at the path of this one, and hands over to it | 200, the new process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
-//! | `GET /metrics` | the counters | Prometheus' text format |
+//! | `GET /metrics` | returns the counters | Prometheus' text format |
 //!
-//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where
-//! there is one) with status 400 (what was asked makes no sense), 403 (it may not be), 404, 405,
-//! 408 (the request didn't come), 409 (it is in the way of something that is there), 413 and 431
-//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. One request a
-//! connection.
+//! The default of S is that of `--grace`. An error is `{"error": …, "remedy": …}` (the remedy where
+//! there is one) with status 400 (invalid request), 403 (not allowed), 404, 405,
+//! 408 (the request didn't arrive), 409 (conflict with something that exists), 413 and 431
+//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. A connection
+//! has one request.
 //!
-//! # Who is let in
+//! # Access
 //!
 //! This user's processes, and no others, not even root's: the permissions of the socket and its
 //! directory ensure it, and the kernel reports who has connected. Least of all a guest: no forward

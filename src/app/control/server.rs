@@ -145,7 +145,7 @@ fn serve(
         // Clients without a request are disconnected; the others have a moment for their answers.
         let last = async {
             for mut clients in all {
-                clients.put_out_who_has_not_asked();
+                clients.disconnect_silent();
                 while clients.tasks.join_next().await.is_some() {}
             }
         };
@@ -232,10 +232,10 @@ impl ClientAcceptor {
             match came {
                 // No client came.
                 Err(_) => {}
-                Ok(Ok((stream, peer))) => self.let_in(stream, &peer),
-                Ok(Err(e)) => self.could_not_accept(&e).await,
+                Ok(Ok((stream, peer))) => self.admit(stream, &peer),
+                Ok(Err(e)) => self.handle_accept_error(&e).await,
             }
-            self.look_after_file().await;
+            self.check_file().await;
         }
         self.listener = None;
         // First, since `mark_closed` lets the hand-over go on.
@@ -268,7 +268,7 @@ impl ClientAcceptor {
         }
     }
 
-    async fn could_not_accept(&mut self, error: &io::Error) {
+    async fn handle_accept_error(&mut self, error: &io::Error) {
         if error.kind() == io::ErrorKind::Interrupted || has_client_left(error) {
             return;
         }
@@ -282,7 +282,7 @@ impl ClientAcceptor {
         } else {
             self.complain(format_args!("{error}; clients wait"));
             // Mostly descriptors have run out: this frees one.
-            lock(&self.clients).put_out_one();
+            lock(&self.clients).disconnect_one();
         }
         sleep(PAUSE).await;
     }
@@ -307,9 +307,9 @@ impl ClientAcceptor {
         }
     }
 
-    fn let_in(&mut self, stream: nonblocking::Stream, peer: &SocketName) {
+    fn admit(&mut self, stream: nonblocking::Stream, peer: &SocketName) {
         if !may_come(&self.from, peer) {
-            return self.refuse_stranger(peer);
+            return self.log_refused_source(peer);
         }
         let stream = match to_tokio(stream, &self.endpoint.address) {
             Ok(stream) => stream,
@@ -339,7 +339,7 @@ impl ClientAcceptor {
     }
 
     /// Logs that a client was refused because of its source.
-    fn refuse_stranger(&self, peer: &SocketName) {
+    fn log_refused_source(&self, peer: &SocketName) {
         let client = peer.without_port();
         let Some(more) = self.refusals.admit(&client, Instant::now()) else {
             return;
@@ -355,7 +355,7 @@ impl ClientAcceptor {
     }
 
     /// Starts a check of the socket's file, which makes it again if it was removed.
-    async fn look_after_file(&mut self) {
+    async fn check_file(&mut self) {
         if let Some(look) = self.look.take_if(|look| look.is_finished()) {
             // The check doesn't panic. If it did, it would start anew.
             let (watch, made) = look.await.map(|(look, _)| look).unwrap_or_default();
@@ -391,7 +391,7 @@ impl ClientAcceptor {
     fn replace(&mut self, made: Listener) {
         let old = self.listen_on(made);
         while let Some(Ok((stream, peer))) = old.as_ref().map(|old| old.accept()) {
-            self.let_in(stream, &peer);
+            self.admit(stream, &peer);
         }
     }
 }

@@ -120,7 +120,7 @@ impl Hvsocks {
     /// if that one doesn't answer or doesn't lead to the VM. Otherwise there is a skipped check for
     /// each hvsock that doesn't answer, if its command line or a keeper in the state directory shows
     /// that it leads to the VM.
-    pub(super) fn unknown(
+    pub(super) fn check_unknown(
         &self,
         carriers: &[CarryingProcess],
         directory: Option<&Path>,

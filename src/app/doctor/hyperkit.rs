@@ -43,7 +43,7 @@ const ALL_TAKEN: &str = "all slots of the VM are taken";
 const UNANSWERING: &str = "the guest doesn't answer";
 
 pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
-    let (directory, vm) = directory(name);
+    let (directory, vm) = check_directory(name);
     let mut checks = vec![directory];
     let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
     let host_ports = plan.host_ports.iter();
@@ -58,12 +58,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
             return checks;
         }
     };
-    checks.push(path(&vm));
-    checks.push(cid(&vm));
-    let process = process(&vm);
+    checks.push(check_path(&vm));
+    checks.push(check_cid(&vm));
+    let process = check_process(&vm);
     checks.push(process.check);
     checks.push(match process.pid {
-        Some(pid) => limits(pid),
+        Some(pid) => check_limits(pid),
         None if process.gone => Check::skipped("limits", "hyperkit's process is gone"),
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
@@ -78,12 +78,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     let guest = match connect.is_ok() {
         // It would take the dial after this process has ended.
         true if process.stopped => not_dialled("hyperkit is stopped"),
-        true => guest(&vm, plan.patience, &usage),
+        true => check_guest(&vm, plan.patience, &usage),
         false => not_dialled("there is no socket to dial it by"),
     };
     checks.extend([connect, guest.check]);
     checks.extend(ports.map(|(port, name)| match guest.undialled {
-        None => guest_port(&vm, *port, plan.patience, &usage),
+        None => check_guest_port(&vm, *port, plan.patience, &usage),
         Some(why) => Check::skipped(name, why),
     }));
     checks.extend(host_ports.map(|(port, name)| {
@@ -94,7 +94,7 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
             false => socket,
         }
     }));
-    checks.extend(left_over(&vm, &plan.host_ports));
+    checks.extend(check_left_over(&vm, &plan.host_ports));
     let now = SystemTime::now();
     let found = match guest.undialled {
         _ if process.stopped => VmFinding::Stopped,
@@ -114,8 +114,8 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
         Some(ALL_TAKEN) => check.with_remedy(usage.remedy()),
         _ => check,
     }));
-    checks.extend(hvsocks.unknown(&carriers, Some(&vm.state_dir)));
-    checks.extend(keepers(&vm, &hvsocks));
+    checks.extend(hvsocks.check_unknown(&carriers, Some(&vm.state_dir)));
+    checks.extend(check_keepers(&vm, &hvsocks));
     checks
 }
 
@@ -127,7 +127,7 @@ fn is_same(one: &Path, other: &Path) -> bool {
 
 /// Checks whether the hvsock of each keeper of the VM still runs. If one hvsock was named,
 /// keepers of other running ones are left out.
-fn keepers(vm: &HyperkitVm, hvsocks: &Hvsocks) -> impl Iterator<Item = Check> {
+fn check_keepers(vm: &HyperkitVm, hvsocks: &Hvsocks) -> impl Iterator<Item = Check> {
     let name = "keeper";
     let check = move |it: KeeperStatus| {
         let (pid, proxy) = (it.pid, it.proxy);
@@ -169,7 +169,7 @@ fn named_host_port(port: Port) -> String {
 
 /// Checks whether there is a readable state directory. If not, returns why the rest can't be
 /// checked.
-fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
+fn check_directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
     const MISSING: &str = "there is no state directory";
     const UNREADABLE: &str = "the state directory can't be read";
     let check = "directory";
@@ -211,7 +211,7 @@ fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str
 }
 
 /// Checks whether the paths of the sockets fit into socket addresses.
-fn path(vm: &HyperkitVm) -> Check {
+fn check_path(vm: &HyperkitVm) -> Check {
     let name = "path";
     let connect = vm.connect_path();
     let len = connect.as_os_str().len();
@@ -241,7 +241,7 @@ fn path(vm: &HyperkitVm) -> Check {
 
 /// Checks whether the guest's CID is the dialled one: a dial to another CID is refused like one to
 /// an unused port.
-fn cid(vm: &HyperkitVm) -> Check {
+fn check_cid(vm: &HyperkitVm) -> Check {
     let name = "cid";
     let configured = hyperkit::configured_cid(&vm.state_dir);
     let asked = vm.cid;
@@ -259,7 +259,7 @@ fn cid(vm: &HyperkitVm) -> Check {
             );
         }
     }
-    let others = sockets(vm).filter(|(cid, _)| ![asked, HOST_CID].contains(cid));
+    let others = list_sockets(vm).filter(|(cid, _)| ![asked, HOST_CID].contains(cid));
     if let Some((other, port)) = others.min() {
         return Check::failed(
             name,
@@ -279,7 +279,7 @@ fn cid(vm: &HyperkitVm) -> Check {
 }
 
 /// Returns the CIDs and ports of the sockets in the directory.
-fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
+fn list_sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
     let entries = fs::read_dir(&vm.state_dir).into_iter().flatten().flatten();
     let prefix = vm.prefix.clone();
     entries.filter_map(move |entry| {
@@ -315,7 +315,7 @@ impl From<Check> for HyperkitProcess {
 }
 
 /// Checks whether the process in hyperkit.pid runs.
-fn process(vm: &HyperkitVm) -> HyperkitProcess {
+fn check_process(vm: &HyperkitVm) -> HyperkitProcess {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
     let text = match file::read_text(&vm.pid_path(), file::STATE_FILE) {
@@ -336,7 +336,7 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
         let seen = format!("{PID_NAME} holds {text:?}, no process");
         return Check::warning(name, seen, remedy).into();
     };
-    let (state, program) = ps(pid).unwrap_or_default();
+    let (state, program) = run_ps(pid).unwrap_or_default();
     if !sys::process_is_alive(pid) || state.starts_with('Z') {
         let seen = format!("{pid}, of {PID_NAME}, is gone");
         return HyperkitProcess {
@@ -363,7 +363,7 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
 }
 
 /// Returns the state of a process and the name of its program, if `ps` is available.
-fn ps(pid: i32) -> Option<(String, String)> {
+fn run_ps(pid: i32) -> Option<(String, String)> {
     let mut ps = Command::new("ps");
     ps.args(["-o", "state=", "-o", "comm=", "-p", &pid.to_string()]);
     let text = String::from_utf8(ps.output().ok()?.stdout).ok()?;
@@ -373,7 +373,7 @@ fn ps(pid: i32) -> Option<(String, String)> {
 }
 
 /// Checks whether hyperkit's limit allows descriptors for the most connections that it can have.
-fn limits(pid: i32) -> Check {
+fn check_limits(pid: i32) -> Check {
     let name = "limits";
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
     let line = text
@@ -467,7 +467,7 @@ struct GuestReport {
 }
 
 /// Checks whether the guest answers. `usage` is the known use of its slots.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
+fn check_guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     let answer = probe(vm, patience);
     GuestReport {
         undialled: match &answer {
@@ -523,7 +523,7 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
 ///
 /// A guest answers dials in their order. So a second dial, to a port that no program can have, is
 /// refused after the first was answered.
-fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
+fn check_guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {
         Ok(stream) => stream,
@@ -562,8 +562,8 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) ->
 }
 
 /// Checks whether there are socket files for guests' dials on which nothing listens.
-fn left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
-    let ports = sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
+fn check_left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
+    let ports = list_sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
     let ports = ports.map(|(_, port)| Port(port));
     let is_dead = |port: &Port| {
         !but.contains(port) && matches!(sys::is_socket_alive(&vm.listen_path(*port)), Ok(false))

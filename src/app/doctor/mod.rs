@@ -30,10 +30,10 @@ use crate::hyperkit::Places;
 
 /// Makes all checks.
 pub(crate) fn examine(plan: &DoctorPlan) -> Vec<Check> {
-    let mut checks = vec![system::descriptors()];
+    let mut checks = vec![system::check_descriptors()];
     match &plan.vm {
         None => {
-            checks.extend(system::vsock());
+            checks.extend(system::check_vsock());
             #[cfg(unix)]
             checks.extend(carriers::examine());
         }

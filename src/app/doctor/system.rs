@@ -6,7 +6,7 @@ use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
 /// Checks whether a proxy has descriptors for as many connections as one VM can have.
-pub(super) fn descriptors() -> Check {
+pub(super) fn check_descriptors() -> Check {
     let name = "descriptors";
     // The proxy raises the limit at its start, too.
     #[cfg(unix)]
@@ -30,7 +30,7 @@ pub(super) fn descriptors() -> Check {
 
 /// Checks whether AF_VSOCK can be used here, and shows this system's CID.
 #[cfg(target_os = "linux")]
-pub(super) fn vsock() -> Option<Check> {
+pub(super) fn check_vsock() -> Option<Check> {
     use crate::address::{CID_HOST, is_guest_cid};
     let name = "AF_VSOCK";
     Some(match crate::vsock::local_cid() {
@@ -50,6 +50,6 @@ pub(super) fn vsock() -> Option<Check> {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn vsock() -> Option<Check> {
+pub(super) fn check_vsock() -> Option<Check> {
     None
 }

@@ -76,7 +76,7 @@ pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
             Some(format!("{VARIABLE}={text:?}: {why}; taking info")),
         ),
     };
-    take_panics();
+    log_panics();
     subscribe(format, filter);
     if let Some(trouble) = trouble {
         say(Level::WARN, trouble);
@@ -193,7 +193,7 @@ impl MakeWriter<'_> for LogWriter {
 
 /// Writes panics through the queue. std would wait for the reader of standard error, and other
 /// threads for the panicking one.
-fn take_panics() {
+fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let trace = std::backtrace::Backtrace::capture();
         let mut text = format!("hvsock: {}\n", escape::text(&panic.to_string()));

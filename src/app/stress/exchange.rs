@@ -92,7 +92,7 @@ impl Exchange<'_> {
     }
 
     fn upload(&mut self, size: u64) -> Result<(), String> {
-        self.request(Way::Up, size)?;
+        self.send_request(Way::Up, size)?;
         while self.done.sent < size {
             if !self.write_some(size)? {
                 self.wait(Wanted::Writable)?;
@@ -111,7 +111,7 @@ impl Exchange<'_> {
     }
 
     fn download(&mut self, size: u64) -> Result<(), String> {
-        self.request(Way::Down, size)?;
+        self.send_request(Way::Down, size)?;
         let mut buffer = self.buffer();
         while self.done.received < size {
             let len = self.next_read_size(&buffer);
@@ -175,7 +175,7 @@ impl Exchange<'_> {
         self.stream.half_close_ends_both()
     }
 
-    fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
+    fn send_request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
         let request = StressRequest {
             way,
             bytes,

@@ -47,7 +47,7 @@ fn fail(number: u64, peer: SocketName, error: &io::Error, verbose: bool) {
 /// Serves a client. Returns what was done, and the number of bytes.
 fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
     let mut first = Vec::new();
-    let Some(request) = request(stream, &mut first)? else {
+    let Some(request) = read_request(stream, &mut first)? else {
         return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
     };
     let data = {
@@ -65,7 +65,7 @@ fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'st
 
 /// Reads a request's line, and nothing after it. If there is none, returns `None`, and the bytes in
 /// `came`.
-fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
+fn read_request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
     while came.len() < LONGEST_LINE {
         // Bytes are read one by one, since nothing after the line may be read. The first bytes show
         // whether it is a request.

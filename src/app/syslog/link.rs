@@ -85,10 +85,14 @@ impl<'a> SyslogLink<'a> {
     /// ended.
     pub(super) fn deliver(&mut self, kept: &SyncQueue) {
         loop {
-            if let Some(why) = self.connection.as_mut().and_then(SyslogConnection::end_of) {
+            if let Some(why) = self
+                .connection
+                .as_mut()
+                .and_then(SyslogConnection::detect_end)
+            {
                 self.take_back_unconfirmed(kept, &why);
             }
-            self.tell_recovery();
+            self.log_recovery();
             if self.is_over() || !self.pause().is_zero() || kept.is_empty() {
                 return;
             }
@@ -152,7 +156,7 @@ impl<'a> SyslogLink<'a> {
     }
 
     /// Logs that the connection works, once it has shown that.
-    fn tell_recovery(&mut self) {
+    fn log_recovery(&mut self) {
         if self
             .connection
             .as_ref()
@@ -170,7 +174,7 @@ impl<'a> SyslogLink<'a> {
     /// have been delivered.
     pub(super) fn end(mut self, kept: &SyncQueue) -> u64 {
         if let Some(mut connection) = self.connection.take()
-            && (connection.end_of().is_some() || !connection.end())
+            && (connection.detect_end().is_some() || !connection.end())
         {
             kept.lock().put_back(connection.into_sent());
         }
@@ -213,7 +217,7 @@ impl SyslogConnection {
     }
 
     /// Returns how the peer has ended it, if so. Other bytes from the peer are ignored.
-    fn end_of(&mut self) -> Option<String> {
+    fn detect_end(&mut self) -> Option<String> {
         self.forget();
         loop {
             match completed((&self.stream).read(&mut [0; 512])) {
@@ -246,7 +250,7 @@ impl SyslogConnection {
                 moved = Instant::now();
                 continue;
             }
-            if let Some(why) = self.end_of() {
+            if let Some(why) = self.detect_end() {
                 return Err(io::Error::new(io::ErrorKind::ConnectionReset, why));
             }
             if is_over() {

@@ -87,15 +87,15 @@ fn heading(model: &Model, width: u16) -> Line<'static> {
     }
     if width < REFUSED {
         said.push(Span::from(format!(" {} live", status.live)));
-        said.push(Span::from(format!(" ↑{}", speed(rate.sent))).fg(SENT));
-        said.push(Span::from(format!(" ↓{}", speed(rate.received))).fg(RECEIVED));
+        said.push(Span::from(format!(" ↑{}", format_rate(rate.sent))).fg(SENT));
+        said.push(Span::from(format!(" ↓{}", format_rate(rate.received))).fg(RECEIVED));
         return Line::from(said);
     }
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
     said.extend([
         Span::from(format!(" {}", counted(status.live as u64, "connection"))),
-        Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
-        Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
+        Span::from(format!("  sent {}", format_rate(rate.sent))).fg(SENT),
+        Span::from(format!("  received {}", format_rate(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),
     ]);
     Line::from(said)
@@ -254,14 +254,14 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
             cells.push(Cell::from(it.counters.refused.to_string()));
         }
         if width < LIVE {
-            cells.push(Cell::from(speed(lane.rate().sum())));
+            cells.push(Cell::from(format_rate(lane.rate().sum())));
             return Row::new(cells);
         }
         let sent: Vec<u64> = lane.rates.iter().map(|it| it.sent).collect();
         let received: Vec<u64> = lane.rates.iter().map(|it| it.received).collect();
         for (color, rates) in [(SENT, sent), (RECEIVED, received)] {
             let now = rates.last().copied().unwrap_or(0);
-            cells.push(Cell::from(speed(now)).fg(color));
+            cells.push(Cell::from(format_rate(now)).fg(color));
             if spark > 0 {
                 cells.push(Cell::from(sparkline(&rates, spark.into())).fg(color));
             }
@@ -334,15 +334,15 @@ fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
     }
     cells.push(match width {
         STATES.. => Cell::from(it.state.to_string()),
-        _ => Cell::from(state_in_short(it.state)),
+        _ => Cell::from(shorten_state(it.state)),
     });
     cells.push(Cell::from(age(it.idle_seconds as u64)));
     if (RATE..RATES).contains(&width) {
-        cells.push(Cell::from(speed(busy.rate.sum())));
+        cells.push(Cell::from(format_rate(busy.rate.sum())));
     }
     if width >= RATES {
-        cells.push(Cell::from(speed(busy.rate.sent)).fg(SENT));
-        cells.push(Cell::from(speed(busy.rate.received)).fg(RECEIVED));
+        cells.push(Cell::from(format_rate(busy.rate.sent)).fg(SENT));
+        cells.push(Cell::from(format_rate(busy.rate.received)).fg(RECEIVED));
     }
     if width >= DETAILS {
         let moved = it.sent.saturating_add(it.received);
@@ -353,7 +353,7 @@ fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
 }
 
 /// Returns a connection's state in at most 12 letters.
-fn state_in_short(state: ConnectionState) -> String {
+fn shorten_state(state: ConnectionState) -> String {
     match state {
         ConnectionState::HalfClosedByClient => "client ended".to_owned(),
         ConnectionState::HalfClosedByServer => "server ended".to_owned(),
@@ -361,7 +361,7 @@ fn state_in_short(state: ConnectionState) -> String {
     }
 }
 
-fn speed(rate: u64) -> String {
+fn format_rate(rate: u64) -> String {
     match rate {
         0 => "-".to_owned(),
         rate => format!("{}/s", HumanBytes(rate)),

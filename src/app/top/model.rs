@@ -155,9 +155,9 @@ impl Model {
             self.at = None;
         }
         let passed = self.at.map(|at| sample.at.saturating_duration_since(at));
-        self.hear_forwards(&sample.status.forwards, passed);
+        self.take_forwards(&sample.status.forwards, passed);
         let place = self.chosen_place();
-        self.hear_connections(sample.connections, passed);
+        self.take_connections(sample.connections, passed);
         self.keep_chosen(place);
         self.at = Some(sample.at);
         self.status = Some(sample.status);
@@ -170,7 +170,7 @@ impl Model {
         self.trouble = Some(why);
     }
 
-    fn hear_forwards(&mut self, forwards: &[ForwardInfo], passed: Option<Duration>) {
+    fn take_forwards(&mut self, forwards: &[ForwardInfo], passed: Option<Duration>) {
         let before = self.lanes.drain(..);
         let key = |it: &ForwardInfo| (it.id, it.id.is_none().then(|| it.label()));
         let mut before: HashMap<_, Lane> = before.map(|it| (key(&it.forward), it)).collect();
@@ -192,7 +192,7 @@ impl Model {
         }
     }
 
-    fn hear_connections(&mut self, connections: Vec<ConnectionInfo>, passed: Option<Duration>) {
+    fn take_connections(&mut self, connections: Vec<ConnectionInfo>, passed: Option<Duration>) {
         let before = self.connections.drain(..).map(|it| it.connection);
         let before: HashMap<u64, ConnectionInfo> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
@@ -272,7 +272,7 @@ impl Model {
     /// Changes the order of the list that has the focus.
     pub(super) fn sort_anew(&mut self) {
         match self.focus {
-            Focus::Forwards => self.sort_forwards_anew(),
+            Focus::Forwards => self.change_forward_order(),
             Focus::Connections => {
                 self.order = match self.order {
                     SortOrder::Busiest => SortOrder::LongestIdle,
@@ -329,7 +329,7 @@ impl Model {
         self.scrolled = self.scrolled.saturating_add_signed(by).min(last);
     }
 
-    fn sort_forwards_anew(&mut self) {
+    fn change_forward_order(&mut self) {
         self.sort = match self.sort {
             Sort::Given => Sort::Rate,
             Sort::Rate => Sort::Live,

@@ -221,7 +221,7 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
 }
 
 #[test]
-fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
+fn a_missing_answer_is_shown_and_what_was_known_stays() {
     let mut model = model();
     model.note_no_answer("connection refused".to_owned());
     let lost = screen(&model, 80, 20);

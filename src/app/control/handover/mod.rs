@@ -7,13 +7,13 @@
 //! | from | line | meaning |
 //! |---|---|---|
 //! | predecessor | [`Head`] | how many sockets follow |
-//! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
-//! | successor | [`TakenSockets`] | it is ready to accept at these, and has accepted nobody yet |
-//! | predecessor | [`Yours`] | they are the successor's, and their files are |
-//! | successor | [`Mine`] | it accepts at them |
-//! | predecessor | [`Done`] | it accepts nobody any more |
-//! | predecessor | [`Slots`], again and again | which slots of VMs its connections still have |
-//! | predecessor | [`EndedLine`], for each, if the successor hears of them | one of its last connections that have ended |
+//! | predecessor | [`SocketLine`], for each of them | a socket, with its descriptor (`SCM_RIGHTS`) |
+//! | successor | [`TakenSockets`] | the sockets that it takes; it is ready to accept clients, and has accepted none yet |
+//! | predecessor | [`Yours`] | the sockets and their files belong to the successor |
+//! | successor | [`Mine`] | it accepts clients |
+//! | predecessor | [`Done`] | it accepts no more clients |
+//! | predecessor | [`Slots`], whenever they change | the slots of VMs that its connections still have |
+//! | predecessor | [`EndedLine`], for each, if the successor accepts them | a connection of the predecessor that has ended |
 //!
 //! The conversation ends with the predecessor. The slots of a VM's device that the predecessor
 //! still has are not used by the successor, so that together they don't use too many. The slots

@@ -32,8 +32,8 @@ pub(crate) struct Predecessor {
     wire: Wire,
     sockets: Ready<PassedSocket>,
     taken: Vec<usize>,
-    /// The files of the taken sockets, each with its new access if that changes.
-    files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
+    /// The files of the taken sockets, each with the change of its access.
+    files: Vec<(Arc<SocketFile>, AccessChange)>,
     /// The paths of the taken sockets that guests dial.
     guest_ports: Vec<PathBuf>,
     /// How the forwards of these names were added to the predecessor.
@@ -46,6 +46,20 @@ struct PassedSocket {
     listener: Listener,
     /// Its rule, if it was added by hand.
     added: Option<Rule>,
+}
+
+/// What happens to the access of a taken socket's file.
+#[derive(Clone, Copy, Debug)]
+enum AccessChange {
+    Kept,
+    Set(FileAccess),
+}
+
+/// The sockets to take.
+struct WantedSockets {
+    used_for: Use,
+    keys: Vec<Key>,
+    access: AccessChange,
 }
 
 impl Predecessor {
@@ -94,10 +108,15 @@ impl Predecessor {
         service: Use,
         asked: &Address,
     ) -> Option<Listener> {
-        let keys = Key::wanted(None, asked);
-        let mut listener = self.take(service, &keys, None, |_| true)?;
+        let no_name = None;
+        let wanted = WantedSockets {
+            used_for: service,
+            keys: Key::wanted(no_name, asked),
+            access: AccessChange::Kept,
+        };
+        let mut listener = self.take_first(&wanted)?;
         let joins = |it: &Listener| listener.is_joined_by(asked, it);
-        if let Some(other) = self.take(service, &keys, None, joins) {
+        if let Some(other) = self.take_first_that(&wanted, joins) {
             listener.join(other);
         }
         listener.complete(asked);
@@ -120,36 +139,44 @@ impl Predecessor {
     pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for rule in rules {
-            let keys = Key::wanted(rule.name.as_deref(), &rule.listen);
-            let access = Some(rule.access());
-            let Some(first) = self.take(Use::Forward, &keys, access, |_| true) else {
+            let wanted = WantedSockets {
+                used_for: Use::Forward,
+                keys: Key::wanted(rule.name.as_deref(), &rule.listen),
+                access: AccessChange::Set(rule.access()),
+            };
+            let Some(first) = self.take_first(&wanted) else {
                 continue;
             };
             let joins = |it: &Listener| first.is_joined_by(&rule.listen, it);
-            let other = self.take(Use::Forward, &keys, access, joins);
+            let other = self.take_first_that(&wanted, joins);
             listeners.push(first);
             listeners.extend(other);
         }
         let is_kept = |it: &PassedSocket| it.used_for == Use::Forward && it.listener.is_foreign();
         for number in self.sockets.numbers(is_kept) {
-            listeners.extend(self.take_numbered(number, None));
+            listeners.extend(self.take_numbered(number, AccessChange::Kept));
         }
         listeners
     }
 
-    fn take(
-        &mut self,
-        used_for: Use,
-        keys: &[Key],
-        access: Option<FileAccess>,
-        fits: impl Fn(&Listener) -> bool,
-    ) -> Option<Listener> {
-        let fits = |it: &PassedSocket| it.used_for == used_for && fits(&it.listener);
-        let number = self.sockets.find(keys, fits)?;
-        self.take_numbered(number, access)
+    /// Takes the first of the wanted sockets.
+    fn take_first(&mut self, wanted: &WantedSockets) -> Option<Listener> {
+        let fits_always = |_: &Listener| true;
+        self.take_first_that(wanted, fits_always)
     }
 
-    fn take_numbered(&mut self, number: usize, access: Option<FileAccess>) -> Option<Listener> {
+    /// Takes the first of the wanted sockets that `fits`.
+    fn take_first_that(
+        &mut self,
+        wanted: &WantedSockets,
+        fits: impl Fn(&Listener) -> bool,
+    ) -> Option<Listener> {
+        let fits = |it: &PassedSocket| it.used_for == wanted.used_for && fits(&it.listener);
+        let number = self.sockets.find(&wanted.keys, fits)?;
+        self.take_numbered(number, wanted.access)
+    }
+
+    fn take_numbered(&mut self, number: usize, access: AccessChange) -> Option<Listener> {
         let socket = self.sockets.remove(number)?;
         self.guest_ports
             .extend(guest_port(socket.listener.address()));
@@ -187,8 +214,10 @@ impl Predecessor {
         }
         for (file, access) in self.files.drain(..) {
             file.own();
-            // Serving with the wrong access is better than not serving.
-            let _ = access.map(|access| file.set_access(access));
+            if let AccessChange::Set(access) = access {
+                // Serving with the wrong access is better than not serving.
+                let _ = file.set_access(access);
+            }
         }
         yours.slots.leave_out(handle);
         Ok(Agreed {
@@ -235,7 +264,7 @@ impl Agreed {
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
                 // Without a thread the slots stay excluded for ever, which is safe.
                 let hear = move || {
-                    hear_on(self.wire, &handle, |ended| {
+                    receive_final_lines(self.wire, &handle, |ended| {
                         inherited.add_ended(ended, process)
                     });
                 };
@@ -251,7 +280,7 @@ impl Agreed {
 }
 
 /// Receives the predecessor's remaining slots and ended connections, until the predecessor ends.
-fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
+fn receive_final_lines(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
     loop {
         match wire.next::<FinalLine>() {
             Ok(FinalLine::Slots(slots)) => slots.leave_out(handle),
