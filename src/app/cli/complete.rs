@@ -179,7 +179,7 @@ fn filter_matching(
 
 /// Calls `look` on a thread, since it may hang on a disk or a process. Returns `None` if it takes
 /// longer than [`PATIENCE`], or if no thread can be started.
-fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+fn run_in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (found, answer) = channel();
     start_thread("hvsock-look", "to look up a name", move || {
         found.send(look())
