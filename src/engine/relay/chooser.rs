@@ -1,6 +1,7 @@
 //! The choice of the carrier for flows of one kind, by what a byte costs through each on this
 //! machine.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// What carries bytes from one socket to another.
@@ -32,18 +33,23 @@ const SAMPLE: u64 = 64;
 const SETTLING: u64 = 32;
 
 /// How many samples of each carrier a comparison takes at most. It compares their medians.
-const SAMPLES: usize = 5;
+const MOST_SAMPLES: usize = 15;
 
-/// How many are enough, if all of one carrier took less time than all of the other.
-const CLEAR_SAMPLES: usize = 3;
+/// How many may be enough: if three quarters of one carrier took less time than three quarters of
+/// the other.
+const FEWEST_SAMPLES: usize = 4;
 
 /// A comparison for which so many buffers of bytes were not enough is given up, as where no pipe
 /// can be had.
-const LONGEST: u64 = 4 * (SAMPLE + SETTLING) * SAMPLES as u64;
+const LONGEST: u64 = 2 * (SAMPLE + SETTLING) * MOST_SAMPLES as u64 * 3 / 2;
 
-/// How many buffers of bytes pass between two comparisons. So one byte of 200 tries the carrier
-/// that was worse.
-const PAUSE: u64 = 200 * (SAMPLE + SETTLING) * SAMPLES as u64;
+/// How many times the bytes of a comparison pass until the next one. It begins with the least, for
+/// the first flow may say little about the next, and doubles with each comparison that chooses as
+/// the one before. So one byte of 40, and soon one of 400, tries the carrier that is worse.
+const PAUSES: RangeInclusive<u64> = 20..=200;
+
+/// How many buffers of bytes pass between two comparisons at most, 16 GiB: the load changes.
+const LONGEST_PAUSE: u64 = 128 << 10;
 
 /// The other carrier is chosen if it needs less than this part of what the chosen one does. Without
 /// such a gap two that need the same would take turns.
@@ -76,6 +82,8 @@ pub(crate) struct Chooser {
     unit: u64,
     /// The bytes until the next comparison.
     pause: u64,
+    /// The pause after the next comparison, in times of its bytes.
+    times: u64,
     comparison: Option<Comparison>,
 }
 
@@ -173,15 +181,15 @@ impl Comparison {
     }
 
     fn is_complete(&self) -> bool {
-        let fewest = self.samples.iter().map(Vec::len).min();
-        match fewest.unwrap_or(0) {
-            SAMPLES.. => true,
-            CLEAR_SAMPLES.. => {
-                let [memory, pipe] = Through::ALL.map(|it| self.needs(it, |need| need.pace));
-                memory.last() < pipe.first() || pipe.last() < memory.first()
-            }
-            _ => false,
+        let fewest = self.samples.iter().map(Vec::len).min().unwrap_or(0);
+        if !(FEWEST_SAMPLES..MOST_SAMPLES).contains(&fewest) {
+            return fewest >= MOST_SAMPLES;
         }
+        let [memory, pipe] = Through::ALL.map(|it| self.needs(it, |need| need.pace));
+        // The greatest of the lower three quarters, and the least of the upper ones.
+        let greatest = |needs: &[f64]| needs[needs.len() * 3 / 4];
+        let least = |needs: &[f64]| needs[needs.len() - 1 - needs.len() * 3 / 4];
+        greatest(&memory) < least(&pipe) || greatest(&pipe) < least(&memory)
     }
 
     /// Returns whether the other carrier than the chosen one is the better.
@@ -207,6 +215,7 @@ impl Chooser {
             chosen: Through::Pipe,
             unit: unit as u64,
             pause: 0,
+            times: *PAUSES.start(),
             comparison: None,
         }
     }
@@ -244,14 +253,19 @@ impl Chooser {
         let has_sample = comparison.note(through, bytes, span, rest, self.unit);
         if has_sample && comparison.is_complete() {
             let other = self.chosen.other();
-            if comparison.is_better(other) {
-                self.chosen = other;
-            }
+            self.times = match comparison.is_better(other) {
+                true => {
+                    self.chosen = other;
+                    *PAUSES.start()
+                }
+                false => (2 * self.times).min(*PAUSES.end()),
+            };
         } else if comparison.left > 0 {
             return;
         }
+        let taken = LONGEST * self.unit - comparison.left;
+        self.pause = (self.times * taken).min(LONGEST_PAUSE * self.unit);
         self.comparison = None;
-        self.pause = PAUSE * self.unit;
     }
 }
 

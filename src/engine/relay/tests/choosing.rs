@@ -103,6 +103,48 @@ fn interruptions_do_not_mislead() {
     assert_eq!(choice_after(interrupted(20, 30)), Through::Memory);
 }
 
+/// Other processes take their share of the processors for some milliseconds at a time.
+#[test]
+fn a_busy_machine_misleads_seldom() {
+    const MACHINES: u64 = 200;
+    let choices = |copied, spliced| {
+        (0..MACHINES)
+            .map(|seed| {
+                let mut noise = fastrand::Rng::with_seed(seed);
+                let mut chooser = Chooser::new(UNIT);
+                let mut now = Instant::now();
+                // A first comparison, and some more.
+                for _ in 0..600 {
+                    let percent = noise.u64(70..=150);
+                    for _ in 0..32 {
+                        let through = chooser.choice();
+                        let nanos = match through {
+                            Through::Memory => copied * percent,
+                            Through::Pipe => spliced * percent,
+                        };
+                        let begun = now;
+                        now += Duration::from_nanos(nanos * UNIT as u64);
+                        let span = Some(Span { begun, ended: now });
+                        chooser.note(Some(through), UNIT as u64, span, Rest::GoesOn);
+                    }
+                }
+                while chooser.needs_time() {
+                    chooser.note(None, UNIT as u64, None, Rest::GoesOn);
+                }
+                chooser.choice()
+            })
+            .collect::<Vec<_>>()
+    };
+    for (copied, spliced, better) in [(80, 100, Through::Memory), (100, 80, Through::Pipe)] {
+        let found = choices(copied, spliced);
+        let right = found.iter().filter(|it| **it == better).count() as u64;
+        assert!(
+            right >= MACHINES - MACHINES / 50,
+            "{right} of {MACHINES}, {better:?}"
+        );
+    }
+}
+
 #[test]
 fn a_change_of_the_machine_is_noticed() {
     let mut chooser = Chooser::new(UNIT);
