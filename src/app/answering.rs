@@ -1,4 +1,4 @@
-//! The hvsock processes that can be asked for their status.
+//! Asks the hvsock processes of this user for their status.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use crate::app::control::{self, Status, ask_status, read};
 use crate::app::processes::{self, RunningProcess};
 use crate::thread::start_thread;
 
-/// How long a process may take to answer. One that is stopped never does.
+/// How long a process may take to answer. A stopped process never does.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// An hvsock that runs, and what it says of itself.
+/// A running hvsock, and its status.
 pub(crate) struct Hvsock {
     pub(crate) process: RunningProcess,
-    /// Where it is controlled, and its status as JSON; `None` if it doesn't answer.
+    /// The path of its control socket, and its status as JSON; `None` if it doesn't answer.
     pub(crate) answer: Option<(PathBuf, String)>,
 }
 
@@ -26,22 +26,22 @@ impl Hvsock {
     }
 }
 
-/// Finds the hvsocks of this user, and asks them all at once.
+/// Finds the hvsocks of this user, and asks all of them at once.
 ///
 /// # Errors
-/// Returns the system's error, if it doesn't tell of processes.
+/// Returns the system's error, if it doesn't list processes.
 pub(crate) fn find() -> std::io::Result<Vec<Hvsock>> {
     let asking = processes::list()?.into_iter().map(|process| {
         let asked = process.clone();
         let thread = start_thread("hvsock-ask", "to ask an hvsock", move || ask(&asked));
         (process, thread)
     });
-    // All are begun before the first is waited for.
+    // Start all threads before the first is joined.
     let asking: Vec<_> = asking.collect();
     let answered = asking.into_iter().map(|(process, thread)| Hvsock {
         answer: match thread {
             Ok(thread) => thread.join().ok().flatten(),
-            // Without a thread of its own it is asked in its turn.
+            // Without a thread, ask it here.
             Err(_) => ask(&process),
         },
         process,
@@ -49,8 +49,8 @@ pub(crate) fn find() -> std::io::Result<Vec<Hvsock>> {
     Ok(answered.collect())
 }
 
-/// Asks a process at each place where its control socket may be; another's answer is none. Returns
-/// where it is controlled, and its status as JSON.
+/// Asks a process at each path where its control socket may be. An answer from another process
+/// doesn't count. Returns the path of the control socket, and the status as JSON.
 fn ask(process: &RunningProcess) -> Option<(PathBuf, String)> {
     let named = process.option("control").filter(|named| *named != "off");
     let named = named.and_then(|named| from_its_directory(process.id, named));
@@ -66,8 +66,8 @@ fn ask(process: &RunningProcess) -> Option<(PathBuf, String)> {
     answers.next()
 }
 
-/// Returns where a process is controlled: its own socket, or the one that it was given, or else
-/// where its own would be.
+/// Returns the path of a process' control socket: its own, the one of its command line, or else the
+/// path where its own would be.
 pub(crate) fn find_control_of(process: u32) -> PathBuf {
     let own = control::find_own_path(process);
     if own.symlink_metadata().is_ok() {
@@ -78,7 +78,7 @@ pub(crate) fn find_control_of(process: u32) -> PathBuf {
     meant.and_then(ask).map_or(own, |(path, _)| path)
 }
 
-/// Returns the path that a process means by `named`, if that can be known.
+/// Returns a path of a process' command line as an absolute one, if its directory is known.
 fn from_its_directory(process: u32, named: &str) -> Option<PathBuf> {
     let path = PathBuf::from(named);
     if path.is_absolute() {

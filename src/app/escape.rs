@@ -1,15 +1,15 @@
-//! What files, directories and peers have put into a text, made fit for a terminal and for a line.
+//! Escapes texts with names from files, directories and peers, for terminals and single lines.
 
 use std::borrow::Cow;
 
-/// Escapes all that would move a terminal, turn the direction of writing or begin a new line: for
-/// names that are to stand in one line.
+/// Escapes what would control a terminal, change the direction of text or begin a new line. For
+/// names within a line.
 pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, |c| c.escape_default().to_string())
 }
 
-/// Escapes as [`line()`] does, but newlines and tabs stay: for a text of many lines, in which names
-/// were escaped before.
+/// Escapes as [`line()`] does, except newlines and tabs. For texts of many lines whose names are
+/// escaped already.
 pub(crate) fn text(text: &str) -> Cow<'_, str> {
     escape(text, |c| match c {
         '\n' | '\t' => c.to_string(),
@@ -17,8 +17,8 @@ pub(crate) fn text(text: &str) -> Cow<'_, str> {
     })
 }
 
-/// Escapes as [`text`] does, in JSON, whose values stay what they are: such characters stand in
-/// strings only.
+/// Escapes as [`text`] does, by JSON's escapes, so that values stay the same: such characters occur
+/// only in strings.
 pub(crate) fn json(json: &str) -> Cow<'_, str> {
     escape(json, |c| match c {
         '\n' | '\t' => c.to_string(),
@@ -40,10 +40,11 @@ fn escape(text: &str, escaped: impl Fn(char) -> String) -> Cow<'_, str> {
     shown.into()
 }
 
-/// Returns whether a terminal or an editor would do something instead of showing the character. All
-/// are in the basic plane.
+/// Returns whether a terminal or an editor acts on the character instead of showing it. All such
+/// characters are in the basic plane.
 fn is_active(c: char) -> bool {
-    // Line and paragraph separators; marks, embeddings, overrides and isolates of direction.
+    // Line and paragraph separators, and the marks, embeddings, overrides and isolates of
+    // direction.
     let turns = matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     c.is_control() || turns
 }

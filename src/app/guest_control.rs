@@ -1,4 +1,5 @@
-//! Where guests may control an hvsock, and which of them: as the file and the command line say it.
+//! The address at which guests may control an hvsock, and the guests that may, from the file or the
+//! command line.
 
 use serde_json::Value;
 
@@ -6,19 +7,19 @@ use super::values;
 use crate::address::Address;
 use crate::proxy::Source;
 
-/// Where guests may control an hvsock, and which guests may.
+/// The address at which guests may control an hvsock, and the guests that may.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GuestControl {
     /// A vsock address without framing.
     pub(crate) address: Address,
-    /// The CIDs of the guests that may; every guest may where there is none.
+    /// The CIDs of the guests that may; if it is empty, all guests.
     pub(crate) from: Vec<Source>,
 }
 
-/// Reads where guests may control it.
+/// Reads the address for guests.
 ///
 /// # Errors
-/// Returns why it can't be there.
+/// Returns why the value is no valid address for that.
 pub(crate) fn read_address(value: &Value) -> Result<Address, String> {
     match values::address(value)? {
         Address::Vsock(vsock) if !vsock.framing => Ok(Address::Vsock(vsock)),
@@ -28,10 +29,10 @@ pub(crate) fn read_address(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Reads which guests may control it: a list of CIDs, or one of them.
+/// Reads the guests that may control it: a list of CIDs, or one CID.
 ///
 /// # Errors
-/// Returns why it is none. An empty list is none: it might be meant as nobody.
+/// Returns what is wrong with the value. An empty list is refused: it might be meant as no guest.
 pub(crate) fn read_sources(value: &Value) -> Result<Vec<Source>, String> {
     let sources = values::sources(value)?;
     if sources.is_empty() {
@@ -45,13 +46,13 @@ pub(crate) fn read_sources(value: &Value) -> Result<Vec<Source>, String> {
     }
 }
 
-/// Reads an address of the command line.
+/// Parses an address of the command line.
 #[cfg(unix)]
 pub(crate) fn parse_address(text: &str) -> Result<Address, String> {
     read_address(&text.into())
 }
 
-/// Reads a CID of the command line.
+/// Parses a CID of the command line.
 #[cfg(unix)]
 pub(crate) fn parse_source(text: &str) -> Result<Source, String> {
     let source = text.parse().ok();

@@ -1,14 +1,13 @@
-//! A writer for a process that serves: to a standard stream, a log's file or the service manager,
-//! without ever waiting for the reader.
+//! A writer to a standard stream, a log's file or the service manager, for a process that serves:
+//! it never waits for the reader.
 //!
-//! It has a queue of a bounded number of bytes, and a thread of its own that writes, and
-//! that may wait as long as it likes. What finds the queue full, or can't be written, is dropped
-//! and counted, and once the stream takes lines again a line says how many those were.
+//! It has a queue of limited bytes, and a thread that writes and may block. A message that finds
+//! the queue full, or that can't be written, is dropped and counted. When the stream takes lines
+//! again, one line reports how many were dropped.
 //!
-//! tracing-appender's non-blocking writer does half of that: it doesn't count what the stream has
-//! refused, says nothing of what it dropped, bounds lines instead of bytes, and at the end may wait
-//! 1.1 s and print with `println!`, which panics on a broken standard output and spoils that of
-//! `hvsock cat`.
+//! tracing-appender's non-blocking writer is no substitute: it doesn't count what the stream
+//! refused, reports no drops, limits lines instead of bytes, and at the end may wait 1.1 s and print with
+//! `println!`, which panics on a broken standard output and corrupts that of `hvsock cat`.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,27 +18,27 @@ use std::time::{Duration, Instant};
 use crate::lock::{lock, recover};
 use crate::thread::start_thread;
 
-/// How many bytes may wait for their stream.
+/// The most bytes that wait in a queue.
 const MOST_BYTES: usize = 256 * 1024;
 
-/// A stream whose write takes longer at the end of the process has a reader that doesn't read.
+/// A write at the end of the process that takes longer has a reader that doesn't read.
 const STUCK: Duration = Duration::from_millis(500);
 
-/// How long a reader that does read may take for all that is left at the end.
+/// How long all that is left may take at the end of the process, with a reader that reads.
 const LAST: Duration = Duration::from_secs(2);
 
-/// How long a reader may take.
+/// How long a writer waits for its reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Patience {
-    /// As long as it likes: nothing depends on this process, and any signal still ends it at once.
+    /// As long as it takes: nothing depends on this process, and any signal still ends it at once.
     Unlimited,
-    /// No longer than a reader that is alive needs, and at the end only.
+    /// A limited time, and at the end of the process only.
     Limited,
 }
 
 static PATIENCE: RwLock<Patience> = RwLock::new(Patience::Limited);
 
-/// Sets how long readers may take; to be called when the process begins.
+/// Sets the patience with all readers; to be called when the process begins.
 pub(crate) fn set_patience(patience: Patience) {
     *recover(PATIENCE.write()) = patience;
 }
@@ -48,34 +47,34 @@ pub(crate) fn patience() -> Patience {
     *recover(PATIENCE.read())
 }
 
-/// A writer that never waits. Its lines keep their order.
+/// A writer with a queue. In a process that serves it never blocks its callers. Keeps the order.
 pub(crate) struct LossyWriter {
     name: &'static str,
     write: fn(&[u8]) -> io::Result<usize>,
-    /// What is said of so many that were dropped.
+    /// Returns the line that reports so many dropped messages.
     notice: fn(u64) -> String,
     state: Mutex<WriterState>,
-    /// Something waits to be written, or nothing does any longer.
+    /// Notified when a message waits to be written, and when all are written.
     changed: Condvar,
     dropped: AtomicU64,
 }
 
 struct WriterState {
     waiting: VecDeque<Message>,
-    /// The bytes of those.
+    /// The bytes of the waiting messages.
     bytes: usize,
-    /// How many were dropped behind the last that waits.
+    /// How many messages were dropped after the last waiting one.
     dropped: u64,
-    /// Since when something is being written.
+    /// When the running write began.
     writing: Option<Instant>,
-    /// There is a thread that writes.
+    /// Whether the thread that writes was started.
     runs: bool,
 }
 
 struct Message {
-    /// How many were dropped before it.
+    /// How many messages were dropped before this one.
     dropped: u64,
-    /// Empty if there is nothing else to say.
+    /// Empty if only drops are to be reported.
     bytes: Vec<u8>,
 }
 
@@ -110,11 +109,11 @@ impl LossyWriter {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    /// Has a message written, or drops it. Of a process with unlimited patience nothing is dropped
-    /// that can be written.
+    /// Queues a message, or drops it. A process with unlimited patience drops only what can't be
+    /// written.
     ///
-    /// Where the system gives no thread, it is written here by a process with unlimited patience.
-    /// Any other keeps it for the next call that finds a thread, or for
+    /// If the thread can't be started, a process with unlimited patience writes here. Any other
+    /// keeps the message for the next call that can start the thread, or for
     /// [`flush`](LossyWriter::flush).
     pub(crate) fn send(&'static self, bytes: Vec<u8>) {
         let mut state = self.state();
@@ -123,7 +122,7 @@ impl LossyWriter {
             state.runs = start_thread(self.name, "to write lines", write).is_ok();
         }
         let is_full = |it: &WriterState| {
-            // One gap is better than many: after it there is to be room for more than a line.
+            // After a drop, wait for room for several lines: one gap is better than many.
             let most = match it.dropped {
                 0 => MOST_BYTES,
                 _ => MOST_BYTES / 2,
@@ -150,7 +149,7 @@ impl LossyWriter {
         }
     }
 
-    /// Writes on this thread what waits.
+    /// Writes the waiting messages on this thread.
     fn write_waiting(&self) {
         loop {
             let mut state = self.state();
@@ -165,10 +164,10 @@ impl LossyWriter {
         }
     }
 
-    /// Writes what comes, for ever.
+    /// Writes messages as they come, for ever.
     fn run(&self) {
         let mut lost = 0;
-        // The last line was cut short.
+        // Whether the last line was cut short.
         let mut cut = false;
         loop {
             let message = self.next();
@@ -196,7 +195,7 @@ impl LossyWriter {
         }
     }
 
-    /// Waits for the next message, and takes it out of the queue.
+    /// Waits for the next message, and removes it from the queue.
     fn next(&self) -> Message {
         let mut state = self.state();
         state.writing = None;
@@ -220,7 +219,8 @@ impl LossyWriter {
         }
     }
 
-    /// Writes as much as the stream takes; returns how many bytes those were, and what ended it.
+    /// Writes as much as the stream takes. Returns the number of bytes written, and the error that
+    /// ended the write, if any.
     fn write_all(&self, bytes: &[u8]) -> (usize, io::Result<()>) {
         let mut written = 0;
         while written < bytes.len() {
@@ -234,7 +234,7 @@ impl LossyWriter {
         (written, Ok(()))
     }
 
-    /// Waits until all is written that was sent so far.
+    /// Waits until all messages queued so far are written.
     pub(crate) fn flush(&self, patience: Patience) {
         const LOOK: Duration = Duration::from_millis(50);
         let end = Instant::now() + LAST;
@@ -267,7 +267,7 @@ mod tests {
         format!("{dropped} dropped\n")
     }
 
-    /// How a stream takes the next writes: so many bytes of one, or an error.
+    /// How a stream takes the next writes: so many bytes of a write, or an error.
     static TAKES: Mutex<VecDeque<Option<usize>>> = Mutex::new(VecDeque::new());
     static TAKEN: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
@@ -286,7 +286,7 @@ mod tests {
     #[test]
     fn what_is_lost_is_told_where_it_is_missing() {
         static WRITER: LossyWriter = LossyWriter::new("test", write, notice);
-        // The second line is cut short, the third refused; the fourth goes in pieces.
+        // The second line is cut short, the third refused; the fourth is written in pieces.
         let takes = [Some(9), Some(2), None, None, Some(3)];
         lock(&TAKES).extend(takes);
         for line in ["1\n", "second\n", "3\n", "4\n"] {
@@ -304,7 +304,7 @@ mod tests {
 
     fn wait_and_write(bytes: &[u8]) -> io::Result<usize> {
         let gate = lock(&GATE).take();
-        // A reader that has stopped reads again when the other end is dropped.
+        // A stopped reader goes on when the other end of the gate is dropped.
         if let Some(gate) = gate {
             let _ = gate.recv();
         }
@@ -320,7 +320,7 @@ mod tests {
         *lock(&GATE) = Some(gate);
         let line = |n: usize| format!("{n:063}\n");
         let most = MOST_BYTES / 64;
-        // The first is taken out of the queue to be written.
+        // Wait until the first line has left the queue.
         WRITER.send(line(0).into());
         while WRITER.state().writing.is_none() {
             thread::yield_now();

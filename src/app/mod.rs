@@ -1,5 +1,5 @@
-//! The command: its words, its file and the requests to its control socket, turned into
-//! [`Rule`](crate::Rule)s; and what people look at.
+//! The command: turns its arguments, its file and the requests to its control socket into
+//! [`Rule`](crate::Rule)s, and shows people what happens.
 
 #[cfg(unix)]
 mod answering;

@@ -1,7 +1,7 @@
-//! What a rule needs beside sockets: directories, files, programs, addresses of this host.
+//! Checks what a rule needs beside sockets: directories, files, programs, addresses of this host.
 //!
-//! The file, the command line and the control socket all look here. What isn't there now may come
-//! later, and is no more than a note; what can never work is a mistake.
+//! The file, the command line and the control socket all use it. What is missing now may come
+//! later, and is only a note; what can never work is a mistake.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -19,16 +19,16 @@ use crate::hyperkit::{HyperkitVm, MAX_STATE_DIR};
 use crate::proxy::Rule;
 use crate::{file, sys};
 
-/// What a problem means for whoever asks for a rule.
+/// How serious a finding is for the user who asks for a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Weight {
-    /// It can't be carried out.
+    /// The rule can't be carried out.
     Mistake,
-    /// It can, and may not be what was meant.
+    /// The rule can be carried out, but may not be what was meant.
     Note,
 }
 
-/// Something that is wrong with what a rule needs. Prints as `WHAT; REMEDY`.
+/// A problem with what a rule needs. Prints as `WHAT; REMEDY`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Finding {
     pub(crate) weight: Weight,
@@ -60,16 +60,16 @@ impl fmt::Display for Finding {
     }
 }
 
-/// A directory that is needed.
+/// The state of a directory that is needed.
 enum Directory {
-    /// As far as can be known.
+    /// It exists, or can't be looked at.
     IsThere,
     IsMissing {
         path: PathBuf,
-        /// The nearest one above it that is there.
+        /// The nearest existing path above it.
         nearest: PathBuf,
     },
-    /// What is in its place, or in that of one above it.
+    /// This path, of the directory or above it, is no directory.
     CanNotBe(PathBuf),
 }
 
@@ -90,7 +90,7 @@ impl Directory {
         }
     }
 
-    /// Looks at the one in which a file is.
+    /// Looks at the parent directory of a file.
     fn of(file: &Path) -> Directory {
         match file.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => Directory::look_at(parent),
@@ -104,13 +104,13 @@ fn is_missing(error: &io::Error) -> bool {
     kinds.contains(&error.kind())
 }
 
-/// Returns the nearest path above one that is there, and whether it is a directory.
+/// Returns the nearest existing path above one, and whether it is a directory.
 pub(crate) fn nearest(path: &Path) -> Option<(&Path, bool)> {
     let mut above = path.ancestors().skip(1);
     above.find_map(|it| Some((it, fs::metadata(it).ok()?.is_dir())))
 }
 
-/// Returns the nearest directory above a path that is there.
+/// Returns the nearest existing directory above a path.
 #[cfg(unix)]
 pub(crate) fn nearest_directory(path: &Path) -> Option<&Path> {
     nearest(path)
@@ -118,7 +118,7 @@ pub(crate) fn nearest_directory(path: &Path) -> Option<&Path> {
         .map(|(path, _)| path)
 }
 
-/// Says what is wrong with the directory in which a file is to be. `whose` is what needs it.
+/// Returns the problem with a file's directory, if any. `whose` names what needs the file.
 pub(crate) fn look_at_directory_of(whose: &str, file: &Path) -> Option<Finding> {
     match Directory::of(file) {
         Directory::IsThere => None,
@@ -134,7 +134,7 @@ pub(crate) fn look_at_directory_of(whose: &str, file: &Path) -> Option<Finding> 
     }
 }
 
-/// The addresses that listeners have, and whether each is one of this host.
+/// The IP addresses of listeners, each with whether this host has it.
 #[derive(Default)]
 pub(crate) struct HostAddresses(HashMap<IpAddr, bool>);
 
@@ -144,7 +144,7 @@ impl HostAddresses {
     }
 }
 
-/// Returns whether an address can be listened on here, as far as is known.
+/// Returns whether an address can be listened on here, as far as that is known.
 fn is_of_this_host(ip: IpAddr) -> bool {
     match TcpListener::bind((ip, 0)) {
         Err(e) => e.kind() != io::ErrorKind::AddrNotAvailable,
@@ -152,7 +152,7 @@ fn is_of_this_host(ip: IpAddr) -> bool {
     }
 }
 
-/// Says what is wrong with the place of a listener.
+/// Returns the problem with the address of a listener, if any.
 pub(crate) fn look_at_listen(listen: &Address, known: &mut HostAddresses) -> Option<Finding> {
     let whose = listen.to_string();
     match listen {
@@ -182,10 +182,10 @@ pub(crate) fn look_at_listen(listen: &Address, known: &mut HostAddresses) -> Opt
     }
 }
 
-/// What follows where this user may not use a target.
+/// The consequence of a target that this user may not use.
 const UNLESS_ITS_USER_MAY: &str = "its clients are refused unless the user who runs this may";
 
-/// Says what is wrong with the file, the program or the socket's path that a target names.
+/// Returns the problem with the file, program or socket path of a target, if any.
 pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     let whose = target.to_string();
     let path = path_of(target)?;
@@ -195,7 +195,7 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     }
     let found = match fs::metadata(path) {
         Ok(found) => found,
-        // Its server makes a socket when it starts.
+        // The server makes its socket when it starts.
         Err(e) if is_missing(&e) && matches!(target, Address::Unix(_)) => return None,
         Err(e) if is_missing(&e) => {
             let what = format!("{whose}: it is not there");
@@ -252,7 +252,8 @@ pub(crate) fn look_at_target(target: &Address) -> Option<Finding> {
     }
 }
 
-/// Says that a VM's state directory is too deep for hyperkit's own sockets, which it truncates.
+/// Returns a note if a VM's state directory is so deep that hyperkit truncates the paths of its own
+/// sockets.
 #[cfg(unix)]
 pub(crate) fn look_at_state_dir(vm: &HyperkitVm) -> Option<Finding> {
     let length = vm.state_dir.as_os_str().len();
@@ -263,7 +264,7 @@ pub(crate) fn look_at_state_dir(vm: &HyperkitVm) -> Option<Finding> {
     (length > limit).then(|| Finding::note(what, remedy))
 }
 
-/// Returns the path that a target names, if it names one.
+/// Returns the path in a target's address, if it has one.
 fn path_of(target: &Address) -> Option<&Path> {
     match target {
         Address::Unix(UnixAddress::Path(path)) => Some(path),
@@ -273,11 +274,11 @@ fn path_of(target: &Address) -> Option<&Path> {
     }
 }
 
-/// Looks at the targets of rules, and gives it up where a disk hangs. Returns what is wrong with
-/// each, in the order of the rules.
+/// Looks at the targets of rules. Gives up if a disk hangs. Returns the problems, in the order of
+/// the rules.
 ///
 /// # Errors
-/// Returns why they were not looked at.
+/// Returns why the targets were not looked at.
 pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
     let targets = rules.iter().map(|it| &it.connect);
     let targets = targets.filter(|it| path_of(it).is_some());
@@ -288,10 +289,10 @@ pub(crate) fn look_at_targets(rules: &[Rule]) -> Result<Vec<Finding>, String> {
     give_up_if_slow(move || targets.iter().filter_map(look_at_target).collect())
 }
 
-/// The keys of what only the file of a Unix socket has.
+/// The keys of options that apply only to the file of a Unix socket.
 pub(crate) const ACCESS_KEYS: [&str; 3] = ["mode", "owner", "group"];
 
-/// Says which permissions a rule has beside the `usual` options though its listener has no file.
+/// Returns a note if a rule has other permissions than `usual`, but its listener has no file.
 #[cfg(unix)]
 pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding> {
     let listen = &rule.listen;
@@ -306,7 +307,7 @@ pub(crate) fn look_at_access(rule: &Rule, usual: &RuleOptions) -> Option<Finding
     look_at_given_access(listen, &given)
 }
 
-/// Says which permissions, by their keys, were given to a listener that has no file.
+/// Returns a mistake if permissions, given by their keys, are for a listener without a file.
 pub(crate) fn look_at_given_access(listen: &Address, given: &[&str]) -> Option<Finding> {
     if given.is_empty() || listen.listen_path().is_some() {
         return None;

@@ -1,4 +1,4 @@
-//! What a command writes to its standard output, and the end of all that it writes.
+//! Standard output of a command, and the flush of all its output at the end.
 
 use std::io::{self, Write};
 
@@ -6,11 +6,11 @@ use crate::app::log::{self, dropped_line};
 use crate::app::lossy_writer::{LossyWriter, patience};
 use crate::sys;
 
-/// Standard output. What was asked for is written by [`print()`] instead.
+/// Standard output. Results that the user asked for are written by [`print()`] instead.
 pub(crate) static OUT: LossyWriter =
     LossyWriter::new("hvsock-stdout", sys::write_output, dropped_line);
 
-/// Returns how many lines were dropped since the start, on both streams and of the log's file.
+/// Returns how many lines were dropped since the start, on both streams and in the log's file.
 #[cfg(unix)]
 pub(crate) fn dropped() -> u64 {
     [&OUT, &log::ERR, &log::LOG]
@@ -19,20 +19,20 @@ pub(crate) fn dropped() -> u64 {
         .sum()
 }
 
-/// Waits at the end until what was said is written.
+/// Waits at the end of the process until all output is written.
 pub(crate) fn flush() {
     let patience = patience();
-    // They wait at the same time: the others have had their time when the first has.
+    // The streams are written at the same time, so their waits don't add up.
     OUT.flush(patience);
     log::ERR.flush(patience);
     log::LOG.flush(patience);
 }
 
-/// Writes what was asked for to standard output, behind what was said before, and waits for its
+/// Writes a result that the user asked for to standard output, after earlier lines. Waits for the
 /// reader.
 ///
 /// # Errors
-/// That it can't be written.
+/// Returns the error of the write.
 pub(crate) fn print(bytes: &[u8]) -> io::Result<()> {
     flush();
     let mut out = io::stdout().lock();

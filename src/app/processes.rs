@@ -1,11 +1,11 @@
-//! The processes of this program and of others, by the system's list of processes.
+//! Lists the processes of this program and of others.
 //!
-//! On Linux that is `/proc`, which is there where `ps` need not be (in a container). Elsewhere it
-//! is what POSIX' `ps` prints: macOS has no documented call for another process' arguments.
+//! On Linux it reads `/proc`: a container may lack `ps`. Elsewhere it runs POSIX' `ps`: macOS has
+//! no documented call for the arguments of another process.
 
 use std::io;
 
-/// What the program is called.
+/// The name of the program's file.
 const PROGRAM: &str = "hvsock";
 
 /// A process.
@@ -32,17 +32,17 @@ impl RunningProcess {
     }
 }
 
-/// Returns whether a path is that of this program. The file of one that was replaced while it runs
-/// is said to be deleted.
+/// Returns whether a path is that of this program. Linux appends ` (deleted)` to a replaced file's
+/// path.
 fn is_ours(program: &str) -> bool {
     let program = program.strip_suffix(" (deleted)").unwrap_or(program);
     program.rsplit('/').next() == Some(PROGRAM)
 }
 
-/// Lists the processes of this program that belong to this user, but for the one that asks.
+/// Lists the processes of this program that belong to this user, except this one.
 ///
 /// # Errors
-/// Returns the system's error, if it doesn't tell of processes.
+/// Returns the system's error, if it doesn't list processes.
 pub(crate) fn list() -> io::Result<Vec<RunningProcess>> {
     let mut processes = all_of_user()?;
     processes.retain(|it| it.id != std::process::id());
@@ -50,10 +50,10 @@ pub(crate) fn list() -> io::Result<Vec<RunningProcess>> {
     Ok(processes)
 }
 
-/// Lists the processes of all users, as far as the system tells of them.
+/// Lists the processes of all users, as far as the system shows them.
 ///
 /// # Errors
-/// Returns the system's error, if it doesn't tell of processes.
+/// Returns the system's error, if it doesn't list processes.
 pub(crate) fn list_all() -> io::Result<Vec<RunningProcess>> {
     let mut processes = all()?;
     processes.sort_by_key(|it| it.id);
@@ -118,8 +118,8 @@ fn ps(which: &[&str]) -> io::Result<Vec<RunningProcess>> {
     }
 }
 
-/// Reads lines of `ps -o pid=,args=`. It joins words by blanks, so one that has a blank in it is
-/// taken for several.
+/// Reads lines of `ps -o pid=,args=`. These separate words by spaces, so a word that contains one
+/// is read as several.
 #[cfg(any(test, not(target_os = "linux")))]
 fn read_ps(text: &str) -> Vec<RunningProcess> {
     let read = text.lines().filter_map(|line| {

@@ -1,29 +1,28 @@
-//! Ranges of ports: `8000-8010` in the place of a port, on the command line, in a file, and as
-//! JSON.
+//! Ranges of ports: `8000-8010` in place of a port, on the command line, in the file and in JSON.
 
 use std::ops::Range;
 
 use crate::address::Address;
 use crate::error::counted;
 
-/// The most ports of a range. Each is a listener with a descriptor.
+/// The most ports of a range. Each has a listener with a descriptor.
 const MOST_PORTS: u32 = 4096;
 
-/// The remedy where another program has a port of a range.
+/// The remedy if another program has a port of the range.
 pub(super) const TAKEN_IN_RANGE: &str =
     "another program listens there: stop it, or choose another range";
 
-/// The schemes whose port ends the authority.
+/// The schemes of addresses in which the port ends the authority.
 const SCHEMES: [&str; 6] = ["tcp", "tcp4", "tcp6", "vsock", "vsock-mux", "hyperkit"];
 
-/// What a port is that has no address around it.
+/// The meaning of a port without an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BarePort {
     Tcp,
     Vsock,
 }
 
-/// Returns whether the port of an address is one of TCP.
+/// Returns whether the port of an address is a TCP port.
 fn is_of_tcp(text: &str, bare: BarePort) -> bool {
     match text.split_once("://") {
         Some((scheme, _)) => ["tcp", "tcp4", "tcp6"]
@@ -33,7 +32,7 @@ fn is_of_tcp(text: &str, bare: BarePort) -> bool {
     }
 }
 
-/// Returns where the port of an address stands, or a range in its place. A path has none.
+/// Returns the position of the port or the range in an address. A path has none.
 fn find_port(text: &str) -> Option<Range<usize>> {
     let Some((scheme, rest)) = text.split_once("://") else {
         let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
@@ -58,10 +57,10 @@ fn find_port(text: &str) -> Option<Range<usize>> {
         .then(|| start + colon + 1..end)
 }
 
-/// Returns the texts that an address with a range of ports stands for, or the text itself.
+/// Returns the texts of all addresses of a range, or the text itself if it has no range.
 ///
 /// # Errors
-/// Why the range is none.
+/// Returns what is wrong with the range.
 pub(super) fn expand(text: &str, bare: BarePort) -> Result<Vec<String>, String> {
     let whole = || Ok(vec![text.to_owned()]);
     let Some(place) = find_port(text) else {
@@ -109,10 +108,10 @@ pub(super) fn expand(text: &str, bare: BarePort) -> Result<Vec<String>, String> 
 /// Parses an address, or the addresses of a range of ports.
 ///
 /// # Errors
-/// Why it is none.
+/// Returns what is wrong with the text.
 #[cfg(any(unix, test))]
 pub(super) fn parse_addresses(text: &str) -> Result<Vec<Address>, String> {
-    // Without a scheme it is a path.
+    // A text without a scheme is a path.
     let texts = match text.contains("://") {
         true => expand(text, BarePort::Tcp)?,
         false => vec![text.to_owned()],
@@ -121,10 +120,10 @@ pub(super) fn parse_addresses(text: &str) -> Result<Vec<Address>, String> {
     texts.into_iter().map(address).collect()
 }
 
-/// Pairs what the two ends of a range stand for.
+/// Pairs the elements of two ranges.
 ///
 /// # Errors
-/// That there isn't as much of both.
+/// Returns an error if they differ in length.
 pub(super) fn pair<A, B>(ones: Vec<A>, others: Vec<B>) -> Result<Vec<(A, B)>, String> {
     if ones.len() != others.len() {
         return Err(format!(
@@ -136,8 +135,7 @@ pub(super) fn pair<A, B>(ones: Vec<A>, others: Vec<B>) -> Result<Vec<(A, B)>, St
     Ok(ones.into_iter().zip(others).collect())
 }
 
-/// Returns the text that stands for all addresses of a range, of which these are the first and the
-/// last.
+/// Returns the text of a range of addresses from its first and last one.
 pub(super) fn join(first: &Address, last: &Address) -> String {
     let (text, last) = (first.to_string(), last.to_string());
     match (find_port(&text), find_port(&last)) {
@@ -148,16 +146,16 @@ pub(super) fn join(first: &Address, last: &Address) -> String {
     }
 }
 
-/// Returns what the forward of a range is called that listens there: the name of the range, and the
-/// port.
+/// Returns the name of a range's forward: the name of the range, and the port on which the forward
+/// listens.
 pub(super) fn name_of(range: &str, listen: &Address) -> String {
     let text = listen.to_string();
     let port = find_port(&text).map_or(&*text, |place| &text[place]);
     format!("{range}-{port}")
 }
 
-/// Returns whether forwards that listen and connect there may have been made as a range: two or
-/// more on successive ports, whose targets are successive as well, and differ in nothing else.
+/// Returns whether forwards with these addresses may be one range: two or more on successive ports,
+/// with successive targets, that differ in nothing else.
 #[cfg(unix)]
 pub(super) fn are_a_range(forwards: &[(&Address, &Address)]) -> bool {
     let split = |address: &Address| {

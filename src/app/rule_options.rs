@@ -1,10 +1,10 @@
-//! The options of a rule. The command line, the file and the control socket all have them from
-//! here: what is added to [`RuleOptions`] is an option of each.
+//! The options of a rule, for the command line, the file and the control socket: a field that is
+//! added to [`RuleOptions`] is an option of all three.
 //!
 //! A new option is a field of [`Rule`] (`engine/rule.rs`), with its default in `Rule::new`, and a
 //! field of [`RuleOptions`], with the same default in `Default`, `From<&Rule>` and
-//! [`applied_to`](RuleOptions::applied_to). Each of them names all fields, so that the compiler
-//! tells what was forgotten. A new timeout is the same with [`Timeouts`] and [`TimeoutOptions`].
+//! [`applied_to`](RuleOptions::applied_to). Each of these names all fields, so the compiler reports
+//! a missing one. A new timeout is added in the same way to [`Timeouts`] and [`TimeoutOptions`].
 
 use std::time::Duration;
 
@@ -197,16 +197,16 @@ impl From<TimeoutOptions> for Timeouts {
 }
 
 impl Rule {
-    /// Returns the rule with its paths as they are in any directory, to be shown.
+    /// Returns the rule with absolute paths, to be shown.
     pub(crate) fn absolute(mut self) -> Rule {
         #[cfg(unix)]
         for address in [&mut self.listen, &mut self.connect] {
-            // Without a current directory it stays as it is.
+            // Without a current directory it stays relative.
             if let Ok(absolute) = address.clone().absolute() {
                 *address = absolute;
             }
         }
-        // Elsewhere paths are those of pipes.
+        // On Windows the paths are names of pipes.
         let _ = &mut self;
         self
     }
@@ -219,7 +219,7 @@ impl RuleOptions {
         self.timeouts.drain.as_secs_f64()
     }
 
-    /// Returns a rule as these options have it.
+    /// Returns a rule with these options.
     pub(crate) fn applied_to(&self, rule: Rule) -> Rule {
         let RuleOptions {
             mode,
@@ -242,7 +242,7 @@ impl RuleOptions {
             owner,
             group,
             from: match from.is_empty() {
-                // A VM may be the only one that may come.
+                // Sources that the VM requires stay: other guests may dial the same port.
                 true => rule.from,
                 false => from.clone(),
             },
@@ -256,7 +256,7 @@ impl RuleOptions {
         }
     }
 
-    /// Returns the keys that a file has for them, each with its path in the JSON: `dial-timeout` is
+    /// Returns the keys of the options in a file, each with its path in the JSON: `dial-timeout` is
     /// `dial` in `timeouts`.
     pub(crate) fn keys() -> Vec<(String, Vec<String>)> {
         let mut keys = Vec::new();
@@ -276,10 +276,10 @@ impl RuleOptions {
         keys
     }
 
-    /// Sets the value at a path in the JSON. `null` where there may be none leaves it as it is.
+    /// Sets the value at a path in the JSON. `null` leaves an optional value unchanged.
     ///
     /// # Errors
-    /// Why it can't be that one; then nothing is changed.
+    /// Returns what is wrong with the value; nothing is changed then.
     pub(crate) fn set(&mut self, path: &[String], value: Value) -> Result<(), String> {
         let mut all = json(self);
         let mut place = &mut all;
@@ -305,7 +305,7 @@ impl RuleOptions {
 }
 
 fn json(options: &RuleOptions) -> Value {
-    // It is made of objects, texts and numbers.
+    // Objects, strings and numbers can always be serialised.
     serde_json::to_value(options).unwrap_or_default()
 }
 
@@ -328,7 +328,7 @@ fn read_connections<'de, D: Deserializer<'de>>(from: D) -> Result<Option<usize>,
 }
 
 fn parse_connections(text: &str) -> Result<usize, String> {
-    // No more than fit.
+    // Truncation can't happen below `MOST`.
     values::number(1..=MOST)(text).map(|connections| connections as usize)
 }
 
@@ -346,7 +346,7 @@ fn read_sources<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Source>, D::Er
     read(from, values::sources)
 }
 
-/// CIDs are numbers, as in the file.
+/// Writes CIDs as numbers, as in the file.
 fn write_sources<S: Serializer>(sources: &[Source], to: S) -> Result<S::Ok, S::Error> {
     to.collect_seq(sources.iter().map(|source| match source.as_cid() {
         Some(cid) => Value::from(cid),
@@ -412,7 +412,7 @@ mod tests {
         assert_eq!(RuleOptions::from(&rule()), line);
     }
 
-    /// Each option by each face, with a value that no other has.
+    /// Each option by each of the three ways, with a value that no other option has.
     #[test]
     fn each_option_is_on_the_command_line_in_the_file_and_in_json() {
         let json = json!({"mode": "640", "owner": 1, "group": 2, "from": [3, "10.0.0.0/8", "::1"], "timeouts": {"dial": 1.0, "drain": 2.0, "idle": 3.0, "half_closed": 4.0},
@@ -429,7 +429,7 @@ mod tests {
                 let text = value
                     .as_str()
                     .map_or_else(|| value.to_string(), str::to_owned);
-                // Of a list the command line has its parts.
+                // On the command line a list is its elements.
                 let text = text.replace(['[', ']', '"'], "");
                 words.push(format!("--{key}={text}"));
             }

@@ -1,5 +1,5 @@
-//! Serving clients with a thread each, for programs that do something with the bytes: what
-//! `cat --echo` and `stress --server` have in common.
+//! Serves clients on a thread each, for programs that use the bytes: shared by `cat --echo` and
+//! `stress --server`.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -20,20 +20,19 @@ use crate::sys::Wanted;
 use crate::thread::start_scoped_thread;
 use crate::time::after;
 
-/// How often a wait looks whether it is to end.
+/// How often a wait checks whether it is to end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
 
-/// How much an echo reads ahead of what its peer takes. One that only wrote while it has something
-/// to write would stall hyperkit's device (rule 4 of a good neighbour).
+/// How many bytes an echo reads ahead of what its peer takes. An echo that stopped reading while it
+/// writes would stall hyperkit's device (rule 4 of a good neighbour).
 const AHEAD: usize = 4 * 1024 * 1024;
 
-/// Tells threads to come to an end.
+/// Tells threads to end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stop(Arc<AtomicUsize>);
 
 impl Stop {
-    /// Asks for the end: the first call that nothing new is begun, the next one that all is broken
-    /// off.
+    /// Requests the end: at the first call nothing new is begun; at the next all is broken off.
     pub(crate) fn request_end(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
@@ -47,7 +46,7 @@ impl Stop {
     }
 }
 
-/// The clients that are being served.
+/// The connections that are being served.
 #[derive(Debug, Default)]
 struct ServedStreams {
     live: Mutex<HashMap<u64, Arc<Stream>>>,
@@ -59,7 +58,7 @@ impl ServedStreams {
         lock(&self.live)
     }
 
-    /// Waits until fewer than `limit` are there, at most `timeout`; whether that is so.
+    /// Waits at most `timeout` until fewer than `limit` are served. Returns whether that is so.
     fn wait_for_room(&self, limit: usize, timeout: Duration) -> bool {
         let wait = self
             .left
@@ -75,30 +74,29 @@ impl ServedStreams {
     }
 }
 
-/// How many clients are served at a time: each has a thread. More wait in the backlog.
+/// The most clients at a time: each has a thread. More wait in the backlog.
 const MOST_CLIENTS: usize = 10_000;
 
-/// How long a wait may be that only the peer is expected to end, or a `shutdown` of our own.
-/// Windows' poll isn't woken by that.
+/// The longest wait for the peer, or for our own `shutdown`, which doesn't wake Windows' poll.
 const IDLE: Duration = match cfg!(windows) {
     true => LOOK,
     false => Duration::from_secs(3600),
 };
 
-/// What a server is to do beside serving.
+/// The limits of a server.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ServePlan {
-    /// How many clients are served in all; `None`: no end.
+    /// How many clients are served in all. `None`: no limit.
     pub(crate) in_all: Option<u64>,
-    /// How long clients may take to end when the server is told to stop.
+    /// How long clients may take to finish when the server is stopped.
     pub(crate) grace: Duration,
 }
 
-/// Serves clients, each with its number, until `stop` is asked for or all are served.
+/// Serves clients, with a number each, until `stop` is requested or all are served.
 ///
-/// Told to stop, it takes no more clients and half-closes those that are there; one that hasn't
-/// ended after the grace is cut off, and so are all at the second call. What goes wrong with a
-/// client, or with taking one, is told, and ends nothing.
+/// Once stopped, accepts no more clients and half-closes the connections; those that haven't ended
+/// after the grace, or at the second request, are cut off. Prints errors of single clients and of
+/// accepting, and goes on.
 pub(crate) fn serve(
     listener: &mut LastingListener,
     plan: ServePlan,
@@ -108,7 +106,7 @@ pub(crate) fn serve(
     let clients = ServedStreams::default();
     let handle = |number, stream: &Stream, peer| {
         handle(number, stream, peer);
-        // Of a guest that is still there: whatever happened, it is not closed before it has ended.
+        // A guest's connection must not just be closed, whatever happened.
         if stream.address().transport().needs_graceful_close {
             close_gracefully(stream, plan.grace, |_| !stop.is_urgent());
         }
@@ -150,9 +148,9 @@ pub(crate) fn serve(
     });
 }
 
-/// Closes a guest's connection gracefully: half-closes and reads to its end, at most for
-/// `patience`, and as long as `goes_on` says so of the time that has passed. Returns whether the
-/// guest has ended it.
+/// Closes a guest's connection gracefully: half-closes it and reads to its end, for at most
+/// `patience`, while `goes_on` returns true of the time passed. Returns whether the guest has ended
+/// it.
 pub(crate) fn close_gracefully(
     stream: &Stream,
     patience: Duration,
@@ -171,11 +169,11 @@ pub(crate) fn close_gracefully(
     }
 }
 
-/// Sends back what comes until EOF, and then half-closes; how many bytes that were. `first` came
-/// before.
+/// Sends bytes back until EOF, then half-closes. Returns how many bytes those were, including
+/// `first`, which were read already.
 ///
 /// # Errors
-/// What reading or writing says.
+/// Returns the error of a read or a write.
 pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     stream.set_nonblocking(true)?;
     let mut total = first.len() as u64;
@@ -191,7 +189,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
             }
         }
         if eof && ahead.is_empty() {
-            // Where there is none, the close tells as much.
+            // Without a half-close, the close ends the connection.
             if stream.has_half_close() {
                 stream.half_close()?;
             }
@@ -216,7 +214,7 @@ pub(crate) fn echo(stream: &Stream, first: &[u8]) -> io::Result<u64> {
     }
 }
 
-/// Returns what a call on a non-blocking socket has done; `None` if it would have had to wait.
+/// Returns the result of a call on a non-blocking socket; `None` if it would block.
 pub(crate) fn completed<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(done) => Ok(Some(done)),

@@ -1,5 +1,4 @@
-//! Work that may take long though it seldom does, as with a file system that hangs: it is told of,
-//! or given up.
+//! Runs work that may hang on a file system, and reports or gives up what takes long.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -7,13 +6,13 @@ use std::time::Duration;
 
 use crate::thread::{start_scoped_thread, start_thread};
 
-/// How long such work may take before that. A disk that spins up takes some seconds.
+/// How long the work may take before that. A disk that spins up needs some seconds.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Does `work` on a thread of its own, and gives it up if it takes long.
+/// Runs `work` on its own thread, and gives up if it takes long.
 ///
 /// # Errors
-/// Returns why there is no result, in words.
+/// Returns a description of why there is no result.
 pub(crate) fn give_up_if_slow<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
@@ -26,7 +25,7 @@ fn give_up_after<T: Send + 'static>(
 ) -> Result<T, String> {
     let (working, worked) = channel();
     let work = move || {
-        // It may have been given up.
+        // The caller may have given up.
         let _ = working.send(work());
     };
     start_thread("hvsock-look", "to look at files", work).map_err(|e| e.to_string())?;
@@ -34,8 +33,7 @@ fn give_up_after<T: Send + 'static>(
     result.map_err(|_| "a file system takes long: does it hang?".to_owned())
 }
 
-/// Does `work` on this thread. If that takes long, `tell` is called once: `doing` is what the work
-/// is, in words.
+/// Runs `work` on this thread. If it takes long, calls `tell` once. `doing` describes the work.
 pub(crate) fn tell_if_slow<T>(
     doing: &str,
     tell: impl FnOnce(String) + Send,
@@ -57,7 +55,7 @@ fn tell_after<T>(
                 tell(format!("{doing} takes long: does its file system hang?"));
             }
         };
-        // Without a thread nothing is said.
+        // Without a thread nothing is reported.
         let _ = start_scoped_thread(scope, "hvsock-slow", "to tell of slow files", watch);
         let done = work();
         drop(working);

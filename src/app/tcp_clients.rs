@@ -1,8 +1,8 @@
-//! The processes of TCP clients on this machine, as far as Linux tells of them.
+//! Finds the processes of TCP clients on this machine, on Linux.
 //!
-//! It has no call for them: the list of TCP sockets is read once, and then the descriptors of
-//! processes until all are found. So this is for commands that somebody waits for, and for no
-//! thread that serves connections.
+//! Linux has no call for this. The list of TCP sockets is read once, then the descriptors of
+//! processes until all clients are found. It is slow: for commands only, never for a thread that
+//! serves connections.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -10,14 +10,14 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::name::PeerProcess;
 
-/// How many descriptors are looked at, at most.
+/// The most descriptors that are looked at.
 const MOST_DESCRIPTORS: usize = 1 << 20;
 
-/// A connection as its client names it: its own address, and the port that it is connected to.
+/// A connection from the client's side: its own address, and the port to which it is connected.
 pub(crate) type Client = (SocketAddr, u16);
 
-/// Finds the processes of clients of the process `server`, if they are on this machine. Of those of
-/// other users only root is told more than the user.
+/// Finds the processes of clients of the process `server` on this machine. For clients of other
+/// users only root learns more than the user.
 pub(crate) fn find(server: u32, clients: &HashSet<Client>) -> HashMap<Client, PeerProcess> {
     let mut sockets = HashMap::new();
     let mut found = HashMap::new();
@@ -25,7 +25,7 @@ pub(crate) fn find(server: u32, clients: &HashSet<Client>) -> HashMap<Client, Pe
         return found;
     }
     for table in ["tcp", "tcp6"] {
-        // The process may be in another network than this one.
+        // The process may be in another network namespace.
         let table = fs::read_to_string(format!("/proc/{server}/net/{table}"));
         for socket in table.unwrap_or_default().lines().filter_map(read_socket) {
             if socket.inode != 0 && clients.contains(&socket.client) {
@@ -42,7 +42,7 @@ pub(crate) fn find(server: u32, clients: &HashSet<Client>) -> HashMap<Client, Pe
             break;
         }
         let id = entry.file_name().to_str().and_then(|it| it.parse().ok());
-        // The server itself has the other ends.
+        // The server's own sockets are the other ends.
         let Some(id) = id.filter(|id| *id != server) else {
             continue;
         };
@@ -59,7 +59,7 @@ pub(crate) fn find(server: u32, clients: &HashSet<Client>) -> HashMap<Client, Pe
     found
 }
 
-/// A TCP socket.
+/// A row of the list of TCP sockets.
 #[derive(Debug, PartialEq, Eq)]
 struct TcpSocket {
     client: Client,
@@ -67,8 +67,8 @@ struct TcpSocket {
     inode: u64,
 }
 
-/// Reads a line of `proc_pid_net(5)`: its number, both addresses, the state, two pairs of numbers,
-/// one number, the user, one number, and the inode.
+/// Reads a line of `proc_pid_net(5)`: number, both addresses, state, two pairs of numbers, a
+/// number, user, a number, inode.
 fn read_socket(line: &str) -> Option<TcpSocket> {
     let mut fields = line.split_whitespace().skip(1);
     let (own, other) = (fields.next()?, fields.next()?);
@@ -81,7 +81,7 @@ fn read_socket(line: &str) -> Option<TcpSocket> {
     })
 }
 
-/// Reads an address: words of 32 bits as the machine has them, and the port.
+/// Reads an address: 32-bit words in the machine's byte order, and the port.
 fn read_address(text: &str) -> Option<SocketAddr> {
     let (words, port) = text.split_once(':')?;
     let mut bytes = Vec::new();
@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(read_socket("  sl  local_address rem_address   st"), None);
     }
 
-    /// The descriptors of the server are not looked at, so another process is one here.
+    /// The server's own descriptors are skipped, so the server is given as another process.
     #[test]
     fn the_process_of_a_client_is_found() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,5 +1,5 @@
-//! The values that people write, on the command line, in a file and as JSON: what they may be, and
-//! what is said of others.
+//! Reads the values that people write on the command line, in a file and as JSON, and says what is
+//! wrong with them.
 
 use std::borrow::Cow;
 use std::io;
@@ -14,10 +14,10 @@ use crate::address::{Address, Host, Port, TcpAddress};
 use crate::proxy::{ProxyProtocol, Source, SourceError};
 use crate::sys;
 
-/// No time is longer: with it, `1M`, which is a month, isn't taken for a minute.
+/// The longest time. With this limit `1M`, which is a month, isn't taken for a minute.
 const LONGEST: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Returns what a value is, for people.
+/// Returns the name of a value's type.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -55,7 +55,7 @@ pub(super) fn yes_or_no(value: &Value) -> Result<bool, String> {
     }
 }
 
-/// Reads a time, 30 days at most: `"1m30s"`, or a number of seconds.
+/// Reads a time of at most 30 days: `"1m30s"`, or a number of seconds.
 pub(super) fn time(value: &Value) -> Result<Duration, String> {
     const RIGHT: &str = "\"30s\", \"1m30s\", \"250ms\", or a number of seconds";
     let seconds = |seconds: f64| Duration::try_from_secs_f64(seconds).ok();
@@ -90,9 +90,9 @@ pub(super) fn some_time(value: &Value) -> Result<Duration, String> {
     }
 }
 
-/// Reads the time of TCP's keepalive; zero is off.
+/// Reads the time of TCP's keepalive; zero turns it off.
 pub(super) fn keepalive(value: &Value) -> Result<Duration, String> {
-    /// Linux takes no more than 32,767 s.
+    /// Linux takes at most 32,767 s.
     const LONGEST_KEEPALIVE: Duration = Duration::from_secs(9 * 3600);
     if value == "off" {
         return Ok(Duration::ZERO);
@@ -106,7 +106,7 @@ pub(super) fn keepalive(value: &Value) -> Result<Duration, String> {
     }
 }
 
-/// Reads a time, or what says that there is none: a word, or null.
+/// Reads a time, or the given word or null, which mean none.
 pub(super) fn time_or(word: &str, value: &Value) -> Result<Option<Duration>, String> {
     match value {
         Value::Null => Ok(None),
@@ -157,7 +157,7 @@ fn port(value: &Value) -> Result<Port, String> {
     }
 }
 
-/// Reads a whole number of a range, as the command line has it.
+/// Returns a parser of integers in a range, for the command line.
 pub(super) fn number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone
 where
     T: Copy + PartialOrd + TryFrom<u64> + Into<u64> + Clone,
@@ -176,14 +176,14 @@ where
     }
 }
 
-/// Reads the number of a process.
+/// Parses a process id.
 #[cfg(unix)]
 pub(super) fn parse_process(text: &str) -> Result<u32, String> {
     let process = text.parse().ok().filter(|it| *it > 0);
     process.ok_or_else(|| "that is no process' number; `hvsock ps` lists them".to_owned())
 }
 
-/// Reads the number of a connection.
+/// Parses the id of a connection.
 #[cfg(unix)]
 pub(super) fn parse_connection(text: &str) -> Result<u64, String> {
     let connection = text.parse().ok();
@@ -191,13 +191,13 @@ pub(super) fn parse_connection(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "that is no connection's number; `hvsock connections` lists them".to_owned())
 }
 
-/// Reads a vsock port, decimal or in hex.
+/// Parses a vsock port, decimal or hexadecimal.
 pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     let port = text.parse::<Port>().map_err(|e| e.to_string())?;
     some_port(port)
 }
 
-/// Refuses the two numbers at which nobody means to listen: 0, and the one that has a system choose
+/// Refuses the numbers that are no port to listen on: 0, and the one by which the system chooses
 /// (`VMADDR_PORT_ANY`).
 fn some_port(port: Port) -> Result<Port, String> {
     match port.0 {
@@ -211,7 +211,7 @@ fn no_port(number: impl std::fmt::Display) -> String {
     format!("port {number} is no vsock port to listen on: those are 1 to {largest}")
 }
 
-/// Reads permissions: a string, for a bare 600 is another number than it looks like.
+/// Reads permissions. They must be a string: the number 600 is decimal.
 pub(super) fn mode(value: &Value) -> Result<u32, String> {
     match value {
         Value::String(text) => parse_mode(text),
@@ -242,17 +242,17 @@ fn id(
     }
 }
 
-/// Reads a user, by name or id.
+/// Parses a user name or id.
 pub(super) fn parse_owner(text: &str) -> Result<u32, String> {
     parse_id(text, "user", sys::user_by_name)
 }
 
-/// Reads a group, by name or id.
+/// Parses a group name or id.
 pub(super) fn parse_group(text: &str) -> Result<u32, String> {
     parse_id(text, "group", sys::group_by_name)
 }
 
-/// Reads a name or an id. The largest number is none: to chown(2) it means no change.
+/// Parses a name or an id. The largest number is refused: to chown(2) it means no change.
 fn parse_id(
     text: &str,
     what: &str,
@@ -273,7 +273,7 @@ fn parse_id(
     }
 }
 
-/// Reads where clients may come from: a list, or one of its parts.
+/// Reads the sources from which clients may come: a list, or a single source.
 pub(super) fn sources(value: &Value) -> Result<Vec<Source>, String> {
     let source = |value: &Value| match value {
         Value::String(text) => text.parse().map_err(|e: SourceError| e.to_string()),
@@ -295,7 +295,7 @@ pub(super) fn sources(value: &Value) -> Result<Vec<Source>, String> {
     }
 }
 
-/// Reads the version of the PROXY protocol; `"off"` is none.
+/// Reads the version of the PROXY protocol; `"off"` means none.
 pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, String> {
     match value {
         Value::Null => Ok(None),
@@ -305,7 +305,7 @@ pub(super) fn proxy_protocol(value: &Value) -> Result<Option<ProxyProtocol>, Str
     }
 }
 
-/// Reads a local address, or those of a range of ports: `"127.0.0.1:8000-8010"`.
+/// Reads a local address, or the addresses of a range: `"127.0.0.1:8000-8010"`.
 pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
     match value {
         Value::String(text) => parse_local_addresses(text),
@@ -313,7 +313,7 @@ pub(super) fn addresses(value: &Value) -> Result<Vec<Address>, String> {
     }
 }
 
-/// Reads a local address, or those of a range of ports.
+/// Parses a local address, or the addresses of a range.
 pub(super) fn parse_local_addresses(text: &str) -> Result<Vec<Address>, String> {
     let texts = expand(text, BarePort::Tcp)?.into_iter();
     texts.map(|text| local_address(&text)).collect()
@@ -331,8 +331,8 @@ pub(super) fn address(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Reads where a forward of a file listens, or those of a range of ports. Its two ports are keys of
-/// their own, unlike those of `-L`.
+/// Reads the address of a file's forward, or the addresses of a range. Unlike in `-L`, its two
+/// ports are separate keys.
 pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
     let ports = value.as_str().and_then(|text| text.split_once(':'));
     match ports {
@@ -343,12 +343,12 @@ pub(super) fn listen_addresses(value: &Value) -> Result<Vec<Address>, String> {
     }
 }
 
-/// Reads where the metrics are served: `9100`, `"127.0.0.1:9100"`, a Unix socket or a vsock port.
+/// Reads the address of the metrics: `9100`, `"127.0.0.1:9100"`, a Unix socket or a vsock port.
 pub(super) fn metrics(value: &Value) -> Result<Address, String> {
     let address = address(value)?;
     match address {
         Address::Tcp(_) | Address::Unix(_) => Ok(address),
-        // Where it is framed, HTTP's bytes are not.
+        // HTTP can't be sent over a framed address.
         Address::Vsock(ref vsock) if !vsock.framing => Ok(address),
         other => Err(format!(
             "metrics are not served at {other}; a right one: 9100, \"127.0.0.1:9100\", \"/run/metrics.sock\" or \"vsock://:9100\""
@@ -356,7 +356,7 @@ pub(super) fn metrics(value: &Value) -> Result<Address, String> {
     }
 }
 
-/// Returns a text whose `~/` is the user's home: there is no shell here that would do it.
+/// Replaces `~/` by the user's home, since no shell does it here.
 pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
     let Some(rest) = text.strip_prefix("~/") else {
         return match text.starts_with('~') {
@@ -372,8 +372,8 @@ pub(super) fn at_home(text: &str) -> Result<Cow<'_, str>, String> {
         .ok_or_else(|| format!("{text:?}: no home is known; write the whole path"))
 }
 
-/// Reads a path, a URI, `HOST:PORT`, or a bare port of 127.0.0.1. Where it stands within a word no
-/// shell fills in `~/`, so that it is done here.
+/// Parses a path, a URI, `HOST:PORT`, or a port of 127.0.0.1. Replaces `~/`: shells don't do so
+/// within a word.
 pub(super) fn local_address(text: &str) -> Result<Address, String> {
     let text = &*at_home(text)?;
     if text.starts_with(['/', '.', '\\']) || text.contains("://") || is_local_uri(text) {
@@ -395,8 +395,8 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
     ) {
         return Err(format!("a URI has two slashes: {scheme}://…:{port}"));
     }
-    // As in ssh. The other spelling of it there, an empty address, is too easily written by
-    // mistake.
+    // In ssh an empty address means all interfaces, as `*` does. It is refused since it is easily
+    // written by mistake.
     if text.starts_with(':') && !text.starts_with("::") {
         return Err("the address before the port is empty: leave the colon out for 127.0.0.1, or write * for all interfaces".into());
     }
@@ -405,14 +405,14 @@ pub(super) fn local_address(text: &str) -> Result<Address, String> {
         .map_err(|e: crate::AddressError| e.to_string())
 }
 
-/// Returns whether it is a URI without a host, in which no slashes need to be.
+/// Returns whether it is a URI without a host, which may be written without slashes.
 fn is_local_uri(text: &str) -> bool {
     ["unix:", "exec:", "file:"]
         .iter()
         .any(|scheme| text.starts_with(scheme))
 }
 
-/// Reads a bare port of 127.0.0.1.
+/// Parses a port of 127.0.0.1.
 fn local_port(text: &str) -> Result<Address, String> {
     let right =
         "a right one: 8080, 127.0.0.1:8080, or for a Unix socket /run/web.sock or ./web.sock";
@@ -423,7 +423,7 @@ fn local_port(text: &str) -> Result<Address, String> {
     Ok(Address::Tcp(TcpAddress::new(host, port)))
 }
 
-/// Reads permissions, octal.
+/// Parses octal permissions.
 pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
@@ -431,17 +431,17 @@ pub(super) fn parse_mode(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Reads a time: `1m30s`, or a number of seconds.
+/// Parses a time: `1m30s`, or a number of seconds.
 pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
     time(&text.into())
 }
 
-/// Reads the time of TCP's keepalive: seconds, or `off`.
+/// Parses the time of TCP's keepalive: seconds, or `off`.
 pub(super) fn parse_keepalive(text: &str) -> Result<Duration, String> {
     keepalive(&text.into())
 }
 
-/// Reads a time that is not zero.
+/// Parses a time that is not zero.
 pub(super) fn parse_some_time(text: &str) -> Result<Duration, String> {
     some_time(&text.into())
 }

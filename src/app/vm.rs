@@ -1,4 +1,4 @@
-//! A VM as a person names it: `--vm`, and `at` of `[vm.NAME]`.
+//! Finds the VM that a user names, in `--vm` and in `at` of `[vm.NAME]`.
 
 use std::io;
 
@@ -15,30 +15,30 @@ use crate::error::{Error, Operation, Result};
 use crate::hyperkit::{self, Places};
 use crate::proxy::Source;
 
-/// A VM of any family, and how its ports are addressed.
+/// A VM of any family, and the addresses of its ports.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum VmPlace {
     Hyperkit(HyperkitVm),
     HyperV(address::Vm),
-    /// A guest of this Linux host. The port of the address is of no meaning.
+    /// A guest of this Linux host. The port of the address is unused.
     Vsock(VsockAddress),
-    /// A VM behind the Unix socket of its VMM. The port of the address is of no meaning.
+    /// A VM behind the Unix socket of its VMM. The port of the address is unused.
     VsockMux(VsockMuxAddress),
 }
 
-/// The URIs of a VM that is none of hyperkit's, each with one that is right.
+/// The URI schemes of VMs other than hyperkit's, each with a valid example.
 const SCHEMES: [(&str, &str); 2] = [
     ("vsock://", "vsock://3"),
     ("vsock-mux://", "vsock-mux:///run/vm.sock"),
 ];
 
 impl VmPlace {
-    /// Finds the VM that a person means: `vsock://CID`, `vsock-mux:///PATH[?half-close=yes]`, else
-    /// on Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes, or the
-    /// name of a VM that another VMM runs here.
+    /// Finds the VM that a user means: `vsock://CID`, `vsock-mux:///PATH[?half-close=yes]`; else on
+    /// Windows a Hyper-V VM's name or id, and elsewhere what [`hyperkit::find`] takes, or the name
+    /// of a running VM of another VMM.
     ///
     /// # Errors
-    /// Returns `InvalidInput` if the words mean no VM, and the errors of [`hyperkit::find`].
+    /// Returns `InvalidInput` if the text can mean no VM, and the errors of [`hyperkit::find`].
     pub(crate) fn find(name: &str, places: &Places) -> Result<VmPlace> {
         if let Some(place) = VmPlace::find_other(name, places) {
             return place;
@@ -51,8 +51,8 @@ impl VmPlace {
         hyperkit::find(name, places).map(VmPlace::Hyperkit)
     }
 
-    /// Finds a VM that is none of hyperkit's and none of Hyper-V's, by its URI or by the name under
-    /// which it is listed; `None` if it is another text. A hyperkit VM of that name comes first.
+    /// Finds a VM that is neither hyperkit's nor Hyper-V's, by its URI or its name. Returns `None`
+    /// for any other text. A hyperkit VM of the same name takes precedence.
     ///
     /// # Errors
     /// Returns `InvalidInput` if the URI is wrong, or several VMs have the name.
@@ -64,7 +64,7 @@ impl VmPlace {
         #[cfg(unix)]
         if !name.contains('/') {
             return match hyperkit::find(name, places) {
-                // A directory in which a VM may start later is not told from any other.
+                // Any directory may be that of a hyperkit VM that starts later.
                 Ok(vm) if hyperkit::holds_vm(&vm.state_dir) => None,
                 _ => find_running(name, &processes::list_all().ok()?),
             };
@@ -72,7 +72,7 @@ impl VmPlace {
         None
     }
 
-    /// Parses the URI of a VM that is none of hyperkit's; `None` if it is another text.
+    /// Parses the URI of a VM other than hyperkit's; `None` for any other text.
     pub(crate) fn parse(name: &str) -> Option<Result<VmPlace>> {
         let (scheme, example) = SCHEMES
             .into_iter()
@@ -88,7 +88,7 @@ impl VmPlace {
         if authority.contains(':') {
             return wrong("it names a port, and a VM has all of them");
         }
-        // An address is the VM and a port.
+        // Such an address is the VM and a port.
         let place = match format!("{scheme}{authority}:0{rest}").parse() {
             Ok(Address::Vsock(address)) => VmPlace::Vsock(address),
             Ok(Address::VsockMux(address)) => VmPlace::VsockMux(address),
@@ -103,7 +103,7 @@ impl VmPlace {
         }
     }
 
-    /// Returns what tells it from other VMs; `None` if it stands for several.
+    /// Returns the identity of the VM; `None` if it stands for several.
     pub(crate) fn any(&self) -> Option<AnyVm> {
         self.guest_port(Port(0)).vm()
     }
@@ -122,7 +122,7 @@ impl VmPlace {
         }
     }
 
-    /// Returns the address to listen on for the dials of the guest to a port of the host.
+    /// Returns the address to listen on for the guest's dials to a port of the host.
     pub(crate) fn host_port(&self, port: Port) -> Address {
         match self {
             VmPlace::Vsock(vm) => VsockAddress {
@@ -135,8 +135,8 @@ impl VmPlace {
         }
     }
 
-    /// Returns where clients of [`host_port`](VmPlace::host_port) may come from, if guests of other
-    /// VMs can dial it as well.
+    /// Returns the sources to accept at [`host_port`](VmPlace::host_port), if guests of other VMs
+    /// can dial it too.
     pub(crate) fn sources(&self) -> Vec<Source> {
         match self {
             VmPlace::Vsock(vm) => vec![Source::cid(vm.cid)],
@@ -145,7 +145,7 @@ impl VmPlace {
     }
 }
 
-/// Finds the VM of that name among those that these processes run.
+/// Finds a VM by its name among those that these processes run.
 #[cfg(unix)]
 fn find_running(name: &str, processes: &[RunningProcess]) -> Option<Result<VmPlace>> {
     let mut uris: Vec<String> = vmms::find(processes)
@@ -200,7 +200,7 @@ mod tests {
             let place = VmPlace::parse(vm).unwrap().unwrap();
             assert_eq!(place.guest_port(Port(80)).to_string(), guest_port, "{vm}");
             assert_eq!(place.host_port(Port(80)).to_string(), host_port, "{vm}");
-            // Every guest of a host dials the same ports of it.
+            // All guests of a host dial the same ports of it.
             let only = vm.starts_with("vsock://").then_some(Source::cid(3));
             assert_eq!(place.sources(), Vec::from_iter(only), "{vm}");
         }
@@ -225,7 +225,7 @@ mod tests {
         let error = find("two").unwrap().unwrap_err();
         let both = "vsock://4 and vsock://5 have this name";
         assert!(error.to_string().contains(both), "{error}");
-        // One process that is listed twice is one VM.
+        // A VM that is listed twice is no conflict.
         let twice = [qemu(7, "build", 3), qemu(8, "build", 3)];
         assert!(find_running("build", &twice).unwrap().is_ok());
     }

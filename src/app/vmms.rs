@@ -1,45 +1,45 @@
-//! The VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock that run here, and the
-//! stand-ins for them, as far as the command lines of their processes tell of a vsock device.
+//! Finds running VMs of QEMU, Firecracker, Cloud Hypervisor and vhost-device-vsock, and stand-ins
+//! for them, by the vsock device in the command lines of their processes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::app::processes::RunningProcess;
 
-/// A VM that runs here.
+/// A running VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RunningVm {
     /// The name that its VMM gives it, or that of its process.
     pub(crate) name: String,
     /// The program that runs it.
     pub(crate) vmm: &'static str,
-    /// What `--vm` takes for it.
+    /// The value of `--vm` for it.
     pub(crate) vm: String,
-    /// The number of its process.
+    /// The id of its process.
     pub(crate) process: u32,
 }
 
 /// Returns the VMs with a vsock device that these processes run.
 pub(crate) fn find(processes: &[RunningProcess]) -> Vec<RunningVm> {
-    processes.iter().flat_map(of_process).collect()
+    processes.iter().flat_map(find_of_process).collect()
 }
 
-fn of_process(process: &RunningProcess) -> Vec<RunningVm> {
+fn find_of_process(process: &RunningProcess) -> Vec<RunningVm> {
     let words: Vec<&str> = process.command.iter().map(String::as_str).collect();
     let Some((program, words)) = words.split_first() else {
         return Vec::new();
     };
     let program = program.rsplit('/').next().unwrap_or_default();
     let found = if program.starts_with("qemu-system-") || program == "qemu-kvm" {
-        of_qemu(words)
+        find_qemu(words)
     } else if program.starts_with("firecracker") {
-        of_firecracker(process.id, words)
+        find_firecracker(process.id, words)
     } else if program.starts_with("cloud-hypervisor") {
-        of_cloud_hypervisor(process.id, words)
+        find_cloud_hypervisor(process.id, words)
     } else if program == "vhost-device-vsock" {
-        of_vhost_device(process.id, words)
+        find_vhost_device(process.id, words)
     } else if program == "hvsock" && words.contains(&"simulate") {
-        of_stand_in(process.id, words)
+        find_stand_in(process.id, words)
     } else {
         return Vec::new();
     };
@@ -54,8 +54,8 @@ fn of_process(process: &RunningProcess) -> Vec<RunningVm> {
 
 type FoundVm = (&'static str, Option<String>, String);
 
-/// Returns the values of an option, which follows it in a word of its own or behind `=`. Options
-/// may be written with one dash or two, as QEMU takes them.
+/// Returns the values of an option: the next word, or the text behind `=`. The option may have one
+/// dash or two, as QEMU takes them.
 fn values<'a>(words: &[&'a str], option: &str) -> Vec<&'a str> {
     let named = |word: &'a str| {
         let name = word.strip_prefix('-')?;
@@ -80,8 +80,8 @@ fn key<'a>(list: &'a str, key: &str) -> Option<&'a str> {
     pairs.find(|(name, _)| *name == key).map(|(_, value)| value)
 }
 
-/// QEMU: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
-fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
+/// Finds QEMU's: `-device vhost-vsock-pci,guest-cid=3`, or the same as JSON, which libvirt writes.
+fn find_qemu(words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "name").into_iter().next().map(|it| {
         let plain = it.split(',').next().filter(|it| !it.contains('='));
         key(it, "guest").or(plain).unwrap_or(it).to_owned()
@@ -100,32 +100,32 @@ fn of_qemu(words: &[&str]) -> Vec<FoundVm> {
         .collect()
 }
 
-/// Firecracker: `vsock.uds_path` of the file of `--config-file`. What is set through its API stands
-/// in no command line.
-fn of_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
+/// Finds Firecracker's: `vsock.uds_path` of the file of `--config-file`. A VM configured by its API
+/// is not found.
+fn find_firecracker(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let name = values(words, "id").into_iter().next().map(str::to_owned);
     let path = |file: &str| -> Option<String> {
-        let text = fs::read_to_string(in_directory_of(process, file)).ok()?;
+        let text = fs::read_to_string(resolve_path(process, file)).ok()?;
         let config: serde_json::Value = serde_json::from_str(&text).ok()?;
         Some(config["vsock"]["uds_path"].as_str()?.to_owned())
     };
     let paths = values(words, "config-file").into_iter().filter_map(path);
     paths
-        .map(|path| ("Firecracker", name.clone(), mux(process, &path)))
+        .map(|path| ("Firecracker", name.clone(), format_mux_uri(process, &path)))
         .collect()
 }
 
-/// Cloud Hypervisor: `--vsock cid=3,socket=/path`.
-fn of_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
+/// Finds Cloud Hypervisor's: `--vsock cid=3,socket=/path`.
+fn find_cloud_hypervisor(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock")
         .into_iter()
         .filter_map(|it| key(it, "socket"));
     paths
-        .map(|path| ("Cloud Hypervisor", None, mux(process, path)))
+        .map(|path| ("Cloud Hypervisor", None, format_mux_uri(process, path)))
         .collect()
 }
 
-/// Returns the number that QEMU reads in a word: decimal, or hexadecimal after `0x`.
+/// Parses a number as QEMU does: decimal, or hexadecimal after `0x`.
 fn number(word: &str) -> Option<u64> {
     match word.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16).ok(),
@@ -133,28 +133,29 @@ fn number(word: &str) -> Option<u64> {
     }
 }
 
-/// vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or `--uds-path=/path`.
-fn of_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
+/// Finds those of vhost-device-vsock: `--vm guest-cid=3,socket=…,uds-path=/path`, or
+/// `--uds-path=/path`.
+fn find_vhost_device(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let of_vms = values(words, "vm")
         .into_iter()
         .filter_map(|it| key(it, "uds-path"));
     let paths = of_vms.chain(values(words, "uds-path"));
     paths
-        .map(|path| ("vhost-device-vsock", None, mux(process, path)))
+        .map(|path| ("vhost-device-vsock", None, format_mux_uri(process, path)))
         .collect()
 }
 
-/// The stand-in: `hvsock simulate --vsock-mux /path`.
-fn of_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
+/// Finds the stand-in's: `hvsock simulate --vsock-mux /path`.
+fn find_stand_in(process: u32, words: &[&str]) -> Vec<FoundVm> {
     let paths = values(words, "vsock-mux").into_iter();
     paths
-        .map(|path| ("hvsock simulate", None, mux(process, path)))
+        .map(|path| ("hvsock simulate", None, format_mux_uri(process, path)))
         .collect()
 }
 
 /// Returns the URI of a VM behind a VMM's socket.
-fn mux(process: u32, path: &str) -> String {
-    let path = in_directory_of(process, path);
+fn format_mux_uri(process: u32, path: &str) -> String {
+    let path = resolve_path(process, path);
     crate::address::VsockMuxAddress {
         path,
         port: crate::address::Port(0),
@@ -164,8 +165,8 @@ fn mux(process: u32, path: &str) -> String {
     .replacen(":0", "", 1)
 }
 
-/// Returns a path as the process means it: a relative one begins in its current directory.
-fn in_directory_of(process: u32, path: &str) -> PathBuf {
+/// Returns a path absolute, relative to the process' current directory.
+fn resolve_path(process: u32, path: &str) -> PathBuf {
     if Path::new(path).is_absolute() {
         return PathBuf::from(path);
     }

@@ -1,12 +1,12 @@
-//! What a session has to know of, and how it ends.
+//! The events of a session, and how a connection ends.
 
 use std::io;
 
-/// Why a connection didn't do all that it was to do.
+/// Why a connection failed.
 #[derive(Debug)]
 pub(crate) enum CatFailure {
     Failed(String),
-    /// Standard output's reader has gone: it knows best why.
+    /// The reader of standard output has closed it, and knows why.
     OutputClosed,
     /// The program has ended with this exit code, which isn't 0.
     #[cfg(unix)]
@@ -22,29 +22,29 @@ impl From<crate::Error> for CatFailure {
 
 pub(crate) type CatResult = Result<(), CatFailure>;
 
-/// Something that a session has to know of.
+/// An event for a session.
 #[derive(Debug)]
 pub(super) enum CatEvent {
     /// A signal asks for the end.
     Interrupt,
-    /// Standard output has lost its reader.
+    /// The reader of standard output has closed it.
     OutputClosed,
-    /// From the threads of a session, by its number.
+    /// An event from a thread of the session of that number.
     Session(u64, SessionEvent),
 }
 
-/// What a thread of a session has to tell.
+/// An event from a session's thread.
 #[derive(Debug)]
 pub(super) enum SessionEvent {
-    /// All of standard input was sent, and the half-close if the peer can bear it.
+    /// All of standard input was sent, and the half-close if the peer supports one.
     InputEnded,
     /// Standard input can't be read.
     InputFailed(io::Error),
-    /// The peer takes no more.
+    /// The peer accepts no more bytes.
     SendFailed(io::Error),
     /// The peer's EOF, after so many bytes.
     PeerEnded(u64),
-    /// Nothing more can be read, after so many bytes.
+    /// A read failed, after so many bytes.
     ReceiveFailed(u64, io::Error),
     OutputFailed(io::Error),
 }

@@ -1,4 +1,4 @@
-//! Standard input and output, or a program's, over a connection of any family.
+//! Connects standard input and output, or a program's, to an address of any family.
 
 mod event;
 mod near;
@@ -33,21 +33,21 @@ use session::Session;
 #[derive(Clone, Debug)]
 pub(crate) struct CatPlan {
     pub(crate) address: Address,
-    /// How long a connection that can't be had yet is tried for again.
+    /// How long a connection is retried.
     pub(crate) wait: Duration,
-    /// How long the peer may take to end when we are told to; and how long nothing may come before
-    /// a half-close that is kept back is sent all the same.
+    /// How long the peer may take to end after a signal. Also how long the peer may be silent
+    /// before a half-close that is kept back is sent.
     pub(crate) drain: Duration,
-    /// One client is served after the other.
+    /// Whether clients are served one after the other until a signal comes.
     pub(crate) keeps: bool,
-    /// What is started for each connection, in the place of standard input and output.
+    /// The program that is started for each connection, instead of standard input and output.
     #[cfg(unix)]
     pub(crate) exec: Option<ExecAddress>,
-    /// A connection is over when the peer has ended, whatever standard input still has.
+    /// Whether a connection is over when the peer has ended, even before standard input.
     pub(crate) ends_with_peer: bool,
 }
 
-/// One standard input and output, and the connections that have them one after the other.
+/// Standard input and output, and the connections that use them one after the other.
 #[derive(Debug)]
 pub(crate) struct Cat {
     plan: CatPlan,
@@ -57,13 +57,13 @@ pub(crate) struct Cat {
     sessions: u64,
 }
 
-/// Tells a [`Cat`] to end.
+/// Interrupts a [`Cat`].
 #[derive(Clone, Debug)]
 pub(crate) struct Interrupter(Sender<CatEvent>);
 
 impl Interrupter {
     pub(crate) fn interrupt(&self) {
-        // Without a receiver it has ended already.
+        // It may have ended already.
         let _ = self.0.send(CatEvent::Interrupt);
     }
 }
@@ -71,7 +71,7 @@ impl Interrupter {
 impl Cat {
     pub(crate) fn new(plan: CatPlan) -> Cat {
         let (tell, events) = channel();
-        // The output of a program is not ours.
+        // A program has its own output.
         #[cfg(unix)]
         let is_ours = plan.exec.is_none();
         #[cfg(not(unix))]
@@ -92,7 +92,7 @@ impl Cat {
         Interrupter(self.tell.clone())
     }
 
-    /// Connects and carries, to the end of both directions.
+    /// Connects, and carries both directions to their ends.
     pub(crate) fn connect(&mut self) -> CatResult {
         #[cfg(unix)]
         if let Address::Exec(exec) = &self.plan.address {
@@ -102,8 +102,8 @@ impl Cat {
         self.carry(stream, connected)
     }
 
-    /// Connects to the standard input and output of a program, which is started, and carries.
-    /// Returns its failure, if it fails.
+    /// Starts a program, connects to its standard input and output, and carries. Returns the
+    /// program's failure, if it fails.
     #[cfg(unix)]
     fn connect_to_program(&mut self, exec: &ExecAddress) -> CatResult {
         let (stream, ending) = self.dial(|_| {
@@ -112,7 +112,7 @@ impl Cat {
         })?;
         let outcome = self.carry(stream, Instant::now());
         match outcome {
-            // What it leaves unread, and how it breaks off, is its own choice.
+            // The program may leave bytes unread, and may end at any time.
             Ok(()) | Err(CatFailure::Failed(_)) => {}
             Err(_) => return outcome,
         }
@@ -122,8 +122,8 @@ impl Cat {
         }
     }
 
-    /// Takes a client and carries, to the end of both directions; false if none has come for a
-    /// while.
+    /// Accepts a client, and carries both directions to their ends. Returns false if no client has
+    /// come for a while.
     pub(crate) fn accept(&mut self, listener: &mut LastingListener) -> Result<bool, CatFailure> {
         let Some((stream, _)) = listener.accept_timeout(LOOK) else {
             return Ok(false);
@@ -151,7 +151,7 @@ impl Cat {
         let program = match SessionProgram::start(exec) {
             Ok(program) => program,
             Err(e) => {
-                // A guest's connection is not just closed.
+                // A guest's connection must not just be closed.
                 if stream.address().transport().needs_graceful_close {
                     let _ = stream.finish(LEAVE);
                 }
@@ -168,8 +168,8 @@ impl Cat {
         self.wait_for_end(exec, |time| program.ended_within(time))
     }
 
-    /// Waits until a program has ended, unless it is interrupted; `ended_within` waits for so long,
-    /// and returns its exit code.
+    /// Waits until a program has ended, unless interrupted. `ended_within` waits for the given
+    /// time, and returns the exit code.
     #[cfg(unix)]
     fn wait_for_end(
         &self,
@@ -205,16 +205,16 @@ impl Cat {
         }
     }
 
-    /// Returns whether the end was asked for since the last call, by a signal or by the end of
-    /// standard output's reader.
+    /// Returns whether the end was requested since the last call, by a signal or because standard
+    /// output was closed.
     pub(crate) fn is_interrupted(&self) -> bool {
-        // What an earlier session's threads have sent means nothing any more.
+        // Events of an earlier session's threads are discarded.
         self.events
             .try_iter()
             .any(|event| matches!(event, CatEvent::Interrupt | CatEvent::OutputClosed))
     }
 
-    /// Dials, again and again while there is time, which each dial is given.
+    /// Dials repeatedly until the time is over. `dial` is given the time left.
     fn dial<T>(
         &self,
         dial_once: impl Fn(Duration) -> Result<T, DialFailure>,
@@ -228,7 +228,7 @@ impl Cat {
                 Err(DialFailure::Interrupted) => return Err(CatFailure::Interrupted),
                 Err(DialFailure::Failed(e)) => e,
             };
-            // An attempt may take longer than it was to.
+            // The attempt may have taken longer than the time left.
             let left = self.plan.wait.saturating_sub(begun.elapsed());
             if left.is_zero() || !dial::is_worth_retrying(&error) {
                 return Err(error.into());
@@ -245,7 +245,7 @@ impl Cat {
         }
     }
 
-    /// Connects once; and when that was.
+    /// Connects once. Returns the connection, and the time at which it was made.
     fn dial_once(&self, left: Duration) -> Result<(Stream, Instant), DialFailure> {
         let address = &self.plan.address;
         let timeout = match self.plan.wait.is_zero() {
@@ -267,24 +267,24 @@ impl Cat {
         Ok((stream, connected))
     }
 
-    /// Waits until it is known that the guest has taken a dial.
+    /// Waits until it is certain that the guest has accepted a dial.
     ///
-    /// hyperkit tells a refusal by EOF and nothing else, and a guest that boots says nothing for a
-    /// while. But a guest answers dials in their order: when one behind ours, to a port that nobody
-    /// can have, is refused, ours has been answered, too.
+    /// hyperkit reports a refusal by EOF only, and a booting guest says nothing for a while. But a
+    /// guest answers dials in their order: when a second dial, to a port that no program can have,
+    /// is refused, the first was answered.
     fn is_taken(
         &self,
         stream: &Stream,
         vm: &HyperkitVm,
         deadline: Instant,
     ) -> Result<(), DialFailure> {
-        // With `guest_forwards` alone there is nothing to probe with. And a VM that has gone ends
-        // ours, too.
+        // With `guest_forwards` alone no probe is possible. If the VM has ended, so has this
+        // connection.
         let Ok(probe) = Stream::connect_timeout(&vm.probe_address().into(), DIAL) else {
             return self.is_refused(stream, LOOK);
         };
         let answered = self.is_answered(&probe, deadline);
-        // However that went: a probe, too, is a dial that must not just be closed.
+        // The probe, too, must be closed gracefully, whatever its outcome.
         let _ = probe.finish(LEAVE);
         if answered? {
             return self.is_refused(stream, Duration::ZERO);
@@ -294,7 +294,7 @@ impl Cat {
         Err(error.with_remedy("is it booting, paused or asleep?").into())
     }
 
-    /// Waits for `timeout`, and fails if the guest ends the connection meanwhile.
+    /// Fails if the guest ends the connection within `timeout`.
     fn is_refused(&self, stream: &Stream, timeout: Duration) -> Result<(), DialFailure> {
         match stream.wait(Wanted::Readable, timeout) {
             Ok(true) if stream.has_ended() => Err(dial::refused_by_eof(&self.plan.address).into()),
@@ -302,7 +302,7 @@ impl Cat {
         }
     }
 
-    /// Returns whether the guest ends the probe in time.
+    /// Returns whether the guest ends the probe before the deadline.
     fn is_answered(&self, probe: &Stream, deadline: Instant) -> Result<bool, DialFailure> {
         loop {
             if self.is_interrupted() {
@@ -312,7 +312,7 @@ impl Cat {
             if left.is_zero() {
                 return Ok(false);
             }
-            // If the probe's socket fails, ours does, too, and tells why.
+            // If the probe's socket fails, this connection does too, and reports why.
             if probe.wait(Wanted::Readable, left.min(LOOK)).unwrap_or(true) {
                 return Ok(true);
             }
@@ -320,19 +320,19 @@ impl Cat {
     }
 }
 
-/// Tells of the end of standard output's reader. A write would say so, too, but only once something
-/// has come.
+/// Reports when standard output's reader has closed it. A write would report it, too, but only when
+/// bytes have come.
 fn watch_output(tell: Sender<CatEvent>) {
     let watch = move || {
         if crate::sys::wait_until_output_is_unread() {
             let _ = tell.send(CatEvent::OutputClosed);
         }
     };
-    // Without a thread the next write tells of it.
+    // Without a thread the next write reports it.
     let _ = start_thread("hvsock-output", "to watch the output", watch);
 }
 
-/// Why a dial came to nothing.
+/// Why a dial failed.
 enum DialFailure {
     Failed(Error),
     Interrupted,
@@ -347,8 +347,8 @@ impl From<Error> for DialFailure {
     }
 }
 
-/// How long one dial may take when it isn't to be tried again.
+/// How long a single dial may take if it isn't retried.
 const DIAL: Duration = Duration::from_secs(30);
 
-/// How long a dial of which only the end is wanted may take to be ended.
+/// How long a guest may take to end a connection that is being closed.
 const LEAVE: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! This side of a connection: standard input and output, or those of a program.
+//! The local side of a connection: standard input and output, or those of a program.
 
 use std::io::{self, IsTerminal, Read, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -13,13 +13,13 @@ use super::program::SessionProgram;
 
 pub(super) const BUFFER: usize = 128 * 1024;
 
-/// What is read on this side: bytes, or none at its end.
+/// Bytes that were read locally; empty at EOF.
 pub(super) type Chunk = io::Result<Vec<u8>>;
 
-/// What is written on this side.
+/// The local output.
 pub(super) type Output = io::Result<Box<dyn Write + Send>>;
 
-/// What a connection is carried from and to.
+/// The local side of a connection.
 #[derive(Clone, Copy)]
 pub(super) enum Near<'a> {
     /// Standard input and output.
@@ -30,7 +30,7 @@ pub(super) enum Near<'a> {
 }
 
 impl Near<'_> {
-    /// Returns what is read; a session looks each `wait` whether it is over.
+    /// Returns the local input. While it waits, a session checks every `wait` whether it is over.
     pub(super) fn chunks(&self, wait: Duration) -> Arc<Mutex<Chunks>> {
         match self {
             Near::Standard(input) => input.chunks(wait),
@@ -47,29 +47,29 @@ impl Near<'_> {
         }
     }
 
-    /// Notes that all has come from the peer.
+    /// Notes that the peer's EOF has come.
     pub(super) fn end_output(&self) {
         match self {
-            // It ends with this process; another session may follow.
+            // Standard output ends with this process; another session may follow.
             Near::Standard(_) => {}
             #[cfg(unix)]
             Near::Program(program) => program.end_input(),
         }
     }
 
-    /// Returns whether it is no failure if this side leaves some of what has come unread: what a
-    /// program reads is its own choice.
+    /// Returns whether this side may leave received bytes unread without that being a failure: a
+    /// program may.
     pub(super) fn may_leave_unread(&self) -> bool {
         !matches!(self, Near::Standard(_))
     }
 
-    /// Returns whether a session may end before what is read here has ended, once the peer has: at
-    /// a terminal the user waits for this process. `is_hung_up` tells whether the peer takes
+    /// Returns whether a session may end before the local input, once the peer has ended. At a
+    /// terminal the user waits for this process. `is_hung_up` returns whether the peer accepts
     /// nothing more.
     pub(super) fn is_idle(&self, is_hung_up: impl FnOnce() -> bool) -> bool {
         match self {
             Near::Standard(_) => io::stdin().is_terminal() || is_hung_up(),
-            // It works on what has come.
+            // It may still work on what has come.
             #[cfg(unix)]
             Near::Program(_) => false,
         }
@@ -85,7 +85,8 @@ impl Near<'_> {
     }
 }
 
-/// Standard input, read by a thread that outlives sessions: what it waits for can't be taken back.
+/// Standard input, read by a thread that outlives sessions, since a blocking read can't be
+/// cancelled.
 #[derive(Debug, Default)]
 pub(super) struct StandardInput(OnceLock<Arc<Mutex<Chunks>>>);
 
@@ -96,18 +97,18 @@ impl StandardInput {
     }
 }
 
-/// What was read and no session has sent yet.
+/// Input that was read and not yet sent by a session.
 #[derive(Debug)]
 pub(super) struct Chunks {
     come: Receiver<Chunk>,
-    /// Taken for a session that was over by then.
+    /// A chunk taken for a session that had ended by then.
     kept: Option<Chunk>,
-    /// How long a session waits before it looks whether it is over.
+    /// How often a waiting session checks whether it is over.
     wait: Duration,
 }
 
 impl Chunks {
-    /// Starts to read.
+    /// Starts the thread that reads.
     fn start_reading(
         input: io::Result<impl Read + Send + 'static>,
         wait: Duration,
@@ -116,7 +117,7 @@ impl Chunks {
         let failing = put.clone();
         let read = move || read_input(input, &put);
         if let Err(e) = start_thread("hvsock-input", "to read the input", read) {
-            // There is room for one.
+            // The channel has room for one.
             let _ = failing.try_send(Err(e.into()));
         }
         Arc::new(Mutex::new(Chunks {
@@ -126,14 +127,14 @@ impl Chunks {
         }))
     }
 
-    /// Waits a while for the next one.
+    /// Waits for the next chunk, or until the session is over.
     pub(super) fn next(&mut self, is_over: impl FnOnce() -> bool) -> Option<Chunk> {
         let chunk = match self.kept.take() {
             Some(chunk) => chunk,
             None => match self.come.recv_timeout(self.wait) {
                 Ok(chunk) => chunk,
                 Err(RecvTimeoutError::Timeout) => return None,
-                // Its end was told to an earlier session.
+                // An earlier session has got the EOF.
                 Err(RecvTimeoutError::Disconnected) => Ok(Vec::new()),
             },
         };

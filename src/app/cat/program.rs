@@ -1,4 +1,4 @@
-//! A program in the place of standard input and output.
+//! A program in place of standard input and output.
 
 use std::io;
 use std::net::Shutdown;
@@ -14,10 +14,10 @@ use crate::dial::{self, ProgramEnd, Programs};
 use crate::error::Result;
 use crate::stream::Stream;
 
-/// What a shell adds to the number of the signal that has ended a program (POSIX' `$?`).
+/// What a shell adds to the number of a signal that ended a program (POSIX' `$?`).
 const BY_SIGNAL: i32 = 128;
 
-/// A program that runs, for one session.
+/// A running program, for one session.
 #[derive(Debug)]
 pub(super) struct SessionProgram {
     /// The other end of its standard input and output.
@@ -25,7 +25,7 @@ pub(super) struct SessionProgram {
     ending: ProgramExit,
 }
 
-/// The end of a program that was started.
+/// The end of a started program.
 #[derive(Debug)]
 pub(super) struct ProgramExit {
     told: Receiver<ProgramEnd>,
@@ -33,8 +33,8 @@ pub(super) struct ProgramExit {
 }
 
 impl ProgramExit {
-    /// Waits for it, at most `time`. Returns the program's exit code, and one of its own for each
-    /// signal.
+    /// Waits at most `time` for the end. Returns the program's exit code; for each signal there is
+    /// a code of its own.
     pub(super) fn wait_for_code(&self, time: Duration) -> Option<io::Result<u8>> {
         if self.ended.get().is_none() {
             let ended = match self.told.recv_timeout(time) {
@@ -55,7 +55,7 @@ impl ProgramExit {
 }
 
 impl ProgramExit {
-    /// Returns the end of a program that is to be started, and by what it is told.
+    /// Returns the exit of a program to be started, and the function that reports it.
     fn new() -> (ProgramExit, impl FnOnce(ProgramEnd) + Send + 'static) {
         let (tell, told) = channel();
         let ended = OnceLock::new();
@@ -65,11 +65,11 @@ impl ProgramExit {
     }
 }
 
-/// Connects to a program, which is started for that, unless it is interrupted. Returns its end,
-/// too.
+/// Starts a program, and connects to it, unless interrupted. Returns the connection and the
+/// program's exit.
 ///
 /// # Errors
-/// Why it can't be started.
+/// Returns why it can't be started.
 pub(super) fn connect(
     exec: &ExecAddress,
     is_interrupted: &dyn Fn() -> bool,
@@ -80,10 +80,10 @@ pub(super) fn connect(
 }
 
 impl SessionProgram {
-    /// Starts it.
+    /// Starts the program.
     ///
     /// # Errors
-    /// Why it can't be started.
+    /// Returns why it can't be started.
     pub(super) fn start(exec: &ExecAddress) -> Result<SessionProgram> {
         let (ending, tell) = ProgramExit::new();
         let stream = dial::start_program(exec, &Programs::alone(), tell)?;
@@ -102,9 +102,9 @@ impl SessionProgram {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 
-    /// Cuts its connection: it is ended, unless it has ended its output.
+    /// Cuts the connection. The program is then killed, unless it has closed its output.
     pub(super) fn cut_connection(&self) {
-        // Threads of the session have it, too.
+        // Threads of the session hold the socket, too.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -112,7 +112,7 @@ impl SessionProgram {
         self.ended_within(Duration::ZERO).is_some()
     }
 
-    /// Waits for its end: see [`ProgramExit::wait_for_code`].
+    /// Waits for the program's end: see [`ProgramExit::wait_for_code`].
     pub(super) fn ended_within(&self, time: Duration) -> Option<io::Result<u8>> {
         self.ending.wait_for_code(time)
     }

@@ -1,8 +1,8 @@
-//! One connection between standard input and standard output, or those of a program.
+//! A connection between standard input and output, or those of a program, and a peer.
 //!
-//! A thread carries each direction, so that neither ever waits for the other; this one waits for
-//! what they tell. Each direction ends by itself: EOF on standard input becomes a half-close, and
-//! what comes is written to its end.
+//! A thread carries each direction, so that neither waits for the other; the session's own thread
+//! waits for their events. Each direction ends by itself: EOF on standard input becomes a
+//! half-close, and received bytes are written up to their end.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -23,52 +23,52 @@ use crate::thread::start_thread;
 use super::event::{CatEvent, CatFailure, CatResult, SessionEvent};
 use super::near::{BUFFER, Chunks, Near, Output};
 
-/// How long a wait may be of which nothing but an event is expected.
+/// The longest wait that only an event ends.
 const IDLE: Duration = Duration::from_secs(3600);
 
-/// How long the half-close to a guest that has said nothing yet is kept back: hyperkit refuses by
-/// EOF, some 50 µs after the dial, and behind our half-close that would look like an empty answer.
+/// How long the half-close to a silent guest is kept back: hyperkit refuses by EOF, some 50 µs
+/// after the dial. After a half-close that would look like an empty answer.
 const HOLD: Duration = Duration::from_millis(10);
 
-/// The same where nothing was sent: nothing waits for an answer then, and a machine under load may
-/// take its time to refuse. Where something was sent, a refusal mostly leaves that unread, which is
-/// told by a reset however late it comes.
+/// The same if nothing was sent. Nothing waits for an answer then, and a loaded machine may refuse
+/// late. If something was sent, a refusal mostly leaves it unread, which a reset shows however late
+/// it comes.
 const HOLD_WITHOUT_REQUEST: Duration = Duration::from_secs(1);
 
-/// How often it is looked meanwhile whether an answer has begun.
+/// How often it is checked meanwhile whether an answer has begun.
 const HOLD_LOOK: Duration = Duration::from_millis(1);
 
-/// A wait at the end is told of if it is longer.
+/// A longer wait at the end is reported.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// One connection, and all it has to do with.
+/// A connection, and what it needs.
 pub(super) struct Session<'a> {
     pub(super) number: u64,
     pub(super) stream: Arc<Stream>,
     pub(super) connected: Instant,
     pub(super) drain: Duration,
-    /// Another session may follow.
+    /// Whether another session may follow.
     pub(super) keeps: bool,
     pub(super) near: Near<'a>,
-    /// It is over when the peer has ended.
+    /// Whether it is over once the peer has ended.
     pub(super) ends_with_peer: bool,
     pub(super) events: &'a Receiver<CatEvent>,
     pub(super) tell: &'a Sender<CatEvent>,
 }
 
-/// What the threads of a session have in common.
+/// What the threads of a session share.
 #[derive(Clone, Debug)]
 struct SharedSession {
     stream: Arc<Stream>,
-    /// The session is over, or only to be ended.
+    /// Whether the session is over, or is only to be ended.
     over: Arc<AtomicBool>,
     half_closed: Arc<AtomicBool>,
     received: Arc<AtomicU64>,
 }
 
 impl Session<'_> {
-    /// Carries until both directions have ended, or one has failed; the connection is ended as the
-    /// peer needs it.
+    /// Carries until both directions have ended or one has failed, then ends the connection in the
+    /// way that the peer needs.
     pub(super) fn run(self) -> CatResult {
         let shared = SharedSession {
             stream: Arc::clone(&self.stream),
@@ -82,10 +82,10 @@ impl Session<'_> {
         shared.over.store(true, Ordering::Release);
         let is_graceful = self.stream.address().transport().needs_graceful_close;
         if outcome.is_ok() && !peer_ended && self.near.has_gone() {
-            // This side wants no more, and the peer has to take what was sent.
+            // The local side needs no more bytes, but the peer must receive all that was sent.
             self.close_gracefully();
         } else if !peer_ended || outcome.is_err() && !is_graceful {
-            // The peer may have ended and still be waiting for the rest of ours.
+            // The peer may have ended its direction and still wait for the rest of ours.
             self.break_off();
         } else {
             self.half_close(&shared);
@@ -93,13 +93,13 @@ impl Session<'_> {
         outcome
     }
 
-    /// Starts the threads that carry both directions.
+    /// Starts the threads for both directions.
     fn start_threads(&self, shared: &SharedSession) -> CatResult {
         let output = self.near.output();
         self.spawn(shared, "hvsock-receive", |shared, tell| {
             carry_to_output(shared, output, tell)
         })?;
-        // Where no other session follows, none needs to let go of the input.
+        // Without another session, no thread has to give the input back.
         let chunks = self.near.chunks(if self.keeps { LOOK } else { IDLE });
         let connected = self.connected;
         self.spawn(shared, "hvsock-send", move |shared, tell| {
@@ -122,7 +122,7 @@ impl Session<'_> {
         let (number, shared, tell) = (self.number, shared.clone(), self.tell.clone());
         let work = move || {
             work(&shared, &|event| {
-                // A session that is over doesn't listen any more.
+                // A session that is over has no receiver.
                 let _ = tell.send(CatEvent::Session(number, event));
             });
         };
@@ -131,7 +131,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Waits for the end.
+    /// Waits for the end of the session.
     fn wait(&self, shared: &SharedSession, peer_ended: &mut bool) -> CatResult {
         let address = self.stream.address();
         let mut sent = None;
@@ -146,7 +146,7 @@ impl Session<'_> {
                 }
                 _ => {}
             }
-            // There is something to look for only at the end: an idle connection wakes nobody.
+            // Checks are needed only at the end: an idle connection causes no wake-ups.
             let wait = match *peer_ended || sent.is_some() {
                 true => LOOK,
                 false => IDLE,
@@ -155,10 +155,10 @@ impl Session<'_> {
                 Ok(CatEvent::Session(number, event)) if number == self.number => event,
                 Ok(CatEvent::Session(..)) => continue,
                 Ok(CatEvent::Interrupt) => return Err(CatFailure::Interrupted),
-                // All that was to be read is written.
+                // All that came is written already.
                 Ok(CatEvent::OutputClosed) if *peer_ended => continue,
                 Ok(CatEvent::OutputClosed) => return Err(CatFailure::OutputClosed),
-                // Only now: a failure that is on its way comes first.
+                // Last: a failure under way comes first.
                 Err(RecvTimeoutError::Timeout)
                     if *peer_ended && self.near.is_idle(|| self.stream.is_hung_up()) =>
                 {
@@ -172,8 +172,8 @@ impl Session<'_> {
                     if received != moved.0 || sent.is_none() {
                         moved = (received, Instant::now());
                     } else if moved.1.elapsed() >= self.drain {
-                        // The half-close that was kept back may be what the peer waits for. Without
-                        // one, its silence is all that it will say.
+                        // The peer may wait for the half-close that was kept back. Without
+                        // half-closes, its silence is the end.
                         if !self.stream.has_half_close() {
                             return Ok(());
                         }
@@ -225,13 +225,12 @@ impl Session<'_> {
         }
     }
 
-    /// Ends a connection in the middle: what was sent is never made to look complete where the
-    /// family can tell.
+    /// Breaks a connection off: what was sent must not look complete, if the family can show that.
     fn break_off(&self) {
         if !self.stream.address().transport().needs_graceful_close {
             self.stream.abort();
             if self.stream.address().transport().runs_program {
-                // What closes it may be kept by a thread that reads standard input.
+                // A thread that reads standard input may hold the socket open.
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
             return;
@@ -242,7 +241,7 @@ impl Session<'_> {
     /// Gives the peer time to end the connection.
     fn close_gracefully(&self) {
         let mut told = false;
-        // Not left to the receiving thread: standard output may keep it.
+        // Not in the receiving thread, which standard output may block.
         serve::close_gracefully(&self.stream, self.drain, |passed| {
             if passed >= PATIENCE && !std::mem::replace(&mut told, true) {
                 let (address, seconds) = (self.stream.address(), self.drain.as_secs());
@@ -256,7 +255,7 @@ impl Session<'_> {
     }
 }
 
-/// Carries what comes to standard output; when that can't be, discards it until the session is
+/// Writes received bytes to standard output. If that fails, discards them until the session is
 /// over.
 fn carry_to_output(shared: &SharedSession, output: Output, tell: &dyn Fn(SessionEvent)) {
     let mut stream = &*shared.stream;
@@ -290,7 +289,7 @@ fn carry_to_output(shared: &SharedSession, output: Output, tell: &dyn Fn(Session
     }
 }
 
-/// Carries standard input to the peer, and half-closes at its end.
+/// Sends standard input to the peer, and half-closes at its end.
 fn carry_from_input(
     shared: &SharedSession,
     chunks: &Mutex<Chunks>,
@@ -325,10 +324,10 @@ fn carry_from_input(
             thread::sleep(HOLD_LOOK);
         }
     }
-    // What has ended before it didn't answer to it, though that may be told only later.
+    // An end before the half-close is no answer to it, even if it is noticed only later.
     if !stream.half_close_ends_both() && !stream.is_hung_up() {
         shared.half_closed.store(true, Ordering::Relaxed);
-        // A peer that has gone needs none.
+        // A peer that has ended needs no half-close.
         let _ = stream.shutdown(Shutdown::Write);
     }
     tell(SessionEvent::InputEnded);

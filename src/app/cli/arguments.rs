@@ -1,4 +1,4 @@
-//! Arguments of the command line that may be no UTF-8, as names of files may.
+//! Parsers of command line arguments that may be no UTF-8, as file names may.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -22,7 +22,7 @@ pub(super) fn address() -> impl TypedValueParser<Value = Address> {
     OsStringValueParser::new().try_map(|text| Address::from_os(&text))
 }
 
-/// An address, or those of a range of ports; never none.
+/// The addresses of one argument: one, or those of a range of ports. Never empty.
 #[derive(Clone, Debug)]
 pub(super) struct Addresses(pub(super) Vec<Address>);
 
@@ -36,8 +36,8 @@ impl fmt::Display for Addresses {
     }
 }
 
-/// Parses an address, or those of a range of ports, as a file has it: of TCP the scheme may be left
-/// out. Unlike there, `~` is for the shell to fill in.
+/// Parses an address, or those of a range of ports, as the file has it: a TCP address may leave its
+/// scheme out. Unlike in the file, `~` is left to the shell.
 pub(super) fn addresses() -> impl TypedValueParser<Value = Addresses> {
     OsStringValueParser::new().try_map(|text| {
         let text = as_text(&text);
@@ -52,7 +52,7 @@ pub(super) fn addresses() -> impl TypedValueParser<Value = Addresses> {
     })
 }
 
-/// Parses an address, or what stands for one, to a text in which no byte is lost.
+/// Parses an address, or what stands for one, into a text that keeps every byte.
 pub(super) fn address_text() -> impl TypedValueParser<Value = String> {
     OsStringValueParser::new().map(|text| as_text(&text).into_owned())
 }

@@ -1,4 +1,4 @@
-//! Carries the rules of a command line, and serves the control socket and the metrics beside them.
+//! Carries the rules of a command line, and serves the control socket and the metrics.
 
 use std::sync::Arc;
 
@@ -24,11 +24,11 @@ use crate::proxy::Rule;
 /// The rules that a command line asks for.
 pub(super) struct WantedRules {
     pub(super) rules: Vec<Rule>,
-    /// The rules as they will be when the VM is there.
+    /// Returns the rules once the VM is there.
     pub(super) later: Option<Later>,
 }
 
-/// Carries rules until the end is asked for, and serves the control socket and the metrics, as the
+/// Carries rules until the process is told to end. Serves the control socket and the metrics as the
 /// options say.
 pub(super) fn carry(
     options: &ProxyOptions,
@@ -63,7 +63,7 @@ pub(super) fn carry(
     #[cfg(unix)]
     let bound = bound.filter(|bound| !bound.is_empty());
     let (proxy, kept) = patience.start(config, later, describe)?;
-    // Of a start that fails its failure alone is told.
+    // If the start fails, only that failure is printed.
     #[cfg(unix)]
     warning.iter().for_each(|warning| warn!("{warning}"));
     let kept = kept.map(Arc::new);
@@ -78,7 +78,7 @@ pub(super) fn carry(
     run_proxy(proxy, options, signals)
 }
 
-/// Refuses rules that listen where this process itself is looked at or controlled.
+/// Refuses rules that listen on this process' own control socket or metrics address.
 #[cfg(unix)]
 fn refuse_own_places(rules: &[Rule], bound: Option<&Bound>) -> Outcome {
     let own = bound.map(Bound::endpoint_states).unwrap_or_default();
@@ -92,7 +92,7 @@ fn refuse_own_places(rules: &[Rule], bound: Option<&Bound>) -> Outcome {
     Ok(())
 }
 
-/// Prints what the rules of a command line need and lack now, and refuses what can never work.
+/// Prints what the rules of a command line need and lack now. Refuses rules that can never work.
 fn look_at_needs(rules: &[Rule]) -> Outcome {
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         complain(format_args!("the targets were not looked at: {why}"));
@@ -107,7 +107,7 @@ fn look_at_needs(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
-/// Returns what the control socket may do beside what the proxy itself can.
+/// Returns what the control socket can do beside what the proxy itself can.
 #[cfg(unix)]
 fn actions(options: &ProxyOptions, kept: Option<Arc<KeptRules>>) -> Actions {
     let (grace, rule) = (options.grace(), options.rule().clone());

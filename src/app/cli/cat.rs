@@ -112,7 +112,7 @@ impl CatArgs {
         let signals = EndSignals::take()?;
         let listener = LastingListener::bind(&plan.address, self.mode)?;
         if listener.address() != &plan.address {
-            // That wasn't known before.
+            // The kernel has chosen the port only now.
             complain(format_args!("listening on {}", listener.address()));
         }
         match self.echo {
@@ -121,7 +121,7 @@ impl CatArgs {
         }
     }
 
-    /// Returns the program that is to be started.
+    /// Returns the program to start.
     #[cfg(unix)]
     fn program(&self) -> Option<ExecAddress> {
         let mut program = self.exec.clone()?;
@@ -160,7 +160,7 @@ impl CatArgs {
     }
 }
 
-/// Lets guests dial what is going to be listened on.
+/// Registers the service of an address, so that guests can dial it.
 fn register(address: &Address) -> Outcome {
     let why = match address.registered_service() {
         _ if cfg!(not(windows)) => {
@@ -181,7 +181,7 @@ fn connect(plan: CatPlan) -> Outcome {
     let interrupter = cat.interrupter();
     signals.call_at_each(move || interrupter.interrupt())?;
     let outcome = cat.connect();
-    // A program whose connection was cut is ended, with those that it has started.
+    // A program whose connection was cut is ended, with the processes that it has started.
     #[cfg(unix)]
     crate::dial::Programs::alone().wait();
     Ok(outcome?)
@@ -223,7 +223,7 @@ impl From<cat::CatFailure> for Failure {
             cat::CatFailure::Failed(why) => Failure::Failed(why),
             #[cfg(unix)]
             cat::CatFailure::Program(code) => Failure::Program(code),
-            // ssh ends its ProxyCommand by a signal whenever it has done.
+            // ssh always ends its ProxyCommand by a signal.
             cat::CatFailure::Interrupted | cat::CatFailure::OutputClosed => Failure::Silent,
         }
     }

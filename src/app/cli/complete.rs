@@ -1,9 +1,9 @@
-//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program to
-//! ask.
+//! Completes a command line for a shell, whose script (`hvsock completions`) runs this program for
+//! each completion.
 //!
-//! clap_complete's dynamic engine does it: names of forwards and VMs are known only when they are
-//! asked for, and no script that was made before can have them. The engine is called unstable, for
-//! the script and the program must be of one version; they are installed together.
+//! It uses clap_complete's dynamic engine: the names of forwards and VMs are known only at that
+//! time, so no static script can have them. The engine is marked unstable since script and program
+//! must be of one version; they are installed together.
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
@@ -24,10 +24,10 @@ use crate::thread::start_thread;
 /// The variable in which a script names its shell.
 const SHELL: &str = "HVSOCK_COMPLETE";
 
-/// How long the lookup of a name may take, since the user waits for it.
+/// How long the lookup of a name may take. The user waits for it.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Answers a shell that asks for completions. Returns `None` if this is another run.
+/// Answers a shell that asks for completions. Returns `None` if this run is no such request.
 pub(super) fn answer(
     arguments: impl IntoIterator<Item = OsString>,
     hvsock: Command,
@@ -37,7 +37,7 @@ pub(super) fn answer(
     let pages = man::names(&hvsock);
     let page = move |begun: &OsStr| {
         let names = pages.iter().map(|name| (name.clone(), String::new()));
-        matching(begun, names)
+        filter_matching(begun, names)
     };
     let page = ArgValueCompleter::new(page);
     let hvsock = hvsock.mut_subcommand("man", |man| man.mut_arg("of", |of| of.add(page)));
@@ -52,16 +52,15 @@ pub(super) fn answer(
     }
 }
 
-/// Returns the script that has a shell ask.
+/// Returns the script by which a shell asks for completions.
 pub(super) fn script(shell: &str) -> Option<Vec<u8>> {
     let shells = Shells::builtins();
     let mut script = Vec::new();
     let completer = shells.completer(shell)?;
-    // It writes to memory.
+    // Writing to memory can't fail.
     let _ = completer.write_registration(SHELL, "hvsock", "hvsock", "hvsock", &mut script);
     if shell == "zsh" {
-        // In a file of zsh's fpath, it is run for the first completion, and has to answer that,
-        // too.
+        // zsh runs a file of its fpath for the first completion: that one must be answered, too.
         script
             .extend(b"[ \"$funcstack[1]\" = _hvsock ] && _clap_dynamic_completer_hvsock \"$@\"\n");
     }
@@ -73,19 +72,19 @@ pub(super) fn vm(begun: &OsStr) -> Vec<CompletionCandidate> {
     if is_path(begun) {
         return PathCompleter::dir().complete(begun);
     }
-    let found = in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
+    let found = run_in_time(|| hyperkit::discover(&Places::from_env())).unwrap_or_default();
     let names = found.into_iter().map(|vm| {
         let state = if vm.running { "running" } else { "gone" };
         (vm.name, format!("{}, {state}", vm.source))
     });
-    matching(begun, names.chain(others()))
+    filter_matching(begun, names.chain(list_other_vms()))
 }
 
-/// Returns the names of the VMs that other VMMs run here.
+/// Returns the names of running VMs of other VMMs, each with its VMM.
 #[cfg(unix)]
-fn others() -> Vec<(String, String)> {
+fn list_other_vms() -> Vec<(String, String)> {
     use crate::app::{processes, vmms};
-    let running = in_time(processes::list_all).and_then(Result::ok);
+    let running = run_in_time(processes::list_all).and_then(Result::ok);
     let found = vmms::find(&running.unwrap_or_default()).into_iter();
     found
         .map(|vm| (vm.name, format!("{}, {}", vm.vmm, vm.vm)))
@@ -93,11 +92,11 @@ fn others() -> Vec<(String, String)> {
 }
 
 #[cfg(not(unix))]
-fn others() -> Vec<(String, String)> {
+fn list_other_vms() -> Vec<(String, String)> {
     Vec::new()
 }
 
-/// Completes an address as far as that is a path.
+/// Completes an address if it is a path.
 pub(super) fn address(begun: &OsStr) -> Vec<CompletionCandidate> {
     match is_path(begun) {
         true => PathCompleter::any().complete(begun),
@@ -105,23 +104,23 @@ pub(super) fn address(begun: &OsStr) -> Vec<CompletionCandidate> {
     }
 }
 
-/// Completes the name of a forward of the hvsock that runs.
+/// Completes the name of a forward of the running hvsock.
 #[cfg(unix)]
 pub(super) fn forward(begun: &OsStr) -> Vec<CompletionCandidate> {
     use crate::app::control::{Status, find_path, get};
-    let status = in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
+    let status = run_in_time(|| get::<Status>(&find_path(), "/v1/status").ok()).flatten();
     let forwards = status.map(|status| status.forwards).unwrap_or_default();
     let names = forwards
         .into_iter()
         .map(|it| (it.label(), format!("{} -> {}", it.listen, it.connect)));
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
-/// Completes the id of a connection of the hvsock that runs.
+/// Completes the id of a connection of the running hvsock.
 #[cfg(unix)]
 pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
     use crate::app::control::{ConnectionInfo, Status, find_path, get};
-    let found = in_time(|| {
+    let found = run_in_time(|| {
         let path = find_path();
         let status: Status = get(&path, "/v1/status").ok()?;
         let connections: Vec<ConnectionInfo> = get(&path, "/v1/connections").ok()?;
@@ -137,13 +136,13 @@ pub(super) fn connection(begun: &OsStr) -> Vec<CompletionCandidate> {
             format!("{forward}, from {peer}, {}", it.state),
         )
     });
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
-/// Completes the process of an hvsock that can be asked.
+/// Completes the process id of a running hvsock.
 #[cfg(unix)]
 pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
-    let found = in_time(crate::app::answering::find).and_then(Result::ok);
+    let found = run_in_time(crate::app::answering::find).and_then(Result::ok);
     let names = found.into_iter().flatten().filter_map(|it| {
         let forwards = it.status()?.forwards;
         let first = forwards
@@ -156,7 +155,7 @@ pub(super) fn process(begun: &OsStr) -> Vec<CompletionCandidate> {
         let what = format!("{}{more}", first.unwrap_or_default());
         Some((it.process.id.to_string(), what))
     });
-    matching(begun, names)
+    filter_matching(begun, names)
 }
 
 fn is_path(begun: &OsStr) -> bool {
@@ -165,7 +164,7 @@ fn is_path(begun: &OsStr) -> bool {
 }
 
 /// Returns the names that begin with `begun`, each with what it is.
-fn matching(
+fn filter_matching(
     begun: &OsStr,
     names: impl Iterator<Item = (String, String)>,
 ) -> Vec<CompletionCandidate> {
@@ -178,9 +177,9 @@ fn matching(
     candidates.collect()
 }
 
-/// Calls `look`, which may hang as a disk or a process does. Returns `None` if it takes too long,
-/// or if no thread can be started.
-fn in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+/// Calls `look` on a thread, since it may hang on a disk or a process. Returns `None` if it takes
+/// longer than [`PATIENCE`], or if no thread can be started.
+fn run_in_time<T: Send + 'static>(look: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     let (found, answer) = channel();
     start_thread("hvsock-look", "to look up a name", move || {
         found.send(look())

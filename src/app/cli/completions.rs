@@ -1,4 +1,4 @@
-//! `hvsock completions`: what a shell has to know to complete our words.
+//! `hvsock completions`: prints the completion script of a shell.
 
 use clap::Args;
 use clap_complete::Shell;

@@ -1,4 +1,4 @@
-//! `hvsock connections` and `close`: lists the connections of forwards, and closes one.
+//! `hvsock connections` and `close`: list the connections of forwards, and close some.
 
 #[cfg(target_os = "linux")]
 use std::collections::HashSet;
@@ -124,14 +124,14 @@ impl ConnectionsArgs {
         if let Some(name) = &self.forward {
             let forwards = match get::<AddedForwards>(path, &forward_call(name)) {
                 Ok(forwards) => forwards.list().to_vec(),
-                // It may have been removed since.
+                // The forward may have been removed since.
                 Err(Unanswered::Refused(_)) if all.iter().any(|it| it.is_of(name)) => Vec::new(),
                 Err(why) => return Err(why.into()),
             };
             let ids = ids(&forwards);
             let is_meant = |it: &EndedInfo| match it.carried_by {
                 None if !ids.is_empty() => ids.contains(&it.forward),
-                // Another process has given it another id.
+                // Another process may have given it another id.
                 _ => {
                     let mut names = forwards.iter().map(control::ForwardInfo::name_or_address);
                     it.is_of(name) || names.any(|name| it.is_of(name))
@@ -168,7 +168,7 @@ impl ConnectionsArgs {
     }
 }
 
-/// Adds the processes of clients that come from this machine by TCP.
+/// Adds the processes of TCP clients that run on this machine.
 #[cfg(target_os = "linux")]
 fn add_processes(all: &mut [ConnectionInfo], status: &control::Status) {
     let client = |it: &ConnectionInfo| -> Option<Client> {
@@ -194,7 +194,7 @@ fn add_processes(all: &mut [ConnectionInfo], status: &control::Status) {
     }
 }
 
-/// Returns the ids of those that are carried.
+/// Returns the ids of the forwards that are carried.
 fn ids(forwards: &[control::ForwardInfo]) -> Vec<u64> {
     forwards.iter().filter_map(|it| it.id).collect()
 }
@@ -203,7 +203,7 @@ fn forward_call(name: &str) -> String {
     format!("/v1/forwards/{}", encode_segment(name))
 }
 
-/// Returns the bytes that wait, to the server and to the client.
+/// Returns the number of bytes waiting for the server, and for the client.
 fn waiting(bytes: Waiting) -> String {
     let shown = |bytes: Option<u64>| match bytes {
         None => "?".to_owned(),
@@ -249,7 +249,7 @@ impl CloseArgs {
                         ),
                     })?;
                 }
-                // The others are there, perhaps.
+                // Other connections may still be there.
                 Err(Unanswered::Refused(why)) => failures.push(not_closed(&path, id, why)),
                 Err(why) => return Err(why.into()),
             }
@@ -261,7 +261,7 @@ impl CloseArgs {
     }
 }
 
-/// Says why a connection was not closed: it may be one of a process that has handed over.
+/// Describes why a connection was not closed: a predecessor may have it.
 fn not_closed(path: &Path, id: u64, why: ApiProblem) -> String {
     const NOT_FOUND: u16 = 404;
     let status = get::<control::Status>(path, "/v1/status").ok();
@@ -274,7 +274,7 @@ fn not_closed(path: &Path, id: u64, why: ApiProblem) -> String {
     }
 }
 
-/// Returns how many seconds a connection that is being closed may take, if it is not closed yet.
+/// Returns how many seconds the close of a connection may still take. `None` if it is closed.
 fn time_left(path: &Path, id: u64) -> Option<f64> {
     let all: Vec<ConnectionInfo> = get(path, "/v1/connections").ok()?;
     let left = all.into_iter().find(|it| it.id == id)?;

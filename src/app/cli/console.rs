@@ -19,14 +19,14 @@ pub(super) fn fail(what: impl fmt::Display) {
     log::say(Level::ERROR, what);
 }
 
-/// Prints more about a message, line by line.
+/// Prints the lines that follow a message.
 pub(super) fn list(lines: impl IntoIterator<Item = impl fmt::Display>) {
     for line in lines {
         log::say_more(Level::WARN, line);
     }
 }
 
-/// Prints a line on standard output. If that is closed, forwarding goes on all the same.
+/// Prints a line on standard output. Forwarding goes on even if that is closed.
 pub(super) fn say(line: impl fmt::Display) {
     output::OUT.send(one_line(line).into_bytes());
 }
@@ -35,22 +35,22 @@ fn one_line(text: impl fmt::Display) -> String {
     format!("{}\n", escape::line(&text.to_string()))
 }
 
-/// Prints a line that was asked for.
+/// Prints a line that the user asked for.
 pub(super) fn print(line: impl fmt::Display) -> Outcome {
     write_out(one_line(line).as_bytes())
 }
 
-/// Prints a result of many lines, whose parts were escaped before.
+/// Prints a result of many lines, which must be escaped already.
 pub(super) fn print_text(text: impl fmt::Display) -> Outcome {
     write_out(format!("{}\n", escape::text(&text.to_string())).as_bytes())
 }
 
-/// Prints JSON that was asked for.
+/// Prints JSON that the user asked for.
 pub(super) fn print_json(json: &str) -> Outcome {
     write_out(format!("{}\n", escape::json(json)).as_bytes())
 }
 
-/// Writes to standard output. A reader that has gone, as `head` does, is no error.
+/// Writes to standard output. A reader that has closed it, as `head` does, is no error.
 pub(super) fn write_out(bytes: &[u8]) -> Outcome {
     match output::print(bytes) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(

@@ -1,5 +1,5 @@
-//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: what is asked of an hvsock that runs, by
-//! its control socket.
+//! `hvsock status`, `add`, `remove`, `reload`, `upgrade`: requests to the control socket of a
+//! running hvsock.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -80,7 +80,7 @@ impl StatusArgs {
             return print_json(answer.trim_end());
         }
         let status: control::Status = read(&answer)?;
-        print_text(overview(&status, SystemTime::now()))?;
+        print_text(format_overview(&status, SystemTime::now()))?;
         left_behind(&status).iter().try_for_each(print)
     }
 }
@@ -89,8 +89,8 @@ const HEADINGS: [&str; 9] = [
     "NAME", "LISTEN", "CONNECT", "STATE", "LIVE", "TOTAL", "SENT", "RECEIVED", "REFUSED",
 ];
 
-/// Returns a status as people read it.
-fn overview(status: &control::Status, now: SystemTime) -> String {
+/// Returns a status as text for people.
+fn format_overview(status: &control::Status, now: SystemTime) -> String {
     let stopping = if status.stopping { ", stopping" } else { "" };
     let mut text = format!(
         "hvsock {}, process {}, up {}, {}{stopping}\n",
@@ -112,7 +112,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             HumanCount(counters.accepted).to_string(),
             HumanBytes(counters.sent).to_string(),
             HumanBytes(counters.received).to_string(),
-            refusals(counters),
+            describe_refusals(counters),
         ]
     });
     text += &match status.forwards.is_empty() {
@@ -121,7 +121,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     };
     let mut lines = Vec::new();
     for it in &status.unserved {
-        let (service, since) = (&it.service, ago(it.since, now));
+        let (service, since) = (&it.service, format_ago(it.since, now));
         lines.push(format!("{service} can't be had since {since}: {}", it.why));
     }
     for vm in status.vms() {
@@ -140,7 +140,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
-            let (name, since) = (forward.name_or_address(), ago(since, now));
+            let (name, since) = (forward.name_or_address(), format_ago(since, now));
             lines.push(match &*forward.state {
                 "failed" => format!("{name} failed {since}: {why}"),
                 state => format!("{name} is {state} since {since}: {why}"),
@@ -157,11 +157,11 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
             lines.push(format!(
                 "the last error of {}, {}{since}: {}",
                 forward.name_or_address(),
-                ago(error.at, now),
+                format_ago(error.at, now),
                 error.text
             ));
         }
-        if let Some(ends) = ends(&forward.counters) {
+        if let Some(ends) = describe_ends(&forward.counters) {
             lines.push(format!("ended at {}: {ends}", forward.name_or_address()));
         }
     }
@@ -172,7 +172,7 @@ fn overview(status: &control::Status, now: SystemTime) -> String {
     text
 }
 
-/// Describes what the proxy knows of its keeper, unless none was needed yet.
+/// Describes the keeper. Returns `None` if none was needed yet.
 fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
     let mut text = match (keeper.pid, &keeper.trouble) {
         (Some(pid), _) => format!(
@@ -196,7 +196,7 @@ fn describe_keeper(keeper: &LinkStatus) -> Option<String> {
 }
 
 /// Describes how many clients were refused, and why.
-fn refusals(counters: &Counters) -> String {
+fn describe_refusals(counters: &Counters) -> String {
     if counters.refused == 0 {
         return "0".to_owned();
     }
@@ -209,7 +209,7 @@ fn refusals(counters: &Counters) -> String {
 }
 
 /// Describes how many connections have ended, and why; `None` if none has.
-fn ends(counters: &Counters) -> Option<String> {
+fn describe_ends(counters: &Counters) -> Option<String> {
     let by_reason = serde_json::to_value(counters.ended).ok()?;
     let counts = by_reason.as_object()?.iter();
     let counts = counts.filter_map(|(reason, count)| Some((reason, count.as_u64()?)));
@@ -224,7 +224,7 @@ pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
-fn ago(then: SystemTime, now: SystemTime) -> String {
+fn format_ago(then: SystemTime, now: SystemTime) -> String {
     let passed = now.duration_since(then).unwrap_or_default();
     format!("{} ago", HumanDuration(passed))
 }
@@ -303,7 +303,7 @@ impl AddArgs {
             };
             let mut body = self.options.given.clone();
             if !has_file(rule) {
-                // Those are meant for the others.
+                // These keys are for the other rules of the command, which have files.
                 body.retain(|key, _| !ACCESS_KEYS.contains(&key.as_str()));
             }
             if !rule.from.is_empty() && !body.contains_key("from") {
@@ -330,7 +330,7 @@ impl AddArgs {
     }
 }
 
-/// The answer to a forward that was added: that forward, or those of a range.
+/// The answer to an added rule: its forward, or those of its range.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
 pub(super) enum AddedForwards {
@@ -347,7 +347,7 @@ impl AddedForwards {
     }
 }
 
-/// Adds to an error which other hvsock listens where one of these rules was to listen.
+/// Adds to an error which other hvsock listens on an address of these rules.
 fn name_occupant(why: Unanswered, rules: &[Rule]) -> Unanswered {
     match why {
         Unanswered::Refused(problem) if problem.error.contains("in use") => {
@@ -399,12 +399,12 @@ impl RemoveArgs {
                 continue;
             };
             let forwards: Vec<control::ForwardInfo> = control::get(&path, "/v1/forwards")?;
-            // Those of the range that can't be had now.
+            // The forwards of the range that can't be had now.
             let pending = forwards.iter().filter(|it| it.id.is_none());
             let pending: HashMap<&str, &str> = pending
                 .map(|it| (it.listen.as_str(), it.name_or_address()))
                 .collect();
-            for place in not_among(name, removed) {
+            for place in find_missing_addresses(name, removed) {
                 let listen = local_address(&place).map(|it| it.to_string());
                 match listen.ok().filter(|it| pending.contains_key(it.as_str())) {
                     Some(listen) => self.complain_of_pending(&listen, &path)?,
@@ -422,18 +422,18 @@ impl RemoveArgs {
         }
         match is_whole {
             true => Ok(()),
-            // The missing one was printed above.
+            // The missing forward was printed above.
             false => Err(Failure::Silent),
         }
     }
 }
 
 impl RemoveArgs {
-    /// Removes one of a range that can't be had now, and prints why that isn't done.
+    /// Removes a pending forward of a range, or prints why that can't be done.
     fn complain_of_pending(&self, name: &str, path: &Path) -> Outcome {
         let call = format!("/v1/forwards/{}{}", encode_segment(name), query(self.grace));
         match ask(path, "DELETE", &call, "") {
-            // It could be had meanwhile.
+            // It may be carried by now.
             Ok(removed) => tell_removed(&read(&removed)?, path),
             Err(why) => {
                 complain(why);
@@ -443,7 +443,7 @@ impl RemoveArgs {
     }
 }
 
-/// Prints that a forward is removed, and what is dangerous about that.
+/// Prints that a forward was removed, with any risk of that.
 fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
     let live = match removed.counters.live {
         0 => String::new(),
@@ -460,11 +460,11 @@ fn tell_removed(removed: &control::ForwardInfo, path: &Path) -> Outcome {
     Ok(())
 }
 
-/// Returns the places of a range at which none of these forwards has listened.
-fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
+/// Returns the addresses of a range at which none of these forwards listened.
+fn find_missing_addresses(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     let places = expand(range, BarePort::Tcp).unwrap_or_default();
     if places.len() < 2 {
-        // It was found by its name.
+        // The range was given by its name.
         return Vec::new();
     }
     let addresses = |it: &control::ForwardInfo| {
@@ -486,8 +486,8 @@ fn not_among(range: &str, forwards: &[control::ForwardInfo]) -> Vec<String> {
     places.into_iter().filter(is_missing).collect()
 }
 
-/// Returns whether the hvsock at that control socket has a keeper, which goes on accepting what
-/// guests dial.
+/// Returns whether the hvsock at that control socket has a keeper, which goes on accepting the
+/// guests' dials.
 fn has_keeper(path: &Path) -> bool {
     let status = control::get::<control::Status>(path, "/v1/status");
     let keeper = status.ok().and_then(|status| status.keeper);
@@ -524,13 +524,13 @@ impl ReloadArgs {
         }
         match report.failed.is_empty() {
             true => Ok(()),
-            // Which ones, and why, was printed above.
+            // The failed forwards and their reasons were printed above.
             false => Err(Failure::Silent),
         }
     }
 }
 
-/// Lists why something was not done: what is wrong with a file has many lines.
+/// Returns a failure with one line for each reason: a file may have many mistakes.
 fn list_reasons(why: Unanswered) -> Failure {
     let why = why.to_string();
     Failure::Listed(why.lines().map(str::to_owned).collect())
@@ -580,7 +580,7 @@ impl UpgradeArgs {
                 grace.ceil()
             ))?;
         }
-        // An earlier version does not report them.
+        // An earlier version doesn't report these.
         let failed = done["failed"].as_object().into_iter().flatten();
         let mut missing: Vec<String> = failed
             .map(|(name, why)| {
@@ -595,7 +595,7 @@ impl UpgradeArgs {
         missing.iter().for_each(complain);
         match missing.is_empty() {
             true => Ok(()),
-            // Which ones, and why, was printed above.
+            // The failed forwards and their reasons were printed above.
             false => Err(Failure::Silent),
         }
     }

@@ -1,4 +1,4 @@
-//! The control socket and the metrics of a proxy: their options, and serving there.
+//! The control socket and the metrics of a proxy: their options, and how they are served.
 
 use std::path::PathBuf;
 
@@ -43,7 +43,8 @@ impl ControlOptions {
         self.allow_exec
     }
 
-    /// Returns which sockets there are to be, if any, and what becomes of one that can't be had.
+    /// Returns the sockets that are wanted, if any. `unavailable` says what to do if one can't be
+    /// bound.
     pub(super) fn sockets(&self, unavailable: Unavailable) -> Option<control::Options> {
         let control = match self.control.clone() {
             None => ControlPlace::Own,
@@ -65,7 +66,7 @@ impl ControlOptions {
     }
 }
 
-/// Reads the path of a control socket, or `off`. A URI is refused: it is meant for something else.
+/// Reads the path of a control socket, or `off`. Refuses a URI, which is likely a mistake.
 fn parse_place(text: &str) -> Result<ControlPlace, String> {
     match text {
         "off" => Ok(ControlPlace::Nowhere),
@@ -81,7 +82,7 @@ fn parse_metrics(text: &str) -> Result<Address, String> {
     metrics(&text.into())
 }
 
-/// Binds the sockets that are asked for; no forward of the proxy may lead there.
+/// Binds the wanted sockets, and forbids the proxy's forwards to lead there.
 pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crate::Result<Bound> {
     let bound = control::bind(sockets)?;
     config.forbidden.extend(bound.addresses());
@@ -90,7 +91,7 @@ pub(super) fn open(sockets: &control::Options, config: &mut ProxyConfig) -> crat
     Ok(bound)
 }
 
-/// Serves on sockets to which the proxy lets no forward lead, and prints where they are.
+/// Serves on the bound sockets, to which no forward may lead, and prints their addresses.
 pub(super) fn serve(bound: Bound, proxy: &Proxy, actions: Actions) -> crate::Result<Control> {
     let states = bound.endpoint_states();
     let control = bound.serve(proxy.handle(), actions)?;

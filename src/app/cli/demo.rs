@@ -1,4 +1,4 @@
-//! `hvsock demo`: the main job with nothing to prepare.
+//! `hvsock demo`: shows the main job with nothing to prepare.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -22,8 +22,8 @@ use crate::simulate::{Service, Vm};
 /// The guest's port in the demo.
 const WEB: Port = Port(80);
 
-/// The longest path of the temporary files below which a state directory has a place: that may have
-/// 85 bytes, and `/hvsock-demo-XXXXXX/vm` are 22 of them. On macOS it often isn't.
+/// The longest directory of temporary files, in bytes, in which a state directory fits: its path
+/// may have 85 bytes, of which `/hvsock-demo-XXXXXX/vm` takes 22. macOS' own is often longer.
 const LONGEST: usize = 85 - 22;
 
 /// How long an answer may take.
@@ -110,7 +110,7 @@ fn ask_unix(path: &Path) -> io::Result<String> {
     ask(stream)
 }
 
-/// Requests a page, and returns the answer's first line and size.
+/// Requests a page, and returns the first line of the answer and its size in bytes.
 fn ask(mut stream: impl Read + Write) -> io::Result<String> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();

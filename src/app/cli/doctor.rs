@@ -1,4 +1,4 @@
-//! `hvsock doctor`: what is wrong, and what to do about it.
+//! `hvsock doctor`: prints what is wrong, and what to do about it.
 
 use std::io::{self, IsTerminal};
 
@@ -100,8 +100,7 @@ fn to_json(checks: &[Check], ok: bool) -> String {
     format!("{:#}", json!({ "ok": ok, "checks": checks }))
 }
 
-/// Returns how many columns a line may have: as many as the terminal has. (On Windows the
-/// terminal breaks lines.)
+/// Returns the width of lines: that of the terminal. Windows' terminal wraps lines itself.
 fn width() -> usize {
     #[cfg(not(unix))]
     return usize::MAX;
@@ -117,7 +116,7 @@ fn terminal_width() -> Option<usize> {
     columns.filter(|it| *it > 0)
 }
 
-/// Breaks a text between words into lines of at most so many columns, if its words are no longer.
+/// Wraps a text at spaces into lines of at most `columns` characters. A longer word stays whole.
 fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines: Vec<String> = vec![String::new()];
     for word in text.split(' ') {
@@ -132,7 +131,7 @@ fn wrap(text: &str, columns: usize) -> Vec<String> {
     lines
 }
 
-/// Returns what each check has seen, and its remedy below, in lines of at most `columns`.
+/// Returns what each check has seen, with its remedy below, in lines of at most `columns`.
 fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     let width = checks
         .iter()
@@ -153,7 +152,7 @@ fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
         };
         let (name, seen) = (escape::line(&check.name), escape::line(&check.seen));
         let indent = sign.chars().count() + 1 + width + 2;
-        // Of a very narrow one there is nothing to be had.
+        // On a very narrow terminal lines are longer than it is wide.
         let room = columns.saturating_sub(indent).max(20);
         let mut head = format!("{sign} {name:width$}  ");
         let remedy = check.remedy.as_deref().map(escape::line);
@@ -166,8 +165,8 @@ fn to_text(checks: &[Check], signs: bool, columns: usize) -> String {
     lines.join("\n")
 }
 
-/// Returns whether the locale says that the terminal takes UTF-8; Windows' consoles take it from
-/// std whatever they were told.
+/// Returns whether the locale says that the terminal takes UTF-8. On Windows std always writes
+/// UTF-8 to consoles.
 fn speaks_utf8() -> bool {
     let locale = ["LC_ALL", "LC_CTYPE", "LANG"].map(|name| std::env::var(name).unwrap_or_default());
     let locale = locale.into_iter().find(|value| !value.is_empty());

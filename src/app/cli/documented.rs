@@ -1,4 +1,4 @@
-//! Sees that what the README and the guide say of the command line is what it takes.
+//! Tests that the command lines of the README and the guide are valid.
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
@@ -8,7 +8,7 @@ use crate::guide::PAGES;
 
 const README: &str = include_str!("../../../README.md");
 
-/// What stands in the documents for a word of the reader's, and such a word.
+/// The placeholders of the documents, each with a value to test with.
 const PLACEHOLDERS: [(&str, &str); 9] = [
     ("COMMAND", "expose"),
     ("ADDRESS", "tcp://127.0.0.1:1"),
@@ -21,7 +21,7 @@ const PLACEHOLDERS: [(&str, &str); 9] = [
     ("PID", "7"),
 ];
 
-/// Splits a command as a shell does, up to the first word that ends it.
+/// Splits a command as a shell does, up to a pipe, redirection or comment.
 fn words(line: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
@@ -34,7 +34,7 @@ fn words(line: &str) -> Vec<String> {
                 word.get_or_insert_default();
             }
             (None, ' ') => words.extend(word.take()),
-            // What goes to another program, or into a file.
+            // The rest goes to another program or to a file.
             (None, '|' | '<' | '>' | '&' | ';') => break,
             (None, '#') if word.is_none() => break,
             (_, c) => word.get_or_insert_default().push(c),
@@ -44,8 +44,7 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
-/// Returns the commands of a text that begin with `hvsock`: in lines of blocks, and in code within
-/// lines.
+/// Returns the commands in a text that begin with `hvsock`, from code blocks and inline code.
 fn commands(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut inside: Option<&str> = None;
@@ -63,7 +62,7 @@ fn commands(text: &str) -> Vec<String> {
     found.into_iter().filter(is_command).map(whole).collect()
 }
 
-/// What begins with blanks is not wrapped, and what else there is would be wrapped twice.
+/// Indented lines are not wrapped by clap; other long lines would be wrapped a second time.
 #[test]
 fn help_fits_a_terminal_of_80_columns() {
     let all = Arguments::command();
@@ -92,7 +91,7 @@ fn every_documented_command_line_is_understood() {
     let pages = PAGES.iter().copied().chain([("README", README)]);
     for (page, text) in pages {
         for command in commands(text) {
-            // One that is not told to its end, or is a picture.
+            // Leaves out abbreviated commands, and pictures.
             if command.contains('…')
                 || command.contains("  ") && page == "README" && command.contains("in the VM")
             {
@@ -109,7 +108,7 @@ fn every_documented_command_line_is_understood() {
             let known = match kind {
                 Ok(_) => true,
                 Err(ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => true,
-                // In a sentence the rest may be left out.
+                // A sentence may leave out required arguments.
                 Err(ErrorKind::MissingRequiredArgument) => true,
                 Err(_) => false,
             };

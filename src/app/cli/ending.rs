@@ -1,4 +1,4 @@
-//! Runs a proxy until it is told to end, and ends the process whatever hangs.
+//! Runs a proxy until it is told to end, and ends the process even if something hangs.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -18,8 +18,7 @@ use crate::error::counted_have;
 use crate::proxy::{ForwardStatus, Handle, Proxy};
 use crate::thread::start_thread;
 
-/// Runs a proxy until one of the [`EndSignals`] or a failure ends it, or it has been idle for long
-/// enough.
+/// Runs a proxy until one of the [`EndSignals`], a failure or its idle timeout ends it.
 pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignals) -> Outcome {
     let grace = options.grace();
     let end = ProcessEnd {
@@ -31,20 +30,20 @@ pub(super) fn run_proxy(proxy: Proxy, options: &ProxyOptions, signals: EndSignal
 
 /// The conditions under which a process ends.
 pub(super) struct ProcessEnd<G> {
-    /// Returns how long connections may take to finish; it is called when the end begins.
+    /// Returns how long connections may take to finish; called when the end begins.
     pub(super) grace: G,
-    /// How long there may be no connection before it ends. `None`: for ever.
+    /// How long the process may be without a connection before it ends. `None`: for ever.
     pub(super) exit_idle: Option<Duration>,
 }
 
-/// How long the last lines of the log may take once the proxy has ended: their reader may hang.
+/// How long the last log lines may take once the proxy has ended: their reader may hang.
 const LAST_DELIVERY: Duration = Duration::from_secs(1);
 
-/// Ends the process some time after that grace, if it has not ended by itself: a worker that looks
-/// up a socket's path on a disk that hangs never does, nor one that waits for the reader of its
-/// report.
+/// Ends the process some time after that grace, if it has not ended by itself. A worker that looks
+/// up a socket's path on a hanging disk never ends, nor does a stress run that waits for its
+/// report's reader.
 pub(super) fn end_without_what_hangs(grace: Duration) {
-    /// How long a proxy takes at the end at most: it closes the connections of guests, and removes
+    /// The longest time that a proxy takes at its end, to close guests' connections and to remove
     /// its files.
     const END: Duration = Duration::from_secs(12);
     let end = move || {
@@ -62,7 +61,7 @@ pub(super) fn end_without_what_hangs(grace: Duration) {
     }
 }
 
-/// Returns what the end has begun with, in words.
+/// Returns a status line for the end of `live` connections.
 fn describe_end(live: usize, grace: Duration) -> String {
     if live == 0 {
         return "stopping".to_owned();
@@ -71,26 +70,26 @@ fn describe_end(live: usize, grace: Duration) -> String {
     format!("stopping: no new clients; {have} {seconds} s to finish")
 }
 
-/// Tells the service manager that the control socket was asked for the end.
+/// Tells the service manager that the control socket was asked to end the process.
 #[cfg(unix)]
 pub(super) fn tell_manager_of_end(live: usize, grace: Duration) {
     Manager::stopping(describe_end(live, grace));
 }
 
-/// Begins the end, and says why.
+/// Begins the end, and reports why.
 fn begin_to_end(handle: &Handle, grace: Duration, status: String) {
-    // The end is begun first, and then announced.
+    // Report only after it has begun.
     handle.stop(grace);
     end_without_what_hangs(grace);
     complain(&status);
     Manager::stopping(status);
 }
 
-/// Begins the end when there has been no connection for `limit`, unless the proxy is over before:
-/// then the sender of `over` is dropped.
+/// Begins the end when there has been no connection for `limit`. Returns earlier if the proxy has
+/// ended, which drops the sender of `over`.
 ///
-/// While it has a port that a hyperkit guest dials it goes on: a dialled port that nobody serves
-/// may hang the VM, and what the keeper would accept there starts no program.
+/// It never ends a proxy that serves a port which a hyperkit guest dials: an unserved port may hang
+/// the VM, and the keeper that would accept there starts no program.
 fn end_when_idle(
     handle: &Handle,
     limit: Duration,
@@ -101,7 +100,7 @@ fn end_when_idle(
     let mut left = limit;
     while over.recv_timeout(left) == Err(RecvTimeoutError::Timeout) && !handle.is_stopping() {
         left = match handle.idle_for() {
-            // This is the earliest time at which the limit can be reached.
+            // The limit can't be reached earlier.
             None => limit,
             Some(idle) => limit.saturating_sub(idle),
         };
@@ -124,8 +123,8 @@ fn end_when_idle(
     }
 }
 
-/// Runs a proxy as [`run_proxy`] does; `reload` is called when a signal asks for it. Neither it nor
-/// the grace may wait for anything: a signal ends the process whatever else goes on.
+/// Runs a proxy as [`run_proxy`] does, and calls `reload` when a signal asks for it. Neither
+/// `reload` nor the grace may block, so that a signal always ends the process.
 pub(super) fn run_until_told(
     proxy: Proxy,
     mut signals: EndSignals,
@@ -172,14 +171,14 @@ pub(super) fn run_until_told(
     let ended = proxy.wait();
     info!("has stopped");
     closer.close();
-    // Nothing is sent: this ends the thread.
+    // Nothing is ever sent; the wait ends with the thread.
     let _ = silence.recv_timeout(LAST_DELIVERY);
     Ok(ended?)
 }
 
-/// Logs that the process has started and what it carries, if the log is in a file: the file alone
-/// shows where a process begins and ends. It comes before standard output tells of the listeners,
-/// so that what their first clients leave in the log follows.
+/// Logs that the process has started, and what it carries, if the log is in a file: there is no
+/// other record in it of where a process begins. To be called before listeners are announced on
+/// standard output, so that it precedes the log lines of the first clients.
 pub(super) fn log_start(proxy: &Proxy) {
     if log::is_in_file() {
         let (version, process) = (env!("CARGO_PKG_VERSION"), std::process::id());
@@ -188,7 +187,7 @@ pub(super) fn log_start(proxy: &Proxy) {
     }
 }
 
-/// Logs that a forward is carried, if the log is in a file: standard output says so elsewhere.
+/// Logs that a forward is carried, if the log is in a file. Otherwise standard output says it.
 pub(super) fn log_forward(forward: &ForwardStatus) {
     if log::is_in_file() {
         info!("carries {} -> {}", forward.listen, forward.rule.connect);

@@ -1,4 +1,4 @@
-//! `hvsock events`: what happens in an hvsock that runs, line by line.
+//! `hvsock events`: prints the events of a running hvsock, line by line.
 
 use std::io;
 
@@ -33,7 +33,7 @@ impl EventsArgs {
         };
         control::follow_events(&self.which.path(), "/v1/events", print)?;
         match failure {
-            // A reader that has gone, as `head` does, has seen enough.
+            // A reader such as `head` may close it at any time.
             Some(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Failed(format!(
                 "cannot write to standard output: {e}"
             ))),

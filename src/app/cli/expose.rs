@@ -1,4 +1,4 @@
-//! `hvsock expose`: a VM's ports here, our services there.
+//! `hvsock expose`: exposes a VM's ports here, and services of the host to its guest.
 
 use clap::Args;
 use clap_complete::ArgValueCompleter;

@@ -1,4 +1,4 @@
-//! `hvsock forward`: any address to any address.
+//! `hvsock forward`: forwards any address to any address.
 
 use clap::Args;
 use clap_complete::ArgValueCompleter;

@@ -1,4 +1,4 @@
-//! The options of a rule that stand on a command line.
+//! The options of a rule that a command line gives.
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
@@ -7,17 +7,17 @@ use serde_json::{Map, Value};
 use crate::app::needs::ACCESS_KEYS;
 use crate::app::rule_options::RuleOptions;
 
-/// The options of a rule, and which of them a command line gives.
+/// The options of a rule, and which of them the command line gives.
 #[derive(Clone, Debug)]
 pub(super) struct GivenOptions {
-    /// All of them: what isn't given is the default.
+    /// All options; those that aren't given have their defaults.
     pub(super) all: RuleOptions,
-    /// Those that are given, as JSON: the others may be another's to say.
+    /// The given options, as JSON. A running hvsock may have other defaults for the rest.
     pub(super) given: Map<String, Value>,
 }
 
 impl GivenOptions {
-    /// Returns the keys that are given and that only the file of a Unix socket has.
+    /// Returns the given keys that apply only to the file of a Unix socket.
     pub(super) fn access(&self) -> Vec<&'static str> {
         let keys = ACCESS_KEYS.into_iter();
         keys.filter(|key| self.given.contains_key(*key)).collect()

@@ -1,4 +1,4 @@
-//! The keepers that run: of which hvsock each is, and of which VMs.
+//! The running keepers: the hvsock of each, and its VMs.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub(super) struct Known {
     directories: Vec<PathBuf>,
 }
 
-/// Finds the keepers of these hvsocks, and others that can be found.
+/// Finds the keepers of these hvsocks, and other keepers that can be found.
 pub(super) fn find(hvsocks: &[&Status]) -> Vec<Known> {
     let led_to = hvsocks.iter().flat_map(|it| {
         let vms = it.vms().into_iter();
@@ -25,7 +25,7 @@ pub(super) fn find(hvsocks: &[&Status]) -> Vec<Known> {
     let directories = led_to
         .chain(survey.map(|it| it.vm.state_dir))
         .chain(directories_by_sockets());
-    // However they are spelled.
+    // The same directory may be spelled in several ways.
     let directories: BTreeSet<PathBuf> = directories
         .filter_map(|directory| directory.canonicalize().ok())
         .collect();
@@ -43,7 +43,7 @@ pub(super) fn find(hvsocks: &[&Status]) -> Vec<Known> {
             }
         }
     }
-    // Those whose VMs are not there yet.
+    // Adds keepers whose VMs are not there yet.
     for hvsock in hvsocks {
         let keeper = hvsock.keeper.as_ref().and_then(|it| it.pid);
         if let Some(keeper) = keeper
@@ -60,7 +60,7 @@ pub(super) fn find(hvsocks: &[&Status]) -> Vec<Known> {
     known
 }
 
-/// Returns the directories in which keepers can be asked, as far as Linux' list of sockets tells.
+/// Returns the directories in which keepers can be asked, by Linux' list of Unix sockets.
 fn directories_by_sockets() -> Vec<PathBuf> {
     let list = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let paths = list.lines().filter_map(|line| {
@@ -72,7 +72,7 @@ fn directories_by_sockets() -> Vec<PathBuf> {
     paths.collect()
 }
 
-/// Says whose a keeper is: `keeper of 2105 (VM /path)`.
+/// Describes a keeper by its hvsock: `keeper of 2105 (VM /path)`.
 pub(super) fn describe(process: u32, known: &[Known]) -> String {
     let Some(it) = known.iter().find(|it| it.keeper == process) else {
         return "keeper, of an hvsock that can't be found".to_owned();

@@ -1,4 +1,4 @@
-//! Forwards of a command line that are tried again until they can be had (`--keep-trying`).
+//! Forwards of a command line that are retried until they can be had (`--keep-trying`).
 
 use std::sync::{Arc, Mutex};
 
@@ -23,25 +23,25 @@ pub(super) struct KeepTrying {
     keep_trying: bool,
 }
 
-/// A forward, on the line that tells of it.
+/// Describes a forward on one line.
 pub(super) type Describe = fn(&ForwardStatus) -> String;
 
-/// The rules of a command line, of which some may wait for what they need.
+/// The rules of a command line, some of which may not be carried yet.
 pub(super) struct KeptRules {
     reconciler: Reconciler,
-    /// Locked while something is tried again.
+    /// Locked during a retry.
     wanted: Mutex<RetriedRules>,
     describe: Describe,
 }
 
 struct RetriedRules {
     rules: Vec<Rule>,
-    /// What they will be, while their VM isn't there.
+    /// Returns the rules once their VM is there.
     later: Option<Later>,
 }
 
 impl KeepTrying {
-    /// Returns what becomes of a socket of the control interface that can't be had.
+    /// Returns what to do if a socket of the control interface can't be bound.
     #[cfg(unix)]
     pub(super) fn unavailable(self) -> crate::app::control::Unavailable {
         match self.keep_trying {
@@ -50,11 +50,13 @@ impl KeepTrying {
         }
     }
 
-    /// Starts a proxy, and leaves forwards that can't be had to what is returned beside it. With
-    /// `later` their VM isn't there yet, and those that its guest dials wait for it.
+    /// Starts a proxy. Forwards that can't be had now are left to the returned rules, if forwards
+    /// are kept. With `later` the VM isn't there yet, and the forwards that its guest dials wait
+    /// for it.
     ///
     /// # Errors
-    /// As those of [`Proxy::start`]; of a patient one not that a rule can't be had.
+    /// Returns those of [`Proxy::start`]. With `--keep-trying` a rule that can't be had is no
+    /// error.
     pub(super) fn start(
         self,
         mut config: ProxyConfig,
@@ -89,7 +91,7 @@ impl KeptRules {
         self.reconciler.shown()
     }
 
-    /// Tries again what could not be had, until what is returned is dropped.
+    /// Retries the failed forwards until the returned thread is dropped.
     pub(super) fn keep_trying(self: Arc<KeptRules>) -> std::io::Result<RetryThread> {
         let again = move || {
             if self.reconciler.handle().is_stopping() {
@@ -101,16 +103,16 @@ impl KeptRules {
                 wanted.rules = rules;
                 let rules = &wanted.rules;
                 let summary = self.reconciler.apply(rules, &waits_for, Occasion::Asked);
-                self.tell_of(&summary);
+                self.print_summary(&summary);
             } else if self.reconciler.has_pending() {
                 let summary = self.reconciler.try_again(&wanted.rules, &waits_for);
-                self.tell_of(&summary);
+                self.print_summary(&summary);
             }
         };
         RetryThread::start(again, || ())
     }
 
-    /// Says what could not be had so far. That the VM isn't there was said.
+    /// Prints what could not be had so far, but not that the VM is missing: that was printed.
     pub(super) fn complain(&self) {
         let wanted = lock(&self.wanted);
         if wanted.later.is_none() || self.reconciler.failure().is_some() {
@@ -119,7 +121,7 @@ impl KeptRules {
         }
     }
 
-    fn tell_of(&self, summary: &Summary) {
+    fn print_summary(&self, summary: &Summary) {
         let forwards = self.reconciler.handle().forwards();
         let new = |it: &&ForwardStatus| {
             let name = name_of(&it.rule);
@@ -134,7 +136,7 @@ impl KeptRules {
     }
 }
 
-/// Returns why a rule can't listen yet, if it is on a VM whose directory is missing.
+/// Returns why a rule can't listen yet, if the directory of its VM is missing.
 fn waits_for(rule: &Rule) -> Option<String> {
     let directory = &rule.listen.hyperkit_vm()?.state_dir;
     let why = format!(

@@ -1,20 +1,21 @@
-//! What the service manager is told: systemd's `sd_notify(3)`. Without one, and elsewhere, nothing.
+//! Notifies the service manager by systemd's `sd_notify(3)`. Does nothing without a manager, and on
+//! systems without systemd.
 
 use std::sync::mpsc::Sender;
 
 use crate::error::counted;
 use crate::proxy::Handle;
 
-/// Tells the service manager how it goes, and feeds its watchdog, until it is dropped.
+/// Notifies the service manager of the process' state, and feeds its watchdog until dropped.
 #[derive(Debug)]
 pub(super) struct Manager {
-    /// The watchdog's thread ends with it.
+    /// Dropping it ends the watchdog's thread.
     _watchdog: Option<Sender<()>>,
 }
 
 impl Manager {
-    /// Says that it is ready. From then on the manager's watchdog, if there is one, hears of us as
-    /// long as all workers answer.
+    /// Reports that the process is ready. From then on the manager's watchdog, if there is one, is
+    /// fed as long as all workers answer.
     pub(super) fn begin(handle: &Handle) -> Manager {
         Manager::ready(handle);
         Manager {
@@ -22,24 +23,24 @@ impl Manager {
         }
     }
 
-    /// Says that all listeners that can be had are bound.
+    /// Reports that all listeners that can be had are bound.
     pub(super) fn ready(handle: &Handle) {
         let forwards = counted(handle.forwards().len() as u64, "forward");
         system::ready(format!("carrying {forwards}"));
     }
 
-    /// Says that the file is read again; [`ready`](Manager::ready) is to follow.
+    /// Reports that the file is being read again; [`ready`](Manager::ready) must follow.
     pub(super) fn reloading() {
         system::reloading();
     }
 
-    /// Says that the end has begun, in the words that people are told.
+    /// Reports that the end has begun, with a status line.
     pub(super) fn stopping(status: String) {
         system::stopping(status);
     }
 
-    /// Says that another process has taken over, and is to be watched from now on. Of the end of
-    /// this one it isn't told any more.
+    /// Reports that another process has taken over, and is the main process from now on. The end of
+    /// this one is then not reported.
     #[cfg(unix)]
     pub(super) fn handed_over(process: u32) {
         system::handed_over(process);
@@ -66,7 +67,7 @@ mod system {
     use crate::app::lossy_writer::{LossyWriter, Patience};
     use crate::thread::start_thread;
 
-    /// Tells that it is ready. A status has one line; systemd cuts it off itself.
+    /// Reports that the process is ready. The status is one line; systemd cuts it off itself.
     pub(super) fn ready(status: String) {
         notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
     }
@@ -82,7 +83,7 @@ mod system {
         notify(&[NotifyState::Stopping, NotifyState::Status(&status)]);
     }
 
-    /// Whether another process is the service now: what this one does is its own affair.
+    /// Whether another process is the service now: this one then reports nothing more.
     static HANDED_OVER: AtomicBool = AtomicBool::new(false);
 
     pub(super) fn handed_over(process: u32) {
@@ -90,8 +91,8 @@ mod system {
         HANDED_OVER.store(true, Ordering::Release);
     }
 
-    /// Tells the manager without waiting: one that reads nothing makes a sender wait, and the
-    /// sender may have signals to heed.
+    /// Writes to the manager without waiting: a manager that reads nothing would block the sender,
+    /// which may have to handle signals.
     static MANAGER: LossyWriter =
         LossyWriter::new("hvsock-manager", send, |_dropped| String::new());
 
@@ -103,7 +104,7 @@ mod system {
         MANAGER.send(lines.join("\n").into_bytes());
     }
 
-    /// Says so once if it can't be told.
+    /// Sends a notification. Logs a failure, the first time only.
     fn send(message: &[u8]) -> io::Result<usize> {
         static WARNED: Once = Once::new();
         let text = String::from_utf8_lossy(message);
@@ -120,10 +121,10 @@ mod system {
         MANAGER.flush(Patience::Limited);
     }
 
-    /// Feeds the watchdog, if there is one, until what it returns is dropped.
+    /// Feeds the watchdog, if there is one, until the returned sender is dropped.
     pub(super) fn watch(handle: &Handle) -> Option<Sender<()>> {
         let patience = sd_notify::watchdog_enabled().filter(|patience| !patience.is_zero())?;
-        // Twice in its time, as sd_watchdog_enabled(3) advises.
+        // Twice in each interval, as sd_watchdog_enabled(3) advises.
         let every = (patience / 2).max(Duration::from_millis(1));
         let handle = handle.clone();
         let (end, ended) = channel();

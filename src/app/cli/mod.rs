@@ -1,4 +1,4 @@
-//! The command line: turns words into rules, starts what they ask for, waits for its end.
+//! The command line: turns words into rules, runs what they ask for, and waits for the end.
 
 mod arguments;
 mod carrying;
@@ -129,8 +129,8 @@ enum Command {
 }
 
 impl Command {
-    /// Returns whether clients and signals depend on it, so that it must never wait for its
-    /// readers.
+    /// Returns whether the command serves clients or handles signals, so that it must never wait
+    /// for the reader of its output.
     fn serves(&self) -> bool {
         match self {
             Command::Expose(_)
@@ -144,7 +144,7 @@ impl Command {
         }
     }
 
-    /// Returns where its log goes, if that can be said.
+    /// Returns the options that say where the command's log goes.
     fn log(&self) -> LogOptions {
         match self {
             Command::Expose(expose) => expose.log(),
@@ -157,8 +157,8 @@ impl Command {
     }
 }
 
-/// Runs the command that `arguments` ask for (the first is the program's name); the process' exit
-/// code: 0 done, 1 failed, 2 usage.
+/// Runs the command that `arguments` ask for (the first is the program's name). Returns the
+/// process' exit code: 0 done, 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let _flush = Flush;
     set_patience(Patience::Unlimited);
@@ -249,7 +249,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(Failure::Listed(lines)) => {
             let mut lines = lines.into_iter();
             fail(lines.next().unwrap_or_default());
-            // Indented, none looks as if it were another message.
+            // Indented, so that no line looks like another message.
             list(lines.map(|line| format!("  {line}")));
             ExitCode::FAILURE
         }
@@ -259,7 +259,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Waits at the end, however it comes, until what was said is written.
+/// When dropped, waits until all output is written.
 struct Flush;
 
 impl Drop for Flush {

@@ -1,4 +1,4 @@
-//! Which hvsock listens where another one can't.
+//! Finds the hvsock that listens where another one can't.
 
 use std::cell::OnceCell;
 
@@ -6,20 +6,20 @@ use crate::address::Address;
 use crate::app::answering;
 use crate::error::{Error, Operation};
 
-/// Where the other hvsocks of this user listen. They are asked when that is first wanted.
+/// The addresses at which other hvsocks of this user listen. The hvsocks are asked at first use.
 #[derive(Debug, Default)]
 pub(super) struct Occupants(OnceCell<Vec<Occupant>>);
 
 #[derive(Debug)]
 struct Occupant {
     process: u32,
-    /// The forward's name, or where it listens.
+    /// The forward's name, or the address at which it listens.
     forward: String,
     listen: Address,
 }
 
 impl Occupants {
-    /// Says in the remedy of an error which hvsock listens on the address that is in use.
+    /// Names in the remedy of an error the hvsock that listens on the address in use.
     pub(super) fn name_in(&self, error: Error) -> Error {
         let is_taken =
             error.operation() == Operation::Listen && error.kind() == std::io::ErrorKind::AddrInUse;
@@ -30,7 +30,7 @@ impl Occupants {
         }
     }
 
-    /// Returns who listens on an address, and what can be done about it; `None` if no hvsock does.
+    /// Returns which hvsock listens on an address, and what can be done. `None` if none does.
     pub(super) fn remedy(&self, address: &Address) -> Option<String> {
         let mut others = self.0.get_or_init(ask).iter();
         let Occupant {
@@ -47,7 +47,7 @@ fn ask() -> Vec<Occupant> {
     for hvsock in answering::find().unwrap_or_default() {
         let process = hvsock.process.id;
         let forwards = hvsock.status().map(|it| it.forwards).unwrap_or_default();
-        // One without an id is wanted there, and isn't carried.
+        // A forward without an id is wanted there, but not carried.
         let carried = forwards.iter().filter(|it| it.id.is_some());
         occupants.extend(carried.filter_map(|it| {
             Some(Occupant {

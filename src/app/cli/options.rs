@@ -1,4 +1,4 @@
-//! The options that several commands have, and what their values may be.
+//! Options that several commands share, and their values.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -41,7 +41,7 @@ pub(super) struct PeerArgs {
     vm: Option<String>,
 }
 
-/// How often a VM that isn't there yet is looked for.
+/// How often a missing VM is looked for.
 const LOOK_FOR_VM: Duration = Duration::from_millis(200);
 
 impl PeerArgs {
@@ -51,7 +51,7 @@ impl PeerArgs {
             let text = &self.address;
             let parsed = text.parse::<Address>();
             return parsed.or_else(|e| match text.contains(':') || is_number(text) {
-                // As `forward` takes it.
+                // `forward` takes the same spellings.
                 true => local_address(text).map_err(Failure::Usage),
                 false => Err(Failure::Usage(e.to_string())),
             });
@@ -80,7 +80,7 @@ impl PeerArgs {
     }
 }
 
-/// Refuses an address to which nothing can ever connect, or on which nothing can ever listen.
+/// Refuses an address to which nothing can ever connect, or at which nothing can ever listen.
 pub(super) fn refuse_impossible(operation: Operation, address: &Address) -> Outcome {
     let why = match operation {
         Operation::Listen => address.why_no_listener().map(|(why, it)| (why, Some(it))),
@@ -98,9 +98,9 @@ pub(super) fn refuse_impossible(operation: Operation, address: &Address) -> Outc
     Err(Failure::Usage(error.to_string()))
 }
 
-/// Returns the failure to find a VM. That words can mean none is told from that there is none.
+/// Returns the failure to find a VM: of usage if the name can mean no VM, else that there is none.
 pub(super) fn no_vm(name: &str, error: &Error) -> Failure {
-    // Another scheme's URI is of no VM. What is wrong with hyperkit's may be its directory.
+    // A URI of another scheme names no VM. A hyperkit URI may be right and its directory wrong.
     let is_other_uri = name.contains("://") && !name.starts_with("hyperkit://");
     let are_wrong = cfg!(windows) || name.is_empty() || is_other_uri;
     match error.kind() {
@@ -121,7 +121,7 @@ pub(super) struct KeeperOptions {
 
 #[cfg(unix)]
 impl KeeperOptions {
-    /// Has the proxy start a keeper, if one is wanted and can be had.
+    /// Has the proxy start a keeper, if one is wanted and can run.
     pub(super) fn apply(self, config: &mut ProxyConfig) {
         if self.no_keeper {
             return;
@@ -176,8 +176,8 @@ pub(super) struct ProxyOptions {
 }
 
 impl ProxyOptions {
-    /// Returns the configuration of a proxy of these rules, with as many connections as there can
-    /// be descriptors for.
+    /// Returns the configuration of a proxy for these rules, with as many connections as
+    /// descriptors allow.
     pub(super) fn config(&self, rules: impl IntoIterator<Item = Rule>) -> ProxyConfig {
         let rules = rules
             .into_iter()
@@ -187,7 +187,7 @@ impl ProxyOptions {
         config.workers = self.workers.and_then(|n| NonZeroUsize::new(n.into()));
         config.splice = !self.no_splice;
         config.access_log = self.access_log;
-        // Without it there are fewer; the proxy knows.
+        // If the limit can't be raised the proxy uses the lower one.
         let _ = sys::raise_descriptor_limit();
         config.limits.connections = usize::MAX;
         if let Some(most) = self.vm_connections {
@@ -205,7 +205,7 @@ impl ProxyOptions {
         &self.rule.all
     }
 
-    /// Returns the keys that are given and that only the file of a Unix socket has.
+    /// Returns the given keys that apply only to the file of a Unix socket.
     pub(super) fn given_access(&self) -> Vec<&'static str> {
         self.rule.access()
     }

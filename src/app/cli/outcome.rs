@@ -1,19 +1,19 @@
 //! How a command ends.
 
-/// Why a command ended without having done what it was asked for.
+/// Why a command did not do what was asked for.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The words were wrong: exit code 2.
+    /// The arguments were wrong: exit code 2.
     Usage(String),
-    /// It could not be done: exit code 1.
+    /// It failed: exit code 1.
     Failed(String),
-    /// The same, in several lines, of which the first says what.
+    /// It failed, with several lines, the first of which is a summary: exit code 1.
     #[cfg(unix)]
     Listed(Vec<String>),
-    /// The program that was to be run has ended with this exit code, which isn't 0.
+    /// The program that was started has ended with this exit code, which isn't 0.
     #[cfg(unix)]
     Program(u8),
-    /// It could not be done, and that was told already: exit code 1.
+    /// It failed, and a message was printed already: exit code 1.
     Silent,
 }
 

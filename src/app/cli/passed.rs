@@ -1,4 +1,4 @@
-//! Sockets that a service manager has bound for us (systemd's `sd_listen_fds(3)`).
+//! Sockets that a service manager has bound and passed (systemd's `sd_listen_fds(3)`).
 
 use std::collections::HashSet;
 #[cfg(unix)]
@@ -19,7 +19,7 @@ use crate::proxy::{Proxy, ProxyConfig};
 #[cfg(unix)]
 use crate::sys;
 
-/// Starts a proxy, on the sockets that a service manager has passed where rules listen there.
+/// Starts a proxy. Rules whose address was passed by a service manager get the passed socket.
 pub(super) fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
     let config = on_passed_sockets(config)?;
     let listens: HashSet<Address> = config.rules.iter().map(|it| it.listen.clone()).collect();
@@ -29,7 +29,7 @@ pub(super) fn start(config: ProxyConfig) -> Result<Proxy, Failure> {
     Ok(started?)
 }
 
-/// Has the remedy of a port that is taken be another range, where it has neighbours.
+/// Suggests another range as the remedy of a port in use, if it is a port of a range.
 fn mend_in_range(error: Error, listens: &HashSet<Address>) -> Error {
     if error.operation() != Operation::Listen || error.kind() != io::ErrorKind::AddrInUse {
         return error;
@@ -51,27 +51,27 @@ fn mend_in_range(error: Error, listens: &HashSet<Address>) -> Error {
     }
 }
 
-/// Adds the sockets that a service manager has passed; to be called once.
+/// Adds the sockets that a service manager has passed to the configuration. To be called once.
 pub(super) fn on_passed_sockets(mut config: ProxyConfig) -> Result<ProxyConfig, Failure> {
     #[cfg(unix)]
     config.listeners.extend(listeners()?);
-    // Elsewhere there are none.
+    // Other systems pass no sockets.
     let _ = &mut config;
     Ok(config)
 }
 
-/// The first descriptor that is passed (`SD_LISTEN_FDS_START`).
+/// The first passed descriptor (`SD_LISTEN_FDS_START`).
 #[cfg(unix)]
 const FIRST: RawFd = 3;
 
 /// Takes the sockets that were passed to this process. To be called once.
 ///
-/// The variables stay as they are: they name this process, so that no child could take them for its
-/// own.
+/// The environment variables stay: they have this process' id, so no child can take the sockets for
+/// its own.
 ///
 /// # Errors
-/// That one isn't there, or no listening stream socket; it is called by its name in
-/// `LISTEN_FDNAMES`.
+/// Returns a failure if a descriptor is not open, or is no listening stream socket. It is called by
+/// its name in `LISTEN_FDNAMES`.
 #[cfg(unix)]
 fn listeners() -> Result<Vec<Listener>, Failure> {
     let ours = env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string());

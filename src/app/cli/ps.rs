@@ -1,4 +1,4 @@
-//! `hvsock ps`: which hvsock processes run, and what they forward.
+//! `hvsock ps`: lists the hvsock processes that run, and what they forward.
 
 use clap::Args;
 use indicatif::HumanCount;
@@ -30,13 +30,13 @@ pub(super) struct PsArgs {
     json: bool,
 }
 
-/// A process in words.
+/// A process as text.
 struct Shown {
     process: String,
     up: String,
     live: String,
     control: String,
-    /// What it forwards; or else what it is.
+    /// What it forwards; if it doesn't answer, its command.
     lines: Vec<String>,
 }
 
@@ -64,7 +64,7 @@ impl PsArgs {
     }
 }
 
-/// Says of each what it is.
+/// Describes each process.
 fn show(found: &[Hvsock]) -> Vec<Shown> {
     let statuses: Vec<Option<Status>> = found.iter().map(Hvsock::status).collect();
     let known = keepers::find(&Vec::from_iter(statuses.iter().flatten()));
@@ -131,7 +131,7 @@ impl Shown {
         [self.process, self.up, self.live, line]
     }
 
-    /// Returns a row for each of its lines; what the process is stands in the first.
+    /// Returns a row for each of its lines; the process is described in the first.
     fn into_rows(self) -> Vec<[String; 5]> {
         let mut columns = Some([self.process, self.up, self.live, self.control]);
         let rows = self.lines.into_iter().map(|line| {

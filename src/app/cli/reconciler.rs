@@ -1,5 +1,5 @@
-//! Has a running proxy carry what is wanted: what can be had is carried, what can't is shown and
-//! tried again.
+//! Makes a running proxy carry the wanted rules. Rules that can't be carried now are shown as
+//! pending and retried.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -19,30 +19,28 @@ use crate::proxy::{ForwardId, Handle, Rule};
 use super::occupant::Occupants;
 use super::summary::{Failed, Retried, Summary, TRY_AGAIN};
 
-/// What makes a proxy that runs carry what is wanted. Forwards that were added by hand are left
-/// alone.
+/// Makes a running proxy carry the wanted rules. Forwards that were added by hand are left alone.
 #[derive(Debug)]
 pub(super) struct Reconciler {
     handle: Handle,
-    /// The forwards that were made here. Locked while the proxy is being changed, which may take
-    /// long.
+    /// The forwards that this reconciler has made. Locked while the proxy is being changed, which
+    /// may take long.
     ours: Mutex<HashSet<ForwardId>>,
-    /// What is wanted and could not be had, in the order in which it is wanted. Never locked for
-    /// long.
+    /// The rules that can't be carried now, in the order of the wanted ones. Never locked for long.
     pending: Mutex<Vec<PendingForward>>,
 }
 
 /// A forward that is wanted and isn't carried.
 #[derive(Clone, Debug)]
-// Elsewhere there is no control socket to show it.
+// On other systems there is no control socket to show it.
 #[cfg_attr(not(unix), allow(dead_code))]
 pub(super) struct PendingForward {
     rule: Rule,
-    /// What it waits for is expected to be missing at times. Otherwise it should be there.
+    /// Whether what it lacks is expected to be missing at times, such as a VM.
     waits: bool,
-    /// The error, from which the next one is known to be the same.
+    /// The error, by which the same error is recognised later.
     error: String,
-    /// The same, with what was found out about it.
+    /// The error, with what was found out about it.
     why: String,
     since: SystemTime,
     retried: Retried,
@@ -51,9 +49,9 @@ pub(super) struct PendingForward {
 /// Why the proxy is to be changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occasion {
-    /// Somebody wants it as it is said now.
+    /// A user has asked for it.
     Asked,
-    /// What could not be had may be there now. Nothing else is touched.
+    /// What was missing may be there now. Only pending forwards are changed.
     Retry,
 }
 
@@ -74,26 +72,26 @@ impl Reconciler {
         lock(&self.pending)
     }
 
-    /// Whether something that is wanted could not be had.
+    /// Returns whether a wanted rule can't be carried now.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending().is_empty()
     }
 
-    /// Calls `f` while nothing that is wanted changes, with the forwards that were made here.
+    /// Calls `f` with the forwards that this reconciler has made, while nothing changes them.
     #[cfg(unix)]
     pub(super) fn while_unchanged(&self, f: &mut dyn FnMut(&HashSet<ForwardId>)) {
         f(&lock(&self.ours));
     }
 
-    /// Why the first could not be had that doesn't wait for what is expected to be missing.
+    /// Returns why the first pending forward failed, other than those that wait for a missing VM.
     pub(super) fn failure(&self) -> Option<String> {
         let pending = self.pending();
         let failed = pending.iter().find(|it| !it.waits);
         failed.map(|it| it.why.clone())
     }
 
-    /// Returns all that could not be had, but what waits for what is expected to be missing; each
-    /// with why, and what is done about it.
+    /// Returns the pending forwards other than those that wait for a missing VM, each with the
+    /// reason and with what is done about it.
     #[cfg(unix)]
     pub(super) fn failures(&self) -> FailedForwards {
         let mut pending = self.pending().clone();
@@ -102,12 +100,12 @@ impl Reconciler {
         failed.map(|it| (it.name.clone(), it.reason())).collect()
     }
 
-    /// The names of what could not be had, and why.
+    /// Returns the names of the pending forwards, and the reasons.
     pub(super) fn failed(&self) -> Vec<Failed> {
         failed(&self.pending())
     }
 
-    /// The forwards that are wanted and can't be had now.
+    /// Returns the pending forwards.
     #[cfg(unix)]
     pub(super) fn shown(&self) -> Vec<crate::app::control::ForwardInfo> {
         let forward = |it: &PendingForward| {
@@ -116,7 +114,7 @@ impl Reconciler {
         self.pending().iter().map(forward).collect()
     }
 
-    /// Tries again what could not be had; what is new about it.
+    /// Retries the pending forwards. Returns what has changed.
     pub(super) fn try_again(
         &self,
         wanted: &[Rule],
@@ -128,8 +126,8 @@ impl Reconciler {
         summary
     }
 
-    /// Makes the proxy carry what is wanted, and says what has come of it. `waits_for` says why a
-    /// rule can't be had yet, if that is known.
+    /// Makes the proxy carry the wanted rules. Returns what has changed. `waits_for` returns why a
+    /// rule can't be carried yet, if that is known.
     pub(super) fn apply(
         &self,
         wanted: &[Rule],
@@ -166,14 +164,15 @@ impl Reconciler {
         let is_pending = |rule: &Rule| before.get(&identity_of_wish(rule)).copied();
         for step in plan(&existing, wanted) {
             match (&step, occasion) {
-                // Somebody has removed it by hand.
+                // A user has removed it.
                 (Step::Add(rule), Occasion::Retry) if is_pending(rule).is_none() => {}
-                // It would take what they have from those who are there, again and again.
+                // Closing the group's listeners every 2 s would disturb the clients of those that
+                // work.
                 (Step::Exchange(group), Occasion::Retry) => {
                     let as_before = group.iter().filter_map(|(_, rule)| is_pending(rule));
                     change.pending.extend(as_before.cloned());
                 }
-                _ => change.make(step),
+                _ => change.apply_step(step),
             }
         }
         let Change {
@@ -182,7 +181,7 @@ impl Reconciler {
             ..
         } = change;
         summary.join_moves();
-        // The first of those that are the same.
+        // The place of the first among equal rules.
         let places = wanted.iter().enumerate().rev();
         let places: HashMap<_, usize> = places
             .map(|(at, rule)| (identity_of_wish(rule), at))
@@ -202,12 +201,12 @@ impl Reconciler {
     }
 }
 
-/// What is the same of rules that are the same wish.
+/// Returns what identifies a rule in successive sets of wanted rules.
 fn identity_of_wish(rule: &Rule) -> (&Option<String>, &Address) {
     (&rule.name, &rule.listen)
 }
 
-/// The names, and why those can't be had.
+/// Returns the names of pending forwards, and the reasons.
 fn failed(pending: &[PendingForward]) -> Vec<Failed> {
     let failed = |it: &PendingForward| Failed {
         name: name_of(&it.rule),
@@ -226,7 +225,7 @@ pub(super) fn name_of(rule: &Rule) -> String {
 struct Change<'a> {
     handle: &'a Handle,
     ours: &'a mut HashSet<ForwardId>,
-    /// Those that there were before.
+    /// The forwards before the change.
     rules: HashMap<ForwardId, &'a Rule>,
     waits_for: &'a dyn Fn(&Rule) -> Option<String>,
     #[cfg(unix)]
@@ -238,7 +237,7 @@ struct Change<'a> {
 }
 
 impl Change<'_> {
-    fn make(&mut self, step: Step<ForwardId>) {
+    fn apply_step(&mut self, step: Step<ForwardId>) {
         match step {
             Step::Keep(id) => {
                 self.ours.insert(id);
@@ -248,14 +247,14 @@ impl Change<'_> {
             Step::Unname(id) => {
                 let mut rule = self.rules[&id].clone();
                 rule.name = None;
-                // If it can't be, neither can what follows, which says so.
+                // If it fails, so does the next step, which reports it.
                 let _ = self.handle.replace(id, rule);
             }
             Step::Replace(id, rule) => {
                 self.ours.insert(id);
                 match self.handle.replace(id, rule.clone()) {
                     Ok(()) => self.summary.changed.push(name_of(&rule)),
-                    Err(e) => self.fails(rule, e),
+                    Err(e) => self.note_failure(rule, e),
                 }
             }
             Step::Move(id, rule) => self.move_to(id, rule),
@@ -264,10 +263,10 @@ impl Change<'_> {
         }
     }
 
-    fn fails(&mut self, rule: Rule, error: Error) {
+    fn note_failure(&mut self, rule: Rule, error: Error) {
         let text = error.to_string();
-        self.is_pending(rule, text);
-        // Every 2 s the others would be asked too often.
+        self.add_pending(rule, text);
+        // The other hvsocks are not asked again at every retry (2 s).
         #[cfg(unix)]
         if self.occasion == Occasion::Asked
             && let Some(it) = self.pending.last_mut()
@@ -276,7 +275,7 @@ impl Change<'_> {
         }
     }
 
-    fn is_pending(&mut self, rule: Rule, why: String) {
+    fn add_pending(&mut self, rule: Rule, why: String) {
         self.pending.push(PendingForward {
             rule,
             waits: false,
@@ -287,12 +286,12 @@ impl Change<'_> {
         });
     }
 
-    /// Whether a rule has to wait, which is noted then.
-    fn has_to_wait(&mut self, rule: &Rule) -> bool {
+    /// Returns whether a rule has to wait; if so, it is added to the pending ones.
+    fn defer_if_waiting(&mut self, rule: &Rule) -> bool {
         let Some(why) = (self.waits_for)(rule) else {
             return false;
         };
-        self.is_pending(rule.clone(), why);
+        self.add_pending(rule.clone(), why);
         if let Some(it) = self.pending.last_mut() {
             it.waits = true;
         }
@@ -300,7 +299,7 @@ impl Change<'_> {
     }
 
     fn add(&mut self, rule: Rule) {
-        if self.has_to_wait(&rule) {
+        if self.defer_if_waiting(&rule) {
             return;
         }
         match self.handle.add(rule.clone()) {
@@ -308,37 +307,38 @@ impl Change<'_> {
                 self.ours.insert(id);
                 self.summary.added.push(name_of(&rule));
             }
-            Err(e) => self.fails(rule, e),
+            Err(e) => self.note_failure(rule, e),
         }
     }
 
-    /// Listens at the new place, and then no more at the old one, which stays if the new one can't
-    /// be had.
+    /// Listens at the new address, then closes the listener at the old one. The old one stays if
+    /// the new one can't be bound.
     fn move_to(&mut self, id: ForwardId, rule: Rule) {
-        if self.has_to_wait(&rule) {
+        if self.defer_if_waiting(&rule) {
             return;
         }
-        // Its name and its reservation are the old one's until that is gone.
+        // Name and reservation belong to the old forward until it is removed.
         let mut bare = rule.clone();
         bare.name = None;
         bare.reserved = 0;
         match self.handle.add(bare) {
-            Err(e) => self.fails(rule, e),
+            Err(e) => self.note_failure(rule, e),
             Ok(new) => {
                 self.ours.insert(new);
                 self.remove(id);
                 self.summary.added.push(name_of(&rule));
                 if let Err(e) = self.handle.replace(new, rule.clone()) {
-                    self.fails(rule, e);
+                    self.note_failure(rule, e);
                 }
             }
         }
     }
 
-    /// Closes all, and listens at their new places; who can't is put back.
+    /// Closes all of a group, then listens at their new addresses. Those that fail get their old
+    /// ones back.
     fn exchange(&mut self, group: Vec<(ForwardId, Rule)>) {
         let mut group = group;
-        group.retain(|(_, rule)| !self.has_to_wait(rule));
+        group.retain(|(_, rule)| !self.defer_if_waiting(rule));
         for (id, _) in &group {
             self.close(*id);
         }
@@ -357,7 +357,7 @@ impl Change<'_> {
             match self.handle.add(self.rules[&id].clone()) {
                 Ok(old) => {
                     self.ours.insert(old);
-                    self.fails(rule, error);
+                    self.note_failure(rule, error);
                     if let Some(it) = self.pending.last_mut() {
                         it.retried = Retried::OnReload;
                     }
@@ -365,7 +365,7 @@ impl Change<'_> {
                 Err(back) => {
                     self.note_removed(id);
                     let why = format!("{error}; and it could not be put back: {back}");
-                    self.is_pending(rule, why);
+                    self.add_pending(rule, why);
                 }
             }
         }
@@ -378,7 +378,7 @@ impl Change<'_> {
 
     fn close(&mut self, id: ForwardId) {
         self.ours.remove(&id);
-        // That it is gone already is as good.
+        // If it is gone already, nothing is to be done.
         let _ = self.handle.remove(id, Duration::MAX);
     }
 
@@ -392,7 +392,7 @@ impl Change<'_> {
     }
 }
 
-/// Whether a keeper goes on to accept what guests dial.
+/// Returns whether a keeper will go on accepting what guests dial.
 fn has_keeper(handle: &Handle) -> bool {
     #[cfg(unix)]
     {
@@ -405,7 +405,7 @@ fn has_keeper(handle: &Handle) -> bool {
     }
 }
 
-/// What is dangerous about a forward's being removed, if there is no keeper.
+/// Describes the danger of removing a forward without a keeper, if there is any.
 pub(super) fn describe_danger(name: &str, listen: &Address) -> Option<String> {
     let (vm, port) = (listen.hyperkit_vm()?, listen.guest_port()?);
     let directory = vm.state_dir.display();
@@ -414,8 +414,8 @@ pub(super) fn describe_danger(name: &str, listen: &Address) -> Option<String> {
     ))
 }
 
-/// A thread that tries again what could not be had, and reloads when it is told to. It may hang in
-/// either, as a disk does: nobody ever waits for it. Dropped, it ends when it can.
+/// A thread that retries pending forwards, and reloads on request. It may hang in either on a disk,
+/// so nothing ever waits for it. Once dropped, it ends when it can.
 #[derive(Debug)]
 pub(super) struct RetryThread {
     reload: SyncSender<()>,
@@ -426,7 +426,8 @@ impl RetryThread {
         mut try_again: impl FnMut() + Send + 'static,
         mut reload: impl FnMut() + Send + 'static,
     ) -> io::Result<RetryThread> {
-        // One that is to come reads what is there then: more need not be asked for.
+        // A reload that has not begun yet will read the newest file, so one waiting request is
+        // enough.
         let (sender, asked) = sync_channel(1);
         let run = move || {
             loop {
@@ -442,11 +443,11 @@ impl RetryThread {
         Ok(RetryThread { reload: sender })
     }
 
-    /// What asks it to reload, without waiting for anything.
+    /// Returns a function that requests a reload, and never blocks.
     pub(super) fn reloader(&self) -> impl Fn() + Send + use<> {
         let reload = self.reload.clone();
         move || {
-            // If one is asked for already, it comes late enough.
+            // If a request is waiting already, that reload comes late enough.
             let _ = reload.try_send(());
         }
     }
@@ -459,7 +460,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     #[test]
-    fn a_reload_that_hangs_keeps_nobody_who_asks_for_another() {
+    fn a_hanging_reload_blocks_no_other_request() {
         let (begins, begun) = channel();
         let (goes_on, hangs) = channel::<()>();
         let reload = move || {
@@ -474,7 +475,7 @@ mod tests {
             ask();
         }
         drop((ask, thread));
-        // All that were asked for meanwhile are one.
+        // All requests made meanwhile are one reload.
         drop(goes_on);
         begun.recv().unwrap();
         begun.recv().unwrap_err();

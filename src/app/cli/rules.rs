@@ -1,4 +1,4 @@
-//! The rules that the words of a command line ask for.
+//! Makes rules from the arguments of a command line.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,7 +22,7 @@ use crate::hyperkit::{Places, uri_of_vmm};
 use crate::lock::lock;
 use crate::proxy::{Candidate, Rule, RuleIndex, check_rule, describe_loop};
 
-/// Returns the rules of each `-L` and `-R`: several, where that is a range.
+/// Returns the rules of each `-L` and `-R`: several for a range.
 pub(super) fn rules_of_vm(
     name: &str,
     local: &[Locals],
@@ -35,12 +35,12 @@ pub(super) fn rules_of_vm(
     Ok(rules(&vm, local, remote))
 }
 
-/// The rules of a VM whose directory is not there yet, as soon as it is.
+/// Returns the rules of a VM once its directory is there.
 pub(super) type Later = Box<dyn Fn() -> Option<Vec<Rule>> + Send + Sync>;
 
-/// Returns the rules of `-L` and `-R` of a VM that may come later: then they are as if it had
-/// nothing to say of itself, and it is said how to find them anew. That is for VMs that are named
-/// by their directories; whoever mistypes a name is told so.
+/// Returns the rules of `-L` and `-R` for a VM that may come later, and a function that finds them
+/// once it is there. Until then they are those of a VM without settings of its own. Only a VM named
+/// by its directory may come later; an unknown name is an error.
 pub(super) fn rules_of_vm_to_come(
     name: &str,
     local: &[Locals],
@@ -63,7 +63,7 @@ pub(super) fn rules_of_vm_to_come(
         ),
         false => "is the path right?".to_owned(),
     };
-    // Such a VM can't be started by that path, and would be waited for in vain.
+    // Such a VM can't be started at that path, so waiting for it is useless.
     #[cfg(unix)]
     if let Some(finding) = look_at_state_dir(&vm) {
         complain(finding);
@@ -80,17 +80,17 @@ pub(super) fn rules_of_vm_to_come(
         Ok(VmPlace::Hyperkit(vm)) if !vm.state_dir.is_dir() => None,
         Ok(vm) => Some(rules(&vm, &local, &remote).concat()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        // What is there now is not what is waited for, and may stay.
+        // Something that is no VM may be at that path for long.
         Err(e) => {
-            tell_once(&told, &e);
+            complain_once(&told, &e);
             None
         }
     };
     Ok((rules_now, Some(Box::new(later))))
 }
 
-/// Says what keeps a VM from being found, unless that was said last.
-fn tell_once(told: &Mutex<Option<String>>, error: &Error) {
+/// Prints why a VM can't be found, unless that was the last message.
+fn complain_once(told: &Mutex<Option<String>>, error: &Error) {
     let text = error.to_string();
     let mut told = lock(told);
     if told.as_ref() != Some(&text) {
@@ -99,13 +99,13 @@ fn tell_once(told: &Mutex<Option<String>>, error: &Error) {
     }
 }
 
-/// Returns whether a path has a name such as sockets have.
+/// Returns whether a path has a name that is usual for sockets.
 fn is_named_as_socket(path: &Path) -> bool {
     let extension = path.extension().and_then(|it| it.to_str());
     extension.is_some_and(|it| ["sock", "socket", "vsock"].contains(&it))
 }
 
-/// Returns the hyperkit VM that is named by its directory, if that isn't there.
+/// Returns the hyperkit VM of a directory, if that directory doesn't exist.
 fn find_missing(name: &str, places: &Places) -> Option<HyperkitVm> {
     if cfg!(windows) {
         return None;
@@ -142,8 +142,8 @@ fn rules(vm: &VmPlace, local: &[Locals], remote: &[Remotes]) -> Vec<Vec<Rule>> {
     local.chain(remote).collect()
 }
 
-/// Says at once what every client would find out: that there is no directory, that it can't be
-/// used, that no VM runs.
+/// Reports at once what each client would find out: that there is no directory, that it can't be
+/// used, or that no VM runs.
 fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     let directory = vm.state_dir.display();
     match vm.connect_path().symlink_metadata() {
@@ -177,8 +177,8 @@ fn look_at(vm: &HyperkitVm) -> crate::Result<()> {
     }
 }
 
-/// Refuses rules of which one would be in another's way: an address that is given twice, or the
-/// same port in another spelling.
+/// Refuses rules that conflict: an address that is given twice, or the same port in another
+/// spelling.
 pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     let mut taken: HashMap<ListenKey<'_>, &Address> = HashMap::new();
     for Rule { listen, .. } in rules {
@@ -203,16 +203,16 @@ pub(super) fn refuse_collisions(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
-/// Refuses a rule that can't work wherever it is carried.
+/// Refuses a rule that can never work.
 pub(super) fn refuse_unworkable(rule: &Rule) -> Outcome {
     check_rule(rule).map_err(|e| match e.cause().raw_os_error() {
-        // This system lacks something: other words wouldn't help.
+        // This system lacks something, so the usage is right.
         Some(_) => Failure::from(e),
         None => Failure::Usage(e.to_string()),
     })
 }
 
-/// Refuses rules that can't work wherever they are carried, and those that lead back to themselves.
+/// Refuses rules that can never work, and those that lead back to themselves.
 pub(super) fn refuse_what_can_not_work(rules: &[Rule]) -> Outcome {
     for rule in rules {
         refuse_unworkable(rule)?;
@@ -232,8 +232,8 @@ pub(super) fn refuse_what_can_not_work(rules: &[Rule]) -> Outcome {
     Ok(())
 }
 
-/// Refuses permissions, by their keys, that were given though none of the rules has a file. Given
-/// for all of them, they may be meant for one.
+/// Refuses permissions, given by their keys, if none of the rules makes a socket file. Options
+/// given for several rules may be meant for one.
 pub(super) fn refuse_useless_access<'a>(
     rules: impl IntoIterator<Item = &'a Rule>,
     given: &[&str],
@@ -246,8 +246,8 @@ pub(super) fn refuse_useless_access<'a>(
     }
 }
 
-/// Returns the rules of addresses to listen on, each with the one to connect to behind it: several
-/// of a pair, where that has ranges.
+/// Returns the rules of pairs of addresses, to listen on and to connect to: several rules for a
+/// pair of ranges.
 pub(super) fn rules_of(addresses: &[Addresses]) -> Result<Vec<Vec<Rule>>, Failure> {
     let (pairs, rest) = addresses.as_chunks::<2>();
     if let [alone] = rest {

@@ -1,4 +1,4 @@
-//! `hvsock run` and `hvsock check`: what a file asks for.
+//! `hvsock run` and `hvsock check`: carry what a file says, and check a file.
 
 #[cfg(unix)]
 use std::ffi::OsString;
@@ -163,7 +163,7 @@ impl RunArgs {
         let retry = RetryThread::start(
             move || retrying.try_again(),
             move || {
-                // It has said what is wrong.
+                // The reload has logged what is wrong.
                 let _ = reload(&reloading);
             },
         )?;
@@ -175,9 +175,9 @@ impl RunArgs {
     }
 }
 
-/// Reads the file again, and tells the service manager so.
+/// Reads the file again, and reports that to the service manager.
 fn reload(running: &Running) -> Result<Summary, Problems> {
-    // At the end there is nothing to be ready for.
+    // At the end the process must not report that it is ready.
     if running.handle().is_stopping() {
         return running.reload();
     }
@@ -187,22 +187,22 @@ fn reload(running: &Running) -> Result<Summary, Problems> {
     read
 }
 
-/// The words that make the command take over, if it was started with these.
+/// Returns the arguments with which the command takes over, given its own arguments.
 #[cfg(unix)]
 fn words_to_take_over(words: impl Iterator<Item = OsString>) -> Vec<OsString> {
     const TAKE_OVER: &str = "--take-over";
     let mut words: Vec<OsString> = words.skip(1).collect();
     if !words.iter().any(|word| word == TAKE_OVER) {
-        // Behind `run`, which is the first: what follows a `--` is no option.
+        // Directly after `run`, the first argument: nothing after a `--` is an option.
         words.insert(1.min(words.len()), TAKE_OVER.into());
     }
     words
 }
 
-/// Starts the program that is now where this one was when it started, to take over from it.
+/// Starts the program that is now at the path of this one, to take over from it.
 ///
 /// # Errors
-/// Why it can't be started, with its path; that there is no file which it could read.
+/// Returns why it can't be started, with its path; or that there is no file for it to read.
 #[cfg(unix)]
 fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<Started, ApiProblem> {
     if file == Path::new(STANDARD_INPUT) {
@@ -217,12 +217,11 @@ fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<St
     let program = program.as_ref().map_err(|e| fail(e))?;
     let mut command = Command::new(program);
     command.args(words_to_take_over(std::env::args_os()));
-    // They are for this process only, and name it: it hands over the sockets that were passed to
-    // it.
+    // These variables name this process. The passed sockets are handed over on the control socket.
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
-    // It is where the new one says why it can't take over.
+    // The new process reports here why it can't take over.
     let (mut report, theirs) = UnixStream::pair().map_err(|e| fail(&e))?;
     report
         .write_all(predecessor::TELL_WHY_NOT)
@@ -232,7 +231,7 @@ fn start_successor(program: &std::io::Result<PathBuf>, file: &Path) -> Result<St
     Ok(Started { child, report })
 }
 
-/// Ends a proxy of which another process has the listeners.
+/// Ends a proxy whose listeners another process has taken.
 #[cfg(unix)]
 fn end_after_hand_over(handle: &Handle, grace: Duration, successor: u32) {
     Manager::handed_over(successor);

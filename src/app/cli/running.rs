@@ -1,4 +1,4 @@
-//! A proxy that does what a file says, and goes on doing so when the file changes.
+//! A proxy that carries what a file says, and changes with the file.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -36,23 +36,23 @@ use super::summary::{Summary, failures};
 pub(super) struct Running {
     reconciler: Reconciler,
     file: PathBuf,
-    /// Whether there is an access log whatever the file says.
+    /// Whether connections are logged even if the file doesn't ask for it.
     always_logs_access: bool,
-    /// The process that it has taken over from.
+    /// The process from which this one has taken over.
     #[cfg(unix)]
     predecessor: Option<u32>,
-    /// What the file said last. Never locked for long.
+    /// The file's content as last read. Never locked for long.
     config: Mutex<Arc<Config>>,
-    /// Locked while the file is read and what it says is done: that may take for ever, as a disk
-    /// does. So it is for those alone who do that.
+    /// Locked while the file is read and applied, which may take for ever on a hanging disk. Only
+    /// the threads that do this may lock it.
     state: Mutex<RunningState>,
 }
 
 #[derive(Debug, Default)]
 struct RunningState {
-    /// VMs that have limits of their own.
+    /// The VMs with limits of their own.
     limits: Vec<VmLimits>,
-    /// VMs whose directory is missing.
+    /// The VMs whose directories are missing.
     missing: Vec<Missing>,
 }
 
@@ -65,7 +65,7 @@ pub(super) enum NotStarted {
 
 #[cfg(unix)]
 impl NotStarted {
-    /// Returns why, of which the first line says what.
+    /// Returns the reasons, the first line being a summary.
     pub(super) fn lines(&self) -> Vec<String> {
         match self {
             NotStarted::File(problems) => {
@@ -85,7 +85,7 @@ impl<E: Into<Failure>> From<E> for NotStarted {
     }
 }
 
-/// The sockets by which it can be looked at and changed.
+/// The bound sockets of the control interface.
 #[cfg(unix)]
 pub(super) type ControlSockets = control::Bound;
 #[cfg(not(unix))]
@@ -117,7 +117,7 @@ fn bind_control_sockets(
     Ok(forbid_own_sockets(bound, proxy))
 }
 
-/// Lets no forward of the proxy lead to the sockets.
+/// Forbids the proxy's forwards to lead to the sockets of the control interface.
 #[cfg(unix)]
 fn forbid_own_sockets(bound: ControlSockets, proxy: &mut ProxyConfig) -> ControlSockets {
     proxy.forbidden = bound.addresses();
@@ -126,7 +126,7 @@ fn forbid_own_sockets(bound: ControlSockets, proxy: &mut ProxyConfig) -> Control
     bound
 }
 
-/// What can be done about an hvsock that is controlled where one of this file is to be.
+/// Returns the remedy for a control socket that another hvsock has.
 #[cfg(unix)]
 fn in_place_of(path: &Path, file: &Path) -> String {
     let elsewhere =
@@ -145,7 +145,7 @@ fn in_place_of(path: &Path, file: &Path) -> String {
     }
 }
 
-/// Why nothing can be taken over.
+/// Returns the failure to take over.
 #[cfg(unix)]
 fn not_taken_over(why: &control::Unanswered) -> Failure {
     Failure::Failed(match why {
@@ -172,25 +172,25 @@ fn bind_control_sockets(
     Ok(ControlSockets)
 }
 
-/// A proxy that starts with no forward, and gets them as when the file is read again: one that
-/// can't be had keeps no other.
+/// Returns the configuration of a proxy without forwards. They are added as at a reload, so that
+/// one that fails keeps no other from starting.
 fn empty_proxy(config: &Config) -> ProxyConfig {
     let mut proxy = ProxyConfig::new(Vec::new());
     proxy.workers = config.workers;
     proxy.splice = config.splice;
-    // Without it there are fewer; the proxy knows.
+    // If the limit can't be raised the proxy uses the lower one.
     let _ = sys::raise_descriptor_limit();
     proxy.limits.connections = usize::MAX;
     proxy
 }
 
 impl Running {
-    /// Starts what a file asks for; what could not be had is to be tried again. `configure` adds to
-    /// the proxy's configuration what the file says nothing of.
+    /// Starts a proxy for a file. Forwards that can't be had are to be retried. `configure` sets
+    /// what the file doesn't.
     ///
     /// # Errors
-    /// All that is wrong with the file; that another hvsock is controlled where this one is to be;
-    /// that there can be no proxy at all.
+    /// Returns all mistakes in the file; that another hvsock has the control socket; or that no
+    /// proxy can be started.
     pub(super) fn start(
         file: &Path,
         configure: impl FnOnce(&mut ProxyConfig),
@@ -210,13 +210,13 @@ impl Running {
         Ok((proxy, running, sockets))
     }
 
-    /// Starts what a file asks for on the sockets of the hvsock that is controlled where this one
-    /// is to be. That one has no listeners any more when this returns, and accepts nobody; before,
-    /// this one does not.
+    /// Starts a proxy for a file on the sockets of the hvsock that has the file's control socket.
+    /// This process accepts no clients before the other has agreed, and the other accepts none once
+    /// this returns.
     ///
     /// # Errors
-    /// As those of [`start`](Running::start); that nothing runs there, or that it doesn't hand
-    /// over. It goes on as before then.
+    /// Returns those of [`start`](Running::start); that no hvsock is there, or that it doesn't hand
+    /// over. The other hvsock then goes on as before.
     #[cfg(unix)]
     pub(super) fn take_over(
         file: &Path,
@@ -243,7 +243,7 @@ impl Running {
         proxy.listeners = predecessor.take_listeners(&rules);
         let proxy = Proxy::start(proxy)?;
         let mut running = Running::new(file, config, &proxy, always_logs_access);
-        // The other one serves them until it has heard that this one can.
+        // The other hvsock serves clients until it knows that this one can.
         running.handle().hold_clients();
         running.apply(&mut running.state(), wanted, Occasion::Asked);
         let mut failed = running.reconciler.failures();
@@ -319,19 +319,19 @@ impl Running {
         &self.file
     }
 
-    /// What the file said last.
+    /// Returns the file's content as last read.
     fn config(&self) -> Arc<Config> {
         let config = lock(&self.config);
         Arc::clone(&config)
     }
 
-    /// Returns the options that the file has for all forwards.
+    /// Returns the options that the file sets for all forwards.
     #[cfg(unix)]
     pub(super) fn defaults(&self) -> RuleOptions {
         self.config().defaults.clone()
     }
 
-    /// Returns whether the file lets forwards to programs be added by the control socket.
+    /// Returns whether the file allows forwards to programs to be added by the control socket.
     #[cfg(unix)]
     pub(super) fn allows_exec(&self) -> bool {
         self.config().allow_exec
@@ -341,7 +341,7 @@ impl Running {
         lock(&self.state)
     }
 
-    /// The forwards that the file asks for and that can't be had now.
+    /// Returns the forwards that the file asks for and that can't be had now.
     #[cfg(unix)]
     pub(super) fn pending(&self) -> Vec<crate::app::control::ForwardInfo> {
         self.reconciler.shown()
@@ -351,24 +351,24 @@ impl Running {
         self.reconciler.handle()
     }
 
-    /// How long live connections may go on when the end is asked for.
+    /// Returns how long live connections may go on once the end has begun.
     pub(super) fn grace(&self) -> Duration {
         self.config().grace
     }
 
-    /// How long there may be no connection before it ends, as the file said at first.
+    /// Returns the idle time after which the process ends, as the file said at the start.
     pub(super) fn exit_idle(&self) -> Option<Duration> {
         self.config().exit_idle
     }
 
-    /// What could not be had so far, line by line.
+    /// Returns what can't be had now, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told: Vec<String> = self.state().missing.iter().map(describe_missing).collect();
         told.extend(failures(&self.reconciler.failed()));
         told
     }
 
-    /// The forwards of these names, as they are carried now, line by line; all if none is named.
+    /// Returns lines that describe the forwards of these names; all forwards if `names` is empty.
     pub(super) fn describe(&self, names: &[String]) -> Vec<String> {
         let config = self.config();
         let vms = config.vms_of_forwards();
@@ -387,18 +387,18 @@ impl Running {
         forwards.filter(meant).map(line).collect()
     }
 
-    /// Reads the file again, and says what has come of it. What it doesn't change is not touched,
-    /// and nobody is cut off.
+    /// Reads the file again and applies its changes. Unchanged forwards are not touched, and no
+    /// connection is cut off. Returns what has changed.
     ///
     /// # Errors
-    /// All that is wrong with the file; then all stays as it was.
+    /// Returns all mistakes in the file; nothing is changed then.
     pub(super) fn reload(&self) -> Result<Summary, Problems> {
         let file = display_name(&self.file);
         let outcome = self.read_again();
         match &outcome {
             Ok(summary) => {
                 info!("{file} was read again: {summary}");
-                self.tell_of(summary);
+                self.log_summary(summary);
             }
             Err(problems) => {
                 let summary = problems.summary();
@@ -409,7 +409,7 @@ impl Running {
         outcome
     }
 
-    fn tell_of(&self, summary: &Summary) {
+    fn log_summary(&self, summary: &Summary) {
         let names: Vec<String> = [&summary.added[..], &summary.changed[..]].concat();
         if !names.is_empty() {
             self.describe(&names).iter().for_each(say);
@@ -443,8 +443,7 @@ impl Running {
         }
         let address_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.address.clone());
         let sources_of = |it: &Option<GuestControl>| it.as_ref().map(|it| it.from.clone());
-        // That waits for a hand-over, after which another process carries what the file said
-        // before.
+        // The calls above wait for a hand-over, after which another process carries the forwards.
         if self.handle().is_stopping() {
             return Err(stopping());
         }
@@ -470,11 +469,10 @@ impl Running {
         Ok(summary)
     }
 
-    /// Tries again what could not be had, and looks again for VMs that were not there; says what
-    /// has come of it, if anything.
+    /// Retries pending forwards, and looks again for missing VMs. Logs what has changed.
     pub(super) fn try_again(&self) {
         if let Some(summary) = self.look_again() {
-            self.tell_of(&summary);
+            self.log_summary(&summary);
         }
     }
 
@@ -484,7 +482,7 @@ impl Running {
         if idle || self.handle().is_stopping() {
             return None;
         }
-        // What is wrong now was right when the file was read; it may be so again.
+        // A problem found now was none when the file was read, and may pass.
         let wanted = self
             .config()
             .look_again(&self.file, &Places::from_env())
@@ -493,7 +491,7 @@ impl Running {
         (!summary.is_empty()).then_some(summary)
     }
 
-    /// Makes the proxy carry what is wanted.
+    /// Makes the proxy carry the wanted rules.
     fn apply(&self, state: &mut RunningState, wanted: WantedState, occasion: Occasion) -> Summary {
         let limited: HashSet<&AnyVm> = wanted.limits.iter().map(|it| &it.vm).collect();
         for old in &state.limits {
@@ -519,19 +517,19 @@ impl Running {
     }
 }
 
-/// What is said of a VM that is not there yet.
+/// Describes a VM that is not there yet.
 pub(super) fn describe_missing(missing: &Missing) -> String {
     let Missing { name, why, .. } = missing;
     format!("VM {name:?} is not there yet: {why}; until then its clients are refused")
 }
 
-/// The VM whose guest dials an address.
+/// Returns the hyperkit VM whose guest dials an address.
 #[cfg(unix)]
 fn guest_of(listen: &Address) -> Option<&HyperkitVm> {
     listen.hyperkit_vm()
 }
 
-/// Why a rule can't listen yet, if it is on a VM whose directory is missing.
+/// Returns why a rule can't listen yet, if the directory of its VM is missing.
 fn waits_for(rule: &Rule, missing: &HashSet<&HyperkitVm>) -> Option<String> {
     let vm = missing.get(rule.listen.hyperkit_vm()?)?;
     let directory = vm.state_dir.display();

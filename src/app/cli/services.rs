@@ -1,5 +1,5 @@
-//! `hvsock register`, `unregister`, `services`: Windows' register of the services that Hyper-V
-//! guests may dial.
+//! `hvsock register`, `unregister`, `services`: change and list the services in Windows' registry
+//! that Hyper-V guests may dial.
 
 use std::io::ErrorKind;
 
@@ -57,7 +57,7 @@ impl RegisterArgs {
     }
 }
 
-/// Registers a service; what to tell of it.
+/// Registers a service. Returns a message.
 pub(super) fn register(id: ServiceId, name: Option<&str>) -> Result<String, Failure> {
     let (service, done) = services::register(id, name).map_err(failure)?;
     let (id, name) = (Named(id), service.name);
@@ -90,7 +90,7 @@ impl ServicesArgs {
     }
 }
 
-/// Returns the failure for an error: what only Windows has is a wrong word elsewhere.
+/// Returns the failure for an error: of usage where only Windows has such services.
 fn failure(error: crate::Error) -> Failure {
     match error.kind() {
         ErrorKind::Unsupported => Failure::Usage(error.to_string()),

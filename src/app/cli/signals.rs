@@ -1,4 +1,4 @@
-//! The signals that ask for the end, as values.
+//! Receives the signals that end the process, as values.
 
 use std::io;
 
@@ -7,15 +7,15 @@ use crate::app::log;
 use crate::error::{Error, Operation, Result};
 use crate::thread::start_thread;
 
-/// What asks for the end: SIGINT, SIGTERM and, but under `nohup`, SIGHUP, for a terminal that
-/// closes must not leave sockets and guests behind; on Windows Ctrl-C, Ctrl-Break, and the
-/// console's close.
+/// Receives the signals that end the process: SIGINT, SIGTERM and, except under `nohup`, SIGHUP,
+/// since a closing terminal must not leave sockets and guests behind. On Windows: Ctrl-C,
+/// Ctrl-Break, and the close of the console.
 ///
-/// To be taken before anything is made that has to be removed again.
+/// To be made before anything that must be removed at the end.
 #[derive(Debug)]
 pub(super) struct EndSignals {
     system: System,
-    /// SIGHUP doesn't ask for the end.
+    /// Whether SIGHUP asks for a reload instead of the end.
     #[cfg(unix)]
     reload: bool,
 }
@@ -41,8 +41,8 @@ type SystemCloser = signal_hook::iterator::Handle;
 
 #[cfg(unix)]
 impl EndSignals {
-    /// Takes SIGINT and SIGTERM, and SIGHUP, which asks, even under `nohup`, to read a file and to
-    /// open the log's file again: see [`asked`](EndSignals::asked).
+    /// Receives SIGINT and SIGTERM, and SIGHUP as a request to reload and to open the log's file
+    /// again, even under `nohup`: see [`asked`](EndSignals::asked).
     pub(super) fn take_with_reload() -> Result<EndSignals> {
         use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
         Ok(EndSignals {
@@ -66,14 +66,14 @@ impl EndSignals {
         })
     }
 
-    /// Returns an item for each signal that asks for the end, until it is closed.
+    /// Returns an item for each signal that ends the process, until closed.
     pub(super) fn each(&mut self) -> impl Iterator<Item = ()> + '_ {
         self.asked()
             .filter(|asked| *asked == SignalRequest::End)
             .map(drop)
     }
 
-    /// Returns what each signal asks for, as [`each`](EndSignals::each) does.
+    /// Returns what each signal asks for, until closed.
     pub(super) fn asked(&mut self) -> impl Iterator<Item = SignalRequest> + '_ {
         let reload = self.reload;
         let asked = move |signal| match reload && signal == signal_hook::consts::SIGHUP {
@@ -90,7 +90,7 @@ impl EndSignals {
         Closer(self.system.handle())
     }
 
-    /// Takes another signal, too, and gives those that have come.
+    /// Adds a signal, and returns the iterator of all.
     pub(super) fn into_system(self) -> System {
         self.system
     }
@@ -101,10 +101,10 @@ fn fail(cause: io::Error) -> Error {
 }
 
 impl EndSignals {
-    /// Calls `heed` at each signal that asks for the end, on a thread of its own.
+    /// Calls `heed` on its own thread, for each signal that ends the process.
     ///
     /// # Errors
-    /// Returns the system's error if there is no thread.
+    /// Returns the system's error if there can be no thread.
     pub(super) fn call_at_each(mut self, heed: impl Fn() + Send + 'static) -> Result<()> {
         let wait = move || self.each().for_each(|()| heed());
         start_thread("hvsock-signals", "to wait for signals", wait).map(drop)
@@ -127,7 +127,7 @@ type System = (
 #[cfg(windows)]
 type SystemCloser = std::sync::mpsc::Sender<Said>;
 
-/// What comes to an [`EndSignals`].
+/// What an [`EndSignals`] receives.
 #[cfg(windows)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Said {
@@ -141,7 +141,7 @@ impl EndSignals {
         let (say, heard) = std::sync::mpsc::channel();
         let handler = say.clone();
         let tell = move || {
-            // Without a receiver it has ended already.
+            // It may have ended already.
             let _ = handler.send(Said::End);
         };
         ctrlc::set_handler(tell).map_err(|e| fail(io::Error::other(e)))?;

@@ -1,4 +1,4 @@
-//! `hvsock simulate`: a stand-in VM to try things on.
+//! `hvsock simulate`: runs a stand-in VM.
 
 use std::collections::HashSet;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -17,7 +17,7 @@ use crate::app::values::number;
 use crate::hyperkit::uri_of_vmm;
 use crate::simulate::{Dial, Endpoint, Service, Vm};
 
-/// What there is with hyperkit only.
+/// The options that apply to hyperkit only.
 const OF_HYPERKIT: [&str; 6] = [
     "cid",
     "guest_forward",
@@ -27,7 +27,7 @@ const OF_HYPERKIT: [&str; 6] = [
     "lenient",
 ];
 
-/// How often the VM's fate and the signals are looked at.
+/// How often the VM's state and the signals are checked.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Stand in for a VM: serve a state directory as hyperkit does, its frailties included, or a socket
@@ -171,7 +171,7 @@ fn split_port<'a>(text: &'a str, right: &str) -> Result<(Port, &'a str), String>
     ))
 }
 
-/// A TCP or Unix address of this machine, names resolved.
+/// Parses a TCP or Unix address of this machine. Resolves names.
 fn endpoint(text: &str) -> Result<Endpoint, String> {
     let address = text.parse::<Address>().map_err(|e| e.to_string())?;
     match (address.as_tcp(), address.unix_path()) {
@@ -277,7 +277,7 @@ impl SimulateArgs {
                         vm.resume();
                         complain("the guest goes on");
                     }
-                    // The kernel closes its sockets, as those of a VM whose process ends.
+                    // The kernel closes its sockets, as it does for a VM process that ends.
                     _ => {
                         std::mem::forget(vm);
                         return Ok(());

@@ -1,4 +1,4 @@
-//! `-L` and `-R`: which local address belongs to which vsock port.
+//! Parses `-L` and `-R`: pairs of a local address and a vsock port.
 
 use std::str::FromStr;
 
@@ -6,23 +6,23 @@ use crate::address::{Address, Port};
 use crate::app::ranges::{BarePort, expand, pair};
 use crate::app::values::{local_address, parse_port};
 
-/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address that leads to a port of the
-/// guest.
+/// `-L [ADDR:]PORT:GUESTPORT` or `-L /PATH:GUESTPORT`: a local address, and the guest's port to
+/// which it leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LocalForward {
     pub(super) listen: Address,
     pub(super) guest_port: Port,
 }
 
-/// The [`LocalForward`]s of one `-L`: several, if it has ranges of ports.
+/// The [`LocalForward`]s of one `-L`: several for a range of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Locals(pub(super) Vec<LocalForward>);
 
-/// The [`Remote`]s of one `-R`: several, if it has ranges of ports.
+/// The [`Remote`]s of one `-R`: several for a range of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remotes(pub(super) Vec<Remote>);
 
-/// Pairs the ports of two ranges, or two ports, of which each is of its kind.
+/// Pairs two ports, or the ports of two ranges, of which each is parsed in its own way.
 fn pair_ports(
     one: (&str, BarePort),
     other: (&str, BarePort),
@@ -31,7 +31,7 @@ fn pair_ports(
         .map_err(|why| format!("{why}, as in 8000-8010:8000-8010"))
 }
 
-/// Refuses a port as docker writes it, such as `80/udp`.
+/// Refuses a port in docker's syntax, such as `80/udp`.
 fn refuse_protocol(port: &str) -> Result<(), String> {
     let Some((number, protocol)) = port.split_once('/') else {
         return Ok(());
@@ -61,7 +61,7 @@ impl FromStr for Locals {
                 Err(_) => "the guest's port is missing; write [ADDR:]PORT:GUESTPORT, as in 8080:80, or /PATH:GUESTPORT".into(),
             });
         };
-        // The last part of ADDR:PORT is no guest's port.
+        // The last part of ADDR:PORT is no guest port.
         if listen.ends_with(']') {
             return Err(format!(
                 "the guest's port is missing; write {text}:{port}, or {listen}:0:{port} for a free port of the host"
@@ -87,8 +87,8 @@ impl FromStr for Remotes {
     }
 }
 
-/// `-R HOSTPORT:TARGET`: a port of the host (CID 2), as the guest dials it, that leads to a local
-/// address.
+/// `-R HOSTPORT:TARGET`: a port of the host (CID 2) that the guest dials, and the local address to
+/// which it leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Remote {
     pub(super) host_port: Port,
@@ -107,7 +107,7 @@ impl LocalForward {
                 "{host:?} stands where an address would: there is no host on the vsock side, as there is in ssh; a right one: 8080:80 or 127.0.0.1:8080:80"
             ));
         }
-        // host:8080:localhost of ssh's host:8080:localhost:80.
+        // Such as ssh's host:8080:localhost:80.
         let is_plain = !listen.contains(['/', '[', '\\']);
         if let [host, port, other] = &listen.split(':').collect::<Vec<_>>()[..]
             && is_plain
@@ -119,7 +119,7 @@ impl LocalForward {
             ));
         }
         let listen = local_address(listen).map_err(|why| {
-            // What is read as the guest's port was that of an address.
+            // The last number was the port of an address, not a guest port.
             match local_address(&format!("{listen}:{port}")) {
                 Ok(Address::Tcp(_)) if !listen.ends_with(".sock") => format!(
                     "the guest's port is missing; write {listen}:{port}:{port}, or {listen}:0:{port} for a free port of the host"
@@ -238,7 +238,7 @@ mod tests {
             let error = text.parse::<Locals>().unwrap_err();
             assert!(error.contains(part), "{text}: {error}");
         }
-        // It is a path's.
+        // The dash belongs to a path.
         assert_eq!(local("/run/a-1:80"), Ok(("unix:///run/a-1".to_owned(), 80)));
     }
 

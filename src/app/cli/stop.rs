@@ -1,4 +1,4 @@
-//! `hvsock stop`: ends an hvsock that runs, and the keepers of VMs if that is wanted.
+//! `hvsock stop`: ends a running hvsock and, on request, the keepers of VMs.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -51,10 +51,10 @@ pub(super) struct StopArgs {
     which: Which,
 }
 
-/// How often it is looked whether it has ended.
+/// How often the process' end is checked.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How much longer than its grace an hvsock may take: the connections of guests are closed
+/// How much longer than its grace an hvsock may take, since it closes guests' connections
 /// gracefully.
 const LEAVE: Duration = Duration::from_secs(10);
 
@@ -73,7 +73,7 @@ impl StopArgs {
             )),
             other => other.into(),
         })?;
-        // The keeper knows that its proxy has ended when all of that process is gone.
+        // The keeper notices the proxy's end only when the whole process has ended.
         self.stop(&path, |end| wait_for_process(before.pid, end))?;
         let directories = before.vms().into_iter();
         for (directory, keeper) in keepers_in(directories.map(|vm| PathBuf::from(&vm.directory))) {
@@ -84,8 +84,8 @@ impl StopArgs {
         Ok(())
     }
 
-    /// Stops the hvsock that is controlled at `path`. `has_ended` waits until it has ended, or
-    /// until that time.
+    /// Stops the hvsock whose control socket is at `path`. `has_ended` waits for its end, at most
+    /// until the given time.
     fn stop(&self, path: &Path, has_ended: impl FnOnce(Instant) -> bool) -> Outcome {
         let call = format!("/v1/stop{}", query(self.grace));
         let answer: Value = read(&ask(path, "POST", &call, "")?)?;
@@ -132,7 +132,7 @@ fn wait(end: Instant, mut is_over: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Returns the keepers that can be asked in these directories, each once.
+/// Returns the keepers that answer in these directories, each once.
 fn keepers_in(
     directories: impl Iterator<Item = PathBuf>,
 ) -> impl Iterator<Item = (PathBuf, KeeperStatus)> {
@@ -144,7 +144,7 @@ fn keepers_in(
     all.filter(move |(_, keeper)| seen.insert(keeper.pid))
 }
 
-/// Ends the keepers of a VM whose hvsock has ended.
+/// Ends the keepers of a VM whose hvsocks have ended.
 fn end_orphans(vm: &str) -> Outcome {
     let directory = find(vm, &Places::from_env())?.state_dir;
     let shown = directory.display();
@@ -169,7 +169,7 @@ fn end_orphans(vm: &str) -> Outcome {
     }
 }
 
-/// Ends a keeper, and says what that risks.
+/// Ends a keeper, and prints the risk of that.
 fn end_keeper(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     let pid = keeper.pid;
     keepers::end(directory, pid)
@@ -189,7 +189,7 @@ fn end_keeper(directory: &Path, keeper: &KeeperStatus) -> Outcome {
     Ok(())
 }
 
-/// Describes a keeper: what it has, of the ports those in `directory`, however its path is spelled.
+/// Describes a keeper, with its ports in `directory`, however that path is spelled.
 pub(super) fn describe(keeper: &KeeperStatus, directory: &Path) -> String {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let its = real(directory);

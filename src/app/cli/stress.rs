@@ -1,4 +1,4 @@
-//! `hvsock stress`: send, compare, measure.
+//! `hvsock stress`: sends data, compares what comes back, and measures.
 
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,7 +78,7 @@ pub(super) struct StressArgs {
     mode: u32,
 }
 
-/// What says nothing to a server.
+/// The options that have no meaning for a server.
 const CLIENT_OPTIONS: [&str; 10] = [
     "connections",
     "parallel",
@@ -102,26 +102,26 @@ enum Bench {
     Rtt,
 }
 
-/// Sizes to draw from.
+/// A range of sizes in bytes, to draw from.
 type Sizes = RangeInclusive<u64>;
 
-/// The most that is read or written at once.
+/// The most bytes that are read or written at once.
 const LARGEST_BUFFER: u64 = 16 << 20;
 
-/// The largest message of a round trip: it has a buffer of its size.
+/// The largest message of a round trip in bytes: each has a buffer of its size.
 const LARGEST_MESSAGE: u64 = 1 << 30;
 
-/// Round trips of a connection.
+/// The default number of round trips of a connection.
 const ROUND_TRIPS: u64 = 10_000;
 
-/// How long clients may take to end when the server is told to stop.
+/// How long clients may take to finish when the server is stopped.
 const GRACE: Duration = Duration::from_secs(10);
 
 impl StressArgs {
     pub(super) fn run(self) -> Outcome {
         let stop = Stop::default();
         let signals = EndSignals::take()?;
-        // Without it there are fewer.
+        // If the limit can't be raised there are fewer connections.
         let _ = crate::sys::raise_descriptor_limit();
         let address = self.peer.address(Instant::now())?;
         let operation = match self.server {
@@ -200,14 +200,14 @@ impl StressArgs {
     }
 }
 
-/// Has signals ask for the end.
+/// Ends the run when a signal comes: gracefully at the first one, at once at the next.
 ///
 /// # Errors
-/// Returns why no thread can be started that waits for them.
+/// Returns an error if the thread that waits for signals can't be started.
 fn stop_on_signals(mut signals: EndSignals, stop: Stop, patience: Duration) -> Outcome {
     let wait = move || {
         for (count, ()) in signals.each().enumerate() {
-            // The reader of the report may have stopped.
+            // The reader of the report may hang.
             end_without_what_hangs(match count {
                 0 => patience,
                 _ => Duration::ZERO,
@@ -225,7 +225,7 @@ fn stop_on_signals(mut signals: EndSignals, stop: Stop, patience: Duration) -> O
     Ok(())
 }
 
-/// Runs it, with a bar on standard error if that is a terminal.
+/// Runs the plan, with a progress bar if standard error is a terminal.
 fn watch(plan: &StressPlan, stop: &Stop) -> StressReport {
     let progress = StressProgress::default();
     let over = AtomicBool::new(false);
@@ -247,7 +247,7 @@ fn watch(plan: &StressPlan, stop: &Stop) -> StressReport {
                 std::thread::sleep(LOOK);
             }
         };
-        // Without a thread there is no bar.
+        // The bar is not needed.
         let _ = start_scoped_thread(scope, "hvsock-bar", "to show the progress", show);
         let report = stress::run(plan, stop, &progress);
         over.store(true, Ordering::Relaxed);
@@ -257,7 +257,7 @@ fn watch(plan: &StressPlan, stop: &Stop) -> StressReport {
     report
 }
 
-/// Reads `SIZE` or `MIN-MAX`.
+/// Parses `SIZE` or `MIN-MAX`, in bytes.
 fn parse_sizes(text: &str) -> Result<Sizes, String> {
     let (least, most) = text.split_once('-').unwrap_or((text, text));
     let (least, most) = (parse_size(least)?, parse_size(most)?);
@@ -285,7 +285,7 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = digits.parse::<u64>().ok();
     bytes
         .and_then(|n| n.checked_mul(1 << shift))
-        // The data's positions must not overflow.
+        // Positions in the data must not overflow.
         .filter(|&n| n <= 1 << 50)
         .ok_or_else(|| format!("{text:?} is no size; right ones: 4096, 64K, 1M-4M"))
 }

@@ -1,4 +1,4 @@
-//! What has become of what a file asks for, as people and programs are told.
+//! What has changed when a file was applied, for people and programs.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -6,24 +6,23 @@ use std::time::Duration;
 
 use crate::app::config::quote_key;
 
-/// How often it is tried again to listen where that could not be done.
+/// How often pending forwards are retried.
 pub(super) const TRY_AGAIN: Duration = Duration::from_secs(2);
 
-/// What became of the forwards when the file was read again, by their names. Prints as how many
-/// they are.
+/// What has changed when the file was applied, by the forwards' names. Prints as counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Summary {
     pub(super) added: Vec<String>,
     pub(super) changed: Vec<String>,
     pub(super) removed: Vec<String>,
     pub(super) kept: Vec<String>,
-    /// Those that can't be had now, and why; they are tried again.
+    /// The forwards that can't be had now, and why; they are retried.
     pub(super) failed: Vec<Failed>,
-    /// Other keys that have new values, as `key = value`.
+    /// Other changed settings, as `key = value`.
     pub(super) settings: Vec<String>,
-    /// Keys whose new values only a restart brings.
+    /// Changed keys that need a restart.
     pub(super) restart: Vec<&'static str>,
-    /// What is dangerous about it.
+    /// What is dangerous about the change.
     pub(super) warnings: Vec<String>,
 }
 
@@ -32,17 +31,17 @@ pub(super) struct Summary {
 pub(super) struct Failed {
     pub(super) name: String,
     pub(super) why: String,
-    /// Whether what it needs is expected to be missing at times.
+    /// Whether what it lacks is expected to be missing at times, such as a VM.
     pub(super) waits: bool,
     pub(super) retried: Retried,
 }
 
-/// When something that can't be had is tried again.
+/// When a pending forward is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Retried {
     /// After [`TRY_AGAIN`].
     Soon,
-    /// Only at a reload that was asked for: a listener has to be closed for it.
+    /// Only at a requested reload: another listener has to be closed for it.
     OnReload,
 }
 
@@ -60,7 +59,7 @@ impl Failed {
 }
 
 impl Summary {
-    /// Returns whether all is as it was.
+    /// Returns whether nothing has changed.
     pub(super) fn is_empty(&self) -> bool {
         let Summary {
             added,
@@ -79,7 +78,7 @@ impl Summary {
             && restart.is_empty()
     }
 
-    /// Takes what was both removed and added for what it is: moved.
+    /// Counts a forward that was both removed and added as moved.
     pub(super) fn join_moves(&mut self) {
         let added: HashSet<&String> = self.added.iter().collect();
         let again = |name: &mut String| added.contains(name);
@@ -89,7 +88,7 @@ impl Summary {
         self.changed.extend(moved);
     }
 
-    /// Returns what the control socket tells of it.
+    /// Returns the report for the control socket.
     #[cfg(unix)]
     pub(super) fn report(&self) -> SummaryReport {
         let failed = self.failed.iter();
@@ -105,7 +104,7 @@ impl Summary {
         }
     }
 
-    /// Returns what a person should know, line by line.
+    /// Returns what a user should know, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let mut told = failures(&self.failed);
         let restart = |key: &&str| format!("{key} has changed in the file, which takes a restart");
@@ -115,7 +114,7 @@ impl Summary {
     }
 }
 
-/// A [`Summary`] as the control socket tells it.
+/// A [`Summary`] as the control socket reports it.
 #[cfg(unix)]
 #[derive(Debug, serde::Deserialize, serde::Serialize)]
 pub(super) struct SummaryReport {
@@ -151,7 +150,7 @@ impl SummaryReport {
         told
     }
 
-    /// Returns what is not as the file has it, and what is dangerous, line by line.
+    /// Returns what differs from the file, and what is dangerous, line by line.
     pub(super) fn troubles(&self) -> Vec<String> {
         let failed = self.failed.iter();
         let mut told: Vec<String> = failed
@@ -176,7 +175,7 @@ impl fmt::Display for Summary {
         let counts = counts.map(|(names, what)| format!("{} {what}", names.len()));
         f.write_str(&counts.join(", "))?;
         let waiting = self.failed.iter().filter(|it| it.waits).count();
-        // As `hvsock status` calls them.
+        // The words of `hvsock status`.
         for (count, state) in [
             (self.failed.len() - waiting, "failed"),
             (waiting, "waiting"),
@@ -189,13 +188,13 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Returns what is said of forwards that can't be had now.
+/// Describes the forwards that can't be had now, line by line.
 pub(super) fn failures(failed: &[Failed]) -> Vec<String> {
     let line = |it: &Failed| format!("[forward.{}]: {}", quote_key(&it.name), it.reason());
     failed.iter().map(line).collect()
 }
 
-/// Returns why something can't be had that is tried again.
+/// Describes why something can't be had that is retried.
 pub(super) fn tried_again(why: &str) -> String {
     format!("{why}; it is tried again every {} s", TRY_AGAIN.as_secs())
 }

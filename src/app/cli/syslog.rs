@@ -1,4 +1,4 @@
-//! `hvsock syslog`: log messages of local programs, to a collector elsewhere.
+//! `hvsock syslog`: carries log messages of local programs to a collector elsewhere.
 
 use std::path::PathBuf;
 

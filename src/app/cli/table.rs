@@ -6,8 +6,8 @@ use indicatif::HumanCount;
 
 use crate::app::escape;
 
-/// Rows below their headings, without lines, columns two blanks apart. What would move a terminal
-/// is escaped.
+/// Formats rows below their headings, without rules, columns two spaces apart. Control characters
+/// are escaped.
 pub(super) fn of<const N: usize>(
     headings: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
@@ -25,7 +25,7 @@ pub(super) fn of<const N: usize>(
     table.trim_fmt()
 }
 
-/// Returns a number and its noun, as `1 connection`.
+/// Returns a number with its noun, as `1 connection`.
 #[cfg(unix)]
 pub(super) fn counted(n: u64, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };

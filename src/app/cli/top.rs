@@ -1,4 +1,4 @@
-//! `hvsock top`: what an hvsock that runs is doing, live.
+//! `hvsock top`: shows live what a running hvsock is doing.
 
 use std::env;
 use std::io::{self, IsTerminal};

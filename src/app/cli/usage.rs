@@ -1,10 +1,9 @@
-//! What is said of words that the command line doesn't take.
+//! Rewords clap's errors about arguments that are not accepted.
 
 use clap::Error;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-/// Options of other programs, the commands at which they are written, and what does here what they
-/// do there.
+/// Options of other programs, the commands at which they are expected, and what does the same here.
 const FOREIGN: [(&str, &[&str], &str); 11] = [
     ("-p", SERVE, "docker's -p is -L here: -L 8080:80"),
     (
@@ -35,7 +34,7 @@ const FOREIGN: [(&str, &[&str], &str); 11] = [
     ("--verbose", ANY, VERBOSE),
 ];
 
-/// Those that serve until they are ended.
+/// The commands that serve until they are ended.
 const SERVE: &[&str] = &["expose", "forward", "run"];
 
 /// All commands.
@@ -46,8 +45,8 @@ hvsock-services`)";
 
 const VERBOSE: &str = "the variable HVSOCK_LOG=debug has it say more";
 
-/// Says in an error of clap what is to be written, and not what clap takes for likely: that the
-/// word was to be a value, or a command that is spelled alike.
+/// Replaces clap's guess in an error (that the word was a value, or a misspelt command) by what
+/// should be written.
 pub(super) fn reword_error(mut error: Error, words: &[String]) -> Error {
     let tip = match error.kind() {
         ErrorKind::UnknownArgument => {
@@ -82,8 +81,8 @@ pub(super) fn reword_error(mut error: Error, words: &[String]) -> Error {
     error
 }
 
-/// Tells how the value of `--control` is written, if it was written as a word of its own and
-/// refused as another argument.
+/// Returns a tip on how to write the value of `--control`, if it was written as a separate word and
+/// so taken for another argument.
 fn tip_for_value(error: &Error, words: &[String]) -> Option<String> {
     if text(error, ContextKind::InvalidArg).is_some_and(|word| word == "--control") {
         return None;
@@ -126,7 +125,7 @@ mod tests {
 
     use super::super::Arguments;
 
-    /// Returns what is said of a word that no argument takes for a value.
+    /// Returns the error for a value that no argument accepts.
     fn said_of(command: &Command, argument: &Arg) -> Option<String> {
         const WORD: &str = "-no value:";
         let word = match (argument.get_long(), argument.is_positional()) {
@@ -140,8 +139,7 @@ mod tests {
         Some(parsed.err()?.to_string())
     }
 
-    /// A wrong value is told of in words of ours, with what a right one is, and not in those of a
-    /// parser.
+    /// Errors about values are in our words and show a right value; they are not those of a parser.
     #[test]
     fn no_value_is_refused_in_the_words_of_a_parser() {
         let mut refused = 0;
@@ -161,7 +159,7 @@ mod tests {
                 }
             }
         }
-        // There are fewer commands on Windows.
+        // Windows has fewer commands.
         assert!(refused > 50, "{refused} values were refused");
     }
 }

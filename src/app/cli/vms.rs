@@ -1,4 +1,4 @@
-//! `hvsock vms`: what there is to connect to.
+//! `hvsock vms`: lists the VMs that one can connect to.
 
 use std::io::ErrorKind;
 
@@ -32,9 +32,9 @@ const HEADINGS: [&str; 4] = ["NAME", "KEPT BY", "STATE", "WHERE"];
 impl VmsArgs {
     pub(super) fn run(self) -> Outcome {
         if cfg!(windows) {
-            hyper_v()?;
+            list_hyper_v_vms()?;
         } else {
-            hyperkit()?;
+            list_hyperkit_vms()?;
         }
         if cfg!(target_os = "linux") {
             print(match vsock::local_cid() {
@@ -48,10 +48,10 @@ impl VmsArgs {
     }
 }
 
-fn hyperkit() -> Outcome {
+fn list_hyperkit_vms() -> Outcome {
     let survey = hyperkit::survey(&Places::from_env());
     let looked = format!("looked in {}", survey.looked.join(", "));
-    let others = others();
+    let others = list_other_vms();
     if survey.found.is_empty() {
         if !others.is_empty() {
             print_text(table::of(HEADINGS, others))?;
@@ -59,7 +59,7 @@ fn hyperkit() -> Outcome {
         print(format_args!("no hyperkit VM found; {looked}"))?;
         return Ok(());
     }
-    let keepers = keepers(&survey.found);
+    let keepers = describe_keepers(&survey.found);
     let rows = survey.found.into_iter().map(|vm| {
         // The process may have ended since it was found.
         let state = match hyperkit::running_pid(&vm.vm.state_dir) {
@@ -79,7 +79,7 @@ fn hyperkit() -> Outcome {
     Ok(())
 }
 
-/// The state of a VM whose process lives, in the words of `hvsock status`.
+/// Returns the state of a VM whose process is alive, in the words of `hvsock status`.
 fn state_of(process: i32) -> &'static str {
     match sys::process_is_stopped(process) {
         true => "paused",
@@ -87,11 +87,11 @@ fn state_of(process: i32) -> &'static str {
     }
 }
 
-/// The rows of the VMs that other VMMs run here.
+/// Returns the rows of running VMs of other VMMs.
 #[cfg(unix)]
-fn others() -> Vec<[String; 4]> {
+fn list_other_vms() -> Vec<[String; 4]> {
     use crate::app::{processes, vmms};
-    // Where the system doesn't tell of processes, none is known.
+    // Some systems don't list processes.
     let found = vmms::find(&processes::list_all().unwrap_or_default()).into_iter();
     let row = |it: vmms::RunningVm| {
         let state = i32::try_from(it.process).map_or("running", state_of);
@@ -101,13 +101,13 @@ fn others() -> Vec<[String; 4]> {
 }
 
 #[cfg(not(unix))]
-fn others() -> Vec<[String; 4]> {
+fn list_other_vms() -> Vec<[String; 4]> {
     Vec::new()
 }
 
-/// The keepers of the VMs, those of which the hvsock has ended included, line by line.
+/// Returns lines that describe the VMs' keepers, including those whose hvsock has ended.
 #[cfg(unix)]
-fn keepers(vms: &[hyperkit::Discovered]) -> Vec<String> {
+fn describe_keepers(vms: &[hyperkit::Discovered]) -> Vec<String> {
     use super::stop::describe;
     use crate::keeper::status::query;
     let lines = vms.iter().flat_map(|vm| {
@@ -120,11 +120,11 @@ fn keepers(vms: &[hyperkit::Discovered]) -> Vec<String> {
 }
 
 #[cfg(not(unix))]
-fn keepers(_: &[hyperkit::Discovered]) -> Vec<String> {
+fn describe_keepers(_: &[hyperkit::Discovered]) -> Vec<String> {
     Vec::new()
 }
 
-fn hyper_v() -> Outcome {
+fn list_hyper_v_vms() -> Outcome {
     let machines = match hyperv::list() {
         Err(e) if e.kind() == ErrorKind::Unsupported => {
             return print(format_args!("no VM found: {e}"));

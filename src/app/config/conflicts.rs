@@ -1,4 +1,4 @@
-//! Forwards that are in each other's way, or in the way of where the program itself listens.
+//! Finds forwards that conflict with each other, or with the program's own sockets.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -11,18 +11,17 @@ use crate::address::overlap::ListenKey;
 use crate::address::{Address, UnixAddress};
 use crate::proxy::{Candidate, Rule, RuleIndex, describe_loop, leads_to};
 
-/// Where the program itself listens, and the key that says so.
+/// The address of a socket of the program itself, and the key that sets it.
 pub(super) type OwnAddress = (&'static str, Address);
 
-/// Where a forward listens: its name, the line that says so, and the address.
+/// The address on which a forward listens, with its name and the line.
 struct Claim<'a> {
     name: &'a str,
     line: &'a Line,
     listen: &'a Address,
 }
 
-/// Says which VMs and forwards have a name that another has: in an included file, or as one port of
-/// a range.
+/// Reports VMs and forwards with the same name: in an included file, or by a port of a range.
 pub(super) fn find_namesakes(
     vms: &[VmSection],
     forwards: &[ForwardSection],
@@ -56,8 +55,8 @@ pub(super) fn find_namesakes(
     }
 }
 
-/// Says which rules can't be carried beside each other, and which come out where it is controlled
-/// from, or looked at. Of forwards that could be read in part it is known where they listen.
+/// Reports rules that can't be carried together, and rules that lead to the control socket or the
+/// metrics. Of forwards that could be read only in part, the listen addresses are known.
 pub(super) fn find(
     rules: &[(&ForwardSection, Rule)],
     parts: &[Read],
@@ -118,7 +117,7 @@ pub(super) fn find(
     }
 }
 
-/// Says which rules certainly lead back to themselves, of each loop once.
+/// Reports rules that certainly lead back to themselves, each loop once.
 pub(super) fn find_loops(
     rules: &[&(&ForwardSection, Rule)],
     complain: &mut dyn FnMut(Line, String),
@@ -142,7 +141,7 @@ pub(super) fn find_loops(
     }
 }
 
-/// Returns where the program itself listens.
+/// Returns the addresses on which the program itself listens.
 pub(super) fn own_addresses(
     control: Option<&Path>,
     guest_control: Option<&Address>,

@@ -1,5 +1,5 @@
-//! What there is to do so that a running proxy carries what a file says, and nothing else is
-//! touched.
+//! Plans the steps by which a running proxy comes to carry what a file says, and touches nothing
+//! else.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
@@ -11,47 +11,46 @@ use crate::proxy::Rule;
 #[derive(Clone, Debug)]
 pub(crate) struct Existing<I> {
     pub(crate) id: I,
-    /// As it was asked for.
+    /// The rule as it was requested.
     pub(crate) rule: Rule,
-    /// It came from the file. Others are left alone, unless the file now asks for where they
-    /// listen.
+    /// Whether it came from the file. Other forwards are left alone, unless the file now asks for
+    /// their address.
     pub(crate) ours: bool,
 }
 
-/// One thing to do. In the order in which they are told, none is in another's way.
+/// A step. In the order of a plan, no step is blocked by a later one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step<I> {
-    /// Nothing: it is as the file says.
+    /// Does nothing: the forward is as the file says.
     Keep(I),
     Remove(I),
-    /// Takes a forward's name away, for another gets it.
+    /// Removes the name of a forward, since another one gets it.
     Unname(I),
-    /// Gives another rule to a forward that listens there already.
+    /// Gives a new rule to a forward that keeps its listener.
     Replace(I, Rule),
-    /// Moves a forward to another place under its name: it can listen there before the old
-    /// listener is closed.
+    /// Moves a forward to another address: it can listen there before the old listener is closed.
     Move(I, Rule),
-    /// Moves forwards that are in each other's way, or each in its own: all are closed before any
-    /// listens again.
+    /// Moves forwards that block each other, or themselves: all are closed before any listens
+    /// again.
     Exchange(Vec<(I, Rule)>),
     Add(Rule),
 }
 
-/// What there is for a rule that is wanted.
+/// The existing forward that matches a wanted rule.
 #[derive(Clone, Copy)]
 enum ExistingMatch<'a, I> {
     Nothing,
-    /// The forward that listens there.
+    /// The forward that listens at its address.
     Holder(&'a Existing<I>),
-    /// The forward of its name that listens elsewhere.
+    /// The forward with its name that listens elsewhere.
     Namesake(&'a Existing<I>),
 }
 
-/// Returns the steps by which the existing forwards become the wanted ones.
+/// Returns the steps from the existing forwards to the wanted rules.
 ///
-/// A forward is known again by where it listens, by its name only among those that have their port
-/// chosen: a forward that keeps its address keeps its listener. One that isn't known again,
-/// and came from the file, has moved if its name is still there.
+/// A forward is matched by its listen address, or by its name if its port is chosen by the kernel.
+/// So a forward that keeps its address keeps its listener. A forward of the file without a match
+/// has moved if a rule has its name.
 pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule]) -> Vec<Step<I>> {
     let mut holders: HashMap<_, VecDeque<usize>> = HashMap::new();
     let mut namesakes: HashMap<&str, VecDeque<usize>> = HashMap::new();
@@ -119,14 +118,14 @@ pub(crate) fn plan<I: Copy + PartialEq>(existing: &[Existing<I>], wanted: &[Rule
     steps
 }
 
-/// Returns where a rule listens, by which its forward is known again; and its name, if the port is
-/// chosen.
+/// Returns what a rule is matched by: its listen address, and its name if the port is chosen by the
+/// kernel.
 fn place_of(rule: &Rule) -> (&Address, Option<&Option<String>>) {
     let chosen = rule.listen.leaves_port_to_kernel();
     (&rule.listen, chosen.then_some(&rule.name))
 }
 
-/// Returns the forwards that move, each after those that have to leave its new place.
+/// Returns the moves, each after those that free its new address.
 fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>> {
     let mut holders: HashMap<WayKey, Vec<usize>> = HashMap::new();
     for (index, (old, _)) in moves.iter().enumerate() {
@@ -134,7 +133,7 @@ fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>>
             holders.entry(key).or_default().push(index);
         }
     }
-    // For each, those that are in its way, and those in whose way it is.
+    // For each move, those that block it, and those that it blocks.
     let mut in_the_way = vec![BTreeSet::new(); moves.len()];
     let mut waiting = vec![Vec::new(); moves.len()];
     for (index, (_, rule)) in moves.iter().enumerate() {
@@ -158,7 +157,7 @@ fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>>
                 vec![index]
             }
             None => {
-                // Another is in the way of each: from one to the next leads into a circle.
+                // Each is blocked by another, so following the blocks leads into a cycle.
                 let mut way = vec![first];
                 let circle = loop {
                     let last = way.last().copied().unwrap_or(first);
@@ -187,7 +186,7 @@ fn order<I: Copy + PartialEq>(moves: Vec<(&Existing<I>, &Rule)>) -> Vec<Step<I>>
     steps
 }
 
-/// What two addresses have in common if one may be in the way of the other.
+/// What two addresses share if a listener at one may block the other.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum WayKey {
     TcpPort(u16),
@@ -206,14 +205,13 @@ fn way_keys(listen: &Address) -> Vec<WayKey> {
     [Some(key), file].into_iter().flatten().collect()
 }
 
-/// Returns whether a listener at one may be in the way of a listener at the other.
+/// Returns whether a listener at one address may block a listener at the other.
 fn may_collide(one: &Address, other: &Address) -> bool {
     let files = file_of(one).zip(file_of(other));
     one.may_collide(other) || files.is_some_and(|(one, other)| one == other)
 }
 
-/// Returns the file of the Unix socket that is made for an address, however its directory is
-/// spelled.
+/// Returns the socket file of a Unix address, however the path of its directory is spelled.
 fn file_of(listen: &Address) -> Option<PathBuf> {
     let path = listen.listen_path()?;
     let path = std::path::absolute(&path).unwrap_or_else(|_| path.into_owned());
@@ -275,7 +273,7 @@ mod tests {
         let b = rule("b", "/2", TO);
         let steps = plan(&now, &[renamed.clone(), b]);
         assert_eq!(steps, [Step::Replace(0, renamed), Step::Keep(1)]);
-        // A name that goes to another is free by then.
+        // A name can be used again by another forward.
         let (a, b) = (rule("a", "/2", TO), rule("b", "/1", TO));
         let steps = plan(&now, &[a.clone(), b.clone()]);
         assert_eq!(
@@ -287,7 +285,7 @@ mod tests {
                 Step::Replace(0, b)
             ]
         );
-        // Also to one that is new.
+        // Also by a new one.
         let (new, renamed) = (rule("a", "/3", TO), rule("c", "/1", TO));
         let steps = plan(&now, &[new.clone(), renamed.clone()]);
         let expected = [
@@ -315,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn who_moves_waits_for_who_leaves_its_new_place() {
+    fn a_forward_moves_after_those_that_free_its_new_address() {
         let at = |name: &str, place: &str| rule(name, &format!("tcp://{place}"), TO);
         let now = existing(&[
             at("a", "10.0.0.1:1"),
             at("b", "10.0.0.1:2"),
             at("c", "10.0.0.1:3"),
         ]);
-        // Each is in the way of the one before it.
+        // Each blocks the one before it.
         let [a, b, c] = [
             at("a", "0.0.0.0:2"),
             at("b", "0.0.0.0:3"),
@@ -336,7 +334,7 @@ mod tests {
                 Step::Move(0, a.clone())
             ]
         );
-        // Two of them are in each other's way, and the third is only in theirs.
+        // Two of them block each other, and the third is blocked by both.
         let (c, back) = (at("c", "0.0.0.0:2"), at("b", "0.0.0.0:3"));
         let a = at("a", "0.0.0.0:3");
         assert_eq!(
@@ -347,7 +345,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn who_is_in_its_own_way_is_closed_first() {
+    fn a_forward_that_blocks_itself_is_closed_first() {
         let exchanges = |from: &str, to: &str| {
             let steps = plan(&existing(&[rule("a", from, TO)]), &[rule("a", to, TO)]);
             matches!(&steps[..], [Step::Exchange(_)])

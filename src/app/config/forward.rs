@@ -1,4 +1,4 @@
-//! `[forward.NAME]`.
+//! Reads `[forward.NAME]`.
 
 use super::problems::Line;
 use super::section::Section;
@@ -10,16 +10,16 @@ use crate::app::values;
 use crate::app::vm::VmPlace;
 use crate::proxy::Rule;
 
-/// One end of a forward.
+/// An end of a forward.
 #[derive(Clone, Debug)]
 enum ForwardEnd {
     At(Address),
-    /// A port of the forward's VM, or of the host as that VM's guest dials it.
+    /// A port of the forward's VM, or a port of the host that the VM's guest dials.
     Vm(Port),
 }
 
 impl ForwardEnd {
-    /// Returns what the forward of a range is called that listens here.
+    /// Returns the name of the range's forward that listens here.
     fn name_of(&self, range: &str) -> String {
         match self {
             ForwardEnd::At(address) => name_of(range, address),
@@ -28,40 +28,41 @@ impl ForwardEnd {
     }
 }
 
-/// `[forward.NAME]`.
+/// A forward of the file.
 #[derive(Clone, Debug)]
 pub(super) struct ForwardSection {
     pub(super) name: String,
-    /// The name of its section, if that is one of a range.
+    /// The name of its section, if that is a range.
     pub(super) range: Option<String>,
-    /// The keys that its section has for the listener's file, and their lines.
+    /// The keys of the section that apply to the listener's socket file, and their lines.
     pub(super) access: Vec<(&'static str, Line)>,
-    /// Where it says where to listen, and where to connect to.
+    /// The lines with the two addresses.
     pub(super) listen_line: Line,
     pub(super) connect_line: Line,
     listen: ForwardEnd,
     connect: ForwardEnd,
-    /// As the file calls it, and the line in which it does.
+    /// Its VM's name in the file, and the line with it.
     vm: Option<(String, Line)>,
     pub(super) options: RuleOptions,
 }
 
-/// A section as far as it could be read.
+/// The parts of a section that could be read.
 #[derive(Clone, Debug)]
 pub(super) struct Read {
     pub(super) name: String,
     pub(super) listen_line: Line,
-    /// Where it listens, as far as that are addresses that could be read.
+    /// The listen addresses that could be read.
     pub(super) listen: Vec<Address>,
-    /// As it calls its VM, and the line in which it does.
+    /// Its VM's name in the file, and the line with it.
     pub(super) vm: Option<(String, Line)>,
-    /// One, or one for each port of a range; none if it was not whole, which was said then.
+    /// The forward, or those of a range of ports. Empty if the section has mistakes, which are
+    /// reported then.
     pub(super) forwards: Vec<ForwardSection>,
 }
 
 impl ForwardSection {
-    /// Reads a section: one forward, or one for each port of a range, whose name has the port it
-    /// listens on behind it.
+    /// Reads a section: a forward, or a forward for each port of a range, named by the section and
+    /// its port.
     pub(super) fn read(name: String, mut section: Section<'_, '_>, defaults: &RuleOptions) -> Read {
         let line = section.line.clone();
         let vm = section.take("vm", values::text);
@@ -134,17 +135,17 @@ impl ForwardSection {
         self.range.as_deref().unwrap_or(&self.name)
     }
 
-    /// Its VM as the file calls it, and the line in which it does.
+    /// Returns its VM's name in the file, and the line with it.
     pub(super) fn vm(&self) -> Option<(&str, &Line)> {
         self.vm.as_ref().map(|(vm, line)| (vm.as_str(), line))
     }
 
-    /// Whether it holds its clients while its VM isn't there.
+    /// Returns whether it holds its clients while its VM isn't there.
     pub(super) fn waits_for_vm(&self) -> bool {
         matches!(self.connect, ForwardEnd::Vm(_)) && self.options.wait.is_some()
     }
 
-    /// The rule, with the VM where it was found.
+    /// Returns the rule, with its VM's place.
     pub(super) fn rule(&self, vm: Option<&VmPlace>) -> Option<Rule> {
         let listen = match &self.listen {
             ForwardEnd::At(address) => address.clone(),
@@ -164,7 +165,7 @@ impl ForwardSection {
     }
 }
 
-/// Whether the section has one end to listen on and one to connect to; if not, it is said.
+/// Returns whether the section has an end to listen on and an end to connect to. Reports it if not.
 fn check_ends(section: &Section<'_, '_>) -> bool {
     let has = |key| section.has(key);
     let meant = |key| has(key) || section.is_meant(key);

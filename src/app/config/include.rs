@@ -1,14 +1,14 @@
-//! `include = ["hvsock.d/*.toml"]`: other files with VMs and forwards.
+//! Finds the files of `include = ["hvsock.d/*.toml"]`, which have more VMs and forwards.
 
 use std::path::{Path, PathBuf};
 
 use glob::Pattern;
 
-/// Returns the files that a pattern stands for, in the order of their names. One that has no
-/// wildcard must be there; of one that has, none may be.
+/// Returns the files that match a pattern, sorted by name. A pattern without wildcards must match a
+/// file; one with wildcards may match none.
 ///
 /// # Errors
-/// Returns what is wrong with the pattern, or with a directory that it names.
+/// Returns what is wrong with the pattern, or with its directory.
 pub(super) fn find(pattern: &str, directory: &Path) -> Result<Vec<PathBuf>, String> {
     if !pattern.contains(['*', '?', '[']) {
         return Ok(vec![directory.join(pattern)]);

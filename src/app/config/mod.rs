@@ -1,5 +1,5 @@
-//! The file of `hvsock run`, typed: many VMs and forwards. What is wrong with it is told all at
-//! once. No sockets here.
+//! Reads the file of `hvsock run`, with its VMs and forwards. All mistakes are reported at once. No
+//! sockets here.
 //!
 //! ```toml
 //! grace = "30s"
@@ -59,38 +59,37 @@ use section::{ConfigText, Section};
 pub(crate) use vms::Missing;
 use vms::{FoundVms, VmSection};
 
-/// What the file says. Reading it has found that it can be carried out, as far as can be known
-/// without trying.
+/// What a file says. It was checked as far as is possible without carrying it out.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    /// How long live connections may go on when the end is asked for.
+    /// How long live connections may go on once the end has begun.
     pub(crate) grace: Duration,
-    /// How long there may be no connection before it ends.
+    /// After how long without a connection the process ends.
     pub(crate) exit_idle: Option<Duration>,
     pub(crate) workers: Option<NonZeroUsize>,
     /// Whether bytes may go through pipes.
     pub(crate) splice: bool,
-    /// Whether each connection that has ended is logged at the level info.
+    /// Whether each ended connection is logged at level info.
     pub(crate) access_log: bool,
-    /// Where it is controlled from, if anywhere.
+    /// The path of the control socket, if any.
     pub(crate) control: Option<PathBuf>,
-    /// Where guests may control it, and which.
+    /// The address at which guests may control the process, and which guests may.
     pub(crate) guest_control: Option<GuestControl>,
-    /// Where it tells of itself.
+    /// The address of the metrics.
     pub(crate) metrics: Option<Address>,
-    /// The options of a forward that says none, in the file or by the control socket.
+    /// The default options of forwards, in the file and on the control socket.
     #[cfg_attr(not(unix), allow(dead_code))]
     pub(crate) defaults: RuleOptions,
-    /// Whether forwards to programs may be added there.
+    /// Whether forwards to programs may be added on the control socket.
     #[cfg_attr(not(unix), allow(dead_code))]
     pub(crate) allow_exec: bool,
     vms: Vec<VmSection>,
     forwards: Vec<ForwardSection>,
-    /// Forwards that could be read in part. Of a file without mistakes there are none.
+    /// Forwards that could be read in part. Empty if the file has no mistakes.
     parts: Vec<Read>,
 }
 
-/// Reads the path of the control socket; `"off"` is none.
+/// Reads the path of the control socket; `"off"` means none.
 fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     match values::text(value)?.as_str() {
         "" => Err("it is empty; write a path, or \"off\"".to_owned()),
@@ -102,7 +101,7 @@ fn read_control(value: &Value) -> Result<Option<PathBuf>, String> {
     }
 }
 
-/// Takes where guests may control it, and which.
+/// Takes the keys of control by guests.
 fn take_guest_control(root: &mut Section<'_, '_>) -> Option<GuestControl> {
     const FROM: &str = "guest-control-from";
     let address = root.take("guest-control", guest_control::read_address);
@@ -117,7 +116,7 @@ fn take_guest_control(root: &mut Section<'_, '_>) -> Option<GuestControl> {
     })
 }
 
-/// Returns where the control socket is if the file doesn't say.
+/// Returns the path of the control socket if the file doesn't set it.
 fn usual_control() -> Option<PathBuf> {
     #[cfg(unix)]
     return Some(crate::app::control::default_path());
@@ -125,24 +124,24 @@ fn usual_control() -> Option<PathBuf> {
     None
 }
 
-/// What is to be carried, now that it is known where the VMs are.
+/// What is to be carried, with the VMs found.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct WantedState {
-    /// In the order of the file; each has a name.
+    /// The rules in the order of the file; each has a name.
     pub(crate) rules: Vec<Rule>,
     pub(crate) limits: Vec<VmLimits>,
     /// VMs that may come later.
     pub(crate) missing: Vec<Missing>,
-    /// The VMs with a section that were offered for names that no VM has.
+    /// The names of VMs with a section that were suggested for unknown names.
     offered: Vec<String>,
-    /// What may not be what was meant.
+    /// Notes about what may be a mistake.
     pub(crate) notes: Vec<Problem>,
 }
 
-/// Reads a file, but none that may never end, or never begin: the reader may have signals to heed.
-/// Standard input is read to its end.
+/// Reads a file. Refuses files whose reading may not end or may block, since the reader may have to
+/// handle signals. Standard input is read to its end.
 fn read_text(file: &Path) -> io::Result<String> {
-    /// Some 100,000 forwards.
+    /// Enough for some 100,000 forwards.
     const MOST: u64 = 16 << 20;
     if file != Path::new(STANDARD_INPUT) {
         let reading = format!("reading {}", file.display());
@@ -163,7 +162,7 @@ fn read_text(file: &Path) -> io::Result<String> {
     }
 }
 
-/// Returns what is said of a file that can't be read.
+/// Describes why a file can't be read.
 fn unreadable(error: &io::Error) -> String {
     let remedy = match error.kind() {
         io::ErrorKind::NotFound => "; is the path right?",
@@ -175,13 +174,13 @@ fn unreadable(error: &io::Error) -> String {
     format!("cannot be read: {error}{remedy}")
 }
 
-/// A file that is included, and what it says.
+/// An included file, and its text.
 struct Included {
     source: ConfigText,
     text: String,
 }
 
-/// Reads the files that `include` names; what is wrong with it is said.
+/// Reads the files that `include` names. Reports mistakes.
 fn read_included(
     root: &mut Section<'_, '_>,
     source: &ConfigText,
@@ -213,17 +212,17 @@ fn read_included(
 }
 
 impl Config {
-    /// Reads a file, and looks for what it needs.
+    /// Reads a file, and finds what it needs.
     ///
     /// # Errors
-    /// All that is wrong with it, and what may be: [`Problems`] with a mistake.
+    /// Returns all mistakes, and the notes: [`Problems`] with at least one mistake.
     pub(crate) fn read(file: &Path, places: &Places) -> Result<(Config, WantedState), Problems> {
         let text = read_text(file).map_err(|e| Problems::of(file, unreadable(&e)))?;
         let directory = file.parent().unwrap_or(Path::new(""));
         Config::parse(&text, directory, places).map_err(|list| Problems::new(file, list))
     }
 
-    /// Reads a file's text, and the files that it includes from `directory`.
+    /// Reads the text of a file, and the included files, relative to `directory`.
     fn parse(
         text: &str,
         directory: &Path,
@@ -231,7 +230,7 @@ impl Config {
     ) -> Result<(Config, WantedState), Vec<Problem>> {
         let source = ConfigText::new(text, None);
         if text.trim().is_empty() {
-            // Most often it is being written just now; a file to carry nothing is of no use.
+            // An empty file is mostly one that is being written; it is of no use anyway.
             source.complain(source.line(0..0), "it is empty; write a [forward.NAME]");
             return Err(source.take_problems());
         }
@@ -256,7 +255,7 @@ impl Config {
             return Err(problems);
         }
         let mut wanted = config.wanted(places, &mut |line, text| source.complain(line, text));
-        // Where a name was mistyped it is said which VM may be meant: that one is used, then.
+        // A VM that was suggested for a mistyped name counts as used.
         let offered = &wanted.offered;
         let unused = config.unused_vms();
         for vm in unused.filter(|vm| !offered.contains(&vm.name)) {
@@ -286,7 +285,7 @@ impl Config {
         }
     }
 
-    /// Reads the tables of a file, and of those that it includes.
+    /// Reads the tables of a file and of the included ones.
     fn of<'a, 'i: 'a>(
         mut root: Section<'a, 'i>,
         included: impl Iterator<Item = Section<'a, 'i>>,
@@ -365,7 +364,7 @@ impl Config {
         }
     }
 
-    /// Returns the VMs that have a section, and that no forward names.
+    /// Returns the VMs with a section that no forward names.
     fn unused_vms(&self) -> impl Iterator<Item = &VmSection> {
         let of_parts = self.parts.iter();
         let of_parts = of_parts.filter_map(|it| Some(it.vm.as_ref()?.0.as_str()));
@@ -375,10 +374,10 @@ impl Config {
         self.vms.iter().filter(unused)
     }
 
-    /// Returns what the file asks for, with its VMs as they can be found now.
+    /// Returns what the file asks for, with the VMs found now.
     ///
     /// # Errors
-    /// As those of [`read`](Config::read), without lines.
+    /// Returns the problems that [`read`](Config::read) would, without lines.
     pub(crate) fn look_again(&self, file: &Path, places: &Places) -> Result<WantedState, Problems> {
         let mut problems = Vec::new();
         let wanted = self.wanted(places, &mut |line, text| {
@@ -394,8 +393,7 @@ impl Config {
         }
     }
 
-    /// Returns the VMs that the forwards lead to or from, as the file calls them, by the forwards'
-    /// names.
+    /// Returns the names of the forwards' VMs in the file, by the names of the forwards.
     pub(crate) fn vms_of_forwards(&self) -> HashMap<&str, &str> {
         let forwards = self.forwards.iter();
         forwards
@@ -403,7 +401,7 @@ impl Config {
             .collect()
     }
 
-    /// Looks for the VMs, and for what can't work.
+    /// Finds the VMs, and reports what can't work.
     fn wanted(&self, places: &Places, complain: &mut dyn FnMut(Line, String)) -> WantedState {
         conflicts::find_namesakes(&self.vms, &self.forwards, complain);
         let found = vms::find(&self.vms, places, complain);
@@ -421,7 +419,7 @@ impl Config {
             offered: offered.into_iter().map(str::to_owned).collect(),
             ..WantedState::default()
         };
-        // The first of a name.
+        // The first VM of a name counts.
         let mut places: HashMap<&str, &VmPlace> = HashMap::new();
         for (vm, place) in &vms {
             places.entry(&vm.name).or_insert(place);
@@ -434,7 +432,7 @@ impl Config {
                 of_vm.entry(name).or_default().push(forward);
                 places.get(name).copied()
             });
-            // Of a VM that couldn't be found enough was said.
+            // A VM that couldn't be found was reported already.
             let place = match place {
                 Some(None) => continue,
                 Some(Some(place)) => Some(place),
@@ -468,7 +466,7 @@ impl Config {
             ),
             complain,
         );
-        // Of one that leads to itself enough was said.
+        // A forward that leads to itself was reported already.
         let sound = seen.iter();
         let sound = sound.filter(|(forward, _)| !refused.contains(forward.name.as_str()));
         conflicts::find_loops(&Vec::from_iter(sound), complain);
@@ -479,7 +477,7 @@ impl Config {
                 continue;
             };
             let mut waiting = its.iter().filter(|it| it.waits_for_vm());
-            // To know that a guest has taken a client that waits takes a place, too.
+            // A probe that shows whether a waiting client was accepted takes a slot, too.
             let is_probed = place.any().is_some_and(|it| it.traits().can_be_probed);
             let has_proof = is_probed && cap > 1 && reserved > 0 && waiting.next().is_some();
             let proof = usize::from(has_proof);

@@ -1,5 +1,5 @@
-//! What the forwards of a file need that isn't there, each with its line. Most of it may come
-//! later, so `hvsock run` takes the file, and tries again.
+//! Finds missing things that the forwards of a file need, each with its line. Most may come later,
+//! so `hvsock run` accepts the file, and retries.
 
 use std::collections::HashMap;
 
@@ -16,8 +16,8 @@ use crate::app::needs::{
 use crate::app::slow::give_up_if_slow;
 
 impl Config {
-    /// Looks at what is needed. Where a disk hangs it is given up: what is on others is carried all
-    /// the same.
+    /// Finds what is missing. If a disk hangs it gives up: forwards that don't need that disk are
+    /// carried.
     pub(super) fn needs(&self, wanted: &WantedState) -> Vec<Problem> {
         let (config, wanted) = (self.clone(), wanted.clone());
         let looked = give_up_if_slow(move || config.look_at_needs(&wanted));
@@ -30,7 +30,7 @@ impl Config {
         })
     }
 
-    /// Returns what is needed and isn't there, as notes; and as mistakes what can never be.
+    /// Returns what is missing, as notes, and what can never work, as mistakes.
     fn look_at_needs(&self, wanted: &WantedState) -> Vec<Problem> {
         let mut problems = Vec::new();
         let forwards = self.forwards.iter().map(|it| (it.name.as_str(), it));
@@ -82,7 +82,7 @@ impl Config {
         }
         if let Some(path) = &self.control
             && let Some(directory) = path.parent()
-            // The directory itself is made.
+            // The directory itself is created.
             && let Some(finding) = look_at_directory_of("control", directory)
         {
             problems.push(Problem {

@@ -1,4 +1,4 @@
-//! Parses the text of a file, and says what is no TOML in it.
+//! Parses the text of a file, and reports what is no TOML.
 
 use std::collections::HashSet;
 use std::ops::{Range, RangeInclusive};
@@ -9,30 +9,30 @@ use toml::de::DeTable;
 use super::problems::Problem;
 use super::section::ConfigText;
 
-/// What the parser says of a key, or of a section's name, that is there already.
+/// The parser's message for a key or a section that occurs twice.
 const DUPLICATE: &str = "duplicate key";
 
-/// A file as far as it could be parsed.
+/// The parts of a file that could be parsed.
 #[derive(Debug)]
 pub(super) struct Parsed<'t> {
     pub(super) table: Spanned<DeTable<'t>>,
-    /// The numbers of the lines at which a section begins; what stands before the first is one,
-    /// too.
+    /// The line numbers at which sections begin. The lines before the first section count as a
+    /// section.
     sections: Vec<usize>,
-    /// The lines with what is no TOML.
+    /// The lines that are no TOML.
     broken: Vec<RangeInclusive<usize>>,
-    /// How many problems say so; they are the first.
+    /// The number of problems about these lines, which come first.
     told: usize,
 }
 
 impl Parsed<'_> {
-    /// Returns whether all of it is TOML.
+    /// Returns whether all of the file is TOML.
     pub(super) fn is_toml(&self) -> bool {
         self.broken.is_empty()
     }
 
-    /// Returns of the problems of a file of which not all is TOML those that hold whatever the rest
-    /// means: what is no TOML, and what was said of sections that are.
+    /// Returns the problems that are certain although some of the file is no TOML: those about what
+    /// is no TOML, and those of whole sections.
     pub(super) fn sound(&self, mut problems: Vec<Problem>) -> Vec<Problem> {
         let section = |line: usize| self.sections.partition_point(|first| *first <= line);
         let is_broken = |at: usize| {
@@ -49,7 +49,7 @@ impl Parsed<'_> {
     }
 }
 
-/// Parses a file; what is no TOML in it is said.
+/// Parses a file. Reports what is no TOML.
 pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> {
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut told = HashSet::new();
@@ -57,14 +57,14 @@ pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> 
     let line_at = |at: usize| source.line(at..at).number;
     for error in &errors {
         let span = error.span().unwrap_or(0..0);
-        // One that ends with the text may have swallowed any of it.
+        // An error up to the end of the text may be an open string that hides any of it.
         let is_open = text[..span.end.min(text.len())].trim_end() == text.trim_end();
         broken.push(match is_open && error.message() != DUPLICATE {
             true => 0..=usize::MAX,
             false => line_at(span.start)..=line_at(span.end),
         });
         match error.message() {
-            DUPLICATE => say_duplicate(source, text, span, &mut told),
+            DUPLICATE => report_duplicate(source, text, span, &mut told),
             message => source.complain(source.line(span), format!("this is no TOML: {message}")),
         }
     }
@@ -77,9 +77,14 @@ pub(super) fn parse_table<'t>(source: &ConfigText, text: &'t str) -> Parsed<'t> 
     }
 }
 
-/// Says of what is there already where it is. Of a section that is, the keys are as well, which is
-/// not said: it is in `told`, by where it begins.
-fn say_duplicate(source: &ConfigText, text: &str, span: Range<usize>, told: &mut HashSet<usize>) {
+/// Reports a key or section that occurs twice. The keys of such a section occur twice as well,
+/// which is not reported: `told` has the positions of the sections.
+fn report_duplicate(
+    source: &ConfigText,
+    text: &str,
+    span: Range<usize>,
+    told: &mut HashSet<usize>,
+) {
     let section = headers(text).take_while(|(at, _)| *at <= span.start).last();
     if let Some((begin, title)) = &section
         && let Some((first, _)) = headers(text).find(|(_, other)| other == title)
@@ -110,9 +115,9 @@ fn say_duplicate(source: &ConfigText, text: &str, span: Range<usize>, told: &mut
     source.complain(source.line(span), format!("{what}; remove one"));
 }
 
-/// Returns whether a section begins with a line, be its brackets closed or not. A line of an array
-/// is told from it by what names without quotes have not; one that is taken for it makes a section
-/// larger.
+/// Returns whether a section begins on a line, even if its brackets are not closed. A line of an
+/// array differs by characters that unquoted names can't have. If such a line is taken for a
+/// header, a section only gets larger.
 fn is_header(line: &str) -> bool {
     let line = line.split('#').next().unwrap_or(line).trim();
     line.starts_with('[')
@@ -120,7 +125,7 @@ fn is_header(line: &str) -> bool {
         && !line.contains([',', '"', '\'', '='])
 }
 
-/// Returns the lines of a text, each with where it begins.
+/// Returns the lines of a text, each with its position.
 fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.split_inclusive('\n').scan(0, |next, line| {
         let at = *next;
@@ -129,8 +134,8 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// Returns the sections' names in brackets, without blanks, each with where it begins. Those of
-/// arrays of tables, which may be there more than once, are left out.
+/// Returns the sections' names in brackets, without spaces, each with its position. Arrays of
+/// tables, which may occur more than once, are left out.
 fn headers(text: &str) -> impl Iterator<Item = (usize, String)> {
     lines(text).filter_map(|(at, line)| {
         let begun = line.trim_start();

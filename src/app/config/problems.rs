@@ -1,4 +1,4 @@
-//! All that is wrong with a file, at once.
+//! The problems of a file, which are reported all at once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,12 +10,12 @@ use crate::app::needs::Finding;
 pub(crate) use crate::app::needs::Weight;
 use crate::error::counted;
 
-/// A line of the file, or of one that it includes.
+/// A line of the file or of an included one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Line {
-    /// `None`: the file itself.
+    /// The included file. `None`: the file itself.
     pub(super) included: Option<Arc<Path>>,
-    /// From 1.
+    /// The number, from 1.
     pub(super) number: usize,
 }
 
@@ -28,7 +28,7 @@ impl fmt::Display for Line {
     }
 }
 
-/// Returns a key as a file has it: in quotes where it must be.
+/// Returns a key as TOML writes it: in quotes if needed.
 pub(crate) fn quote_key(key: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if !key.is_empty() && key.chars().all(plain) {
@@ -46,7 +46,7 @@ pub(crate) fn quote_key(key: &str) -> Cow<'_, str> {
     text.into()
 }
 
-/// One thing that is wrong, in a line of the file if it is one's.
+/// A problem, with its line if it has one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Problem {
     pub(crate) line: Option<Line>,
@@ -55,7 +55,7 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
-    /// Makes it of what is wrong with an end of a forward, which stands in that line.
+    /// Makes a problem of a finding about a forward, on the line of its address.
     pub(super) fn of_forward(name: &str, line: &Line, finding: &Finding) -> Problem {
         Problem {
             line: Some(line.clone()),
@@ -64,7 +64,7 @@ impl Problem {
         }
     }
 
-    /// Returns it as a line, whatever names the file has.
+    /// Formats the problem as a line. Names from the file are escaped.
     pub(crate) fn line_of(&self, file: &Path) -> String {
         let line = self.line.as_ref();
         let included = line.and_then(|line| line.included.as_deref());
@@ -79,10 +79,10 @@ impl Problem {
     }
 }
 
-/// The path that stands for standard input.
+/// The path that means standard input.
 pub(crate) const STANDARD_INPUT: &str = "-";
 
-/// Returns a file's name for people.
+/// Returns a file's name for messages.
 pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
     match file == Path::new(STANDARD_INPUT) {
         true => Path::new("standard input").display(),
@@ -90,7 +90,7 @@ pub(crate) fn display_name(file: &Path) -> std::path::Display<'_> {
     }
 }
 
-/// All that is wrong with a file, or may be. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`,
+/// The mistakes in a file, and the notes. Prints as lines of the form `FILE:LINE: WHAT; REMEDY`,
 /// without a newline at the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Problems {
@@ -99,7 +99,7 @@ pub(crate) struct Problems {
 }
 
 impl Problems {
-    /// Makes it of problems, which are put in the order of their lines.
+    /// Makes the problems of a file, sorted by their lines.
     pub(crate) fn new(file: &Path, mut list: Vec<Problem>) -> Problems {
         list.sort();
         list.dedup();
@@ -109,7 +109,7 @@ impl Problems {
         }
     }
 
-    /// Makes it of one problem, of the file as a whole.
+    /// Makes a single problem of a whole file.
     pub(crate) fn of(file: &Path, text: impl Into<String>) -> Problems {
         let problem = Problem {
             line: None,
@@ -119,20 +119,20 @@ impl Problems {
         Problems::new(file, vec![problem])
     }
 
-    /// Returns how many are mistakes.
+    /// Returns the number of mistakes.
     fn mistakes(&self) -> usize {
         let mistakes = self.list.iter().filter(|it| it.weight == Weight::Mistake);
         mistakes.count()
     }
 
-    /// Returns a line that says of which file they are, and how many.
+    /// Returns a line with the file and the number of problems.
     pub(crate) fn summary(&self) -> String {
         let (file, mistakes) = (display_name(&self.file), self.mistakes());
         let is = if mistakes == 1 { "is" } else { "are" };
         format!("{file}: {} {is} wrong", counted(mistakes as u64, "thing"))
     }
 
-    /// Returns each in a line, whatever names the file has.
+    /// Formats each problem as a line. Names from the file are escaped.
     pub(crate) fn lines(&self) -> impl Iterator<Item = String> {
         self.list.iter().map(|it| it.line_of(&self.file))
     }

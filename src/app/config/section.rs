@@ -1,5 +1,5 @@
-//! Reading a table of the file key by key, and gathering what is wrong with it instead of ending
-//! there.
+//! Reads tables of the file key by key, and collects their problems instead of stopping at the
+//! first.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -18,7 +18,7 @@ use crate::app::values;
 use crate::nearest::nearest;
 use crate::proxy::check_name;
 
-/// The keys of the file itself, which stand in no section.
+/// The keys of the file that stand in no section.
 pub(super) const TOP_KEYS: [&str; 10] = [
     "include",
     "grace",
@@ -32,12 +32,12 @@ pub(super) const TOP_KEYS: [&str; 10] = [
     "allow-exec",
 ];
 
-/// The text, and what is wrong with it so far.
+/// The text of a file, and its problems so far.
 #[derive(Debug)]
 pub(super) struct ConfigText {
-    /// `None`: the file that was named; else one that it includes.
+    /// `None`: the file itself; else an included one.
     file: Option<Arc<Path>>,
-    /// Where the lines end.
+    /// The positions at which the lines end.
     ends: Vec<usize>,
     problems: RefCell<Vec<Problem>>,
 }
@@ -51,7 +51,7 @@ impl ConfigText {
         }
     }
 
-    /// The line of a place.
+    /// Returns the line of a position.
     pub(super) fn line(&self, span: Range<usize>) -> Line {
         Line {
             included: self.file.clone(),
@@ -63,7 +63,7 @@ impl ConfigText {
         self.add(line, text.into(), Weight::Mistake);
     }
 
-    /// Says what is no mistake.
+    /// Adds a note.
     pub(super) fn note(&self, line: Line, text: String) {
         self.add(line, text, Weight::Note);
     }
@@ -84,11 +84,11 @@ impl ConfigText {
     }
 }
 
-/// A table of the file: keys are taken out by name, and what is left is unknown.
+/// A table of the file: keys are taken out by name, and the rest is unknown.
 #[derive(Debug)]
 pub(super) struct Section<'a, 'i> {
     source: &'a ConfigText,
-    /// As people write it: `[vm.docker]`; empty for the whole file.
+    /// Its title in the file: `[vm.docker]`; empty for the file itself.
     title: String,
     table: &'a DeTable<'i>,
     known: Vec<Cow<'static, str>>,
@@ -109,17 +109,17 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Whether a key is there, be its value right or wrong.
+    /// Returns whether a key is there, valid or not.
     pub(super) fn has(&self, key: &str) -> bool {
         self.table.contains_key(key)
     }
 
-    /// Whether an option is there, and its value was read.
+    /// Returns whether an option is there, and valid.
     pub(super) fn has_read(&self, option: &str) -> bool {
         self.has(option) && !self.wrong.iter().any(|wrong| wrong == option)
     }
 
-    /// Whether a key that is unknown was probably meant to be this one. To be asked when all keys
+    /// Returns whether an unknown key was probably meant to be this one. To be called when all keys
     /// were taken.
     pub(super) fn is_meant(&self, key: &str) -> bool {
         let mut names = self.table.keys().map(|name| name.get_ref().as_ref());
@@ -134,7 +134,7 @@ impl<'a, 'i> Section<'a, 'i> {
         nearest(key, self.known.iter().map(Cow::as_ref))
     }
 
-    /// The line of a key that is there, or of the section.
+    /// Returns the line of a key, or of the section if the key isn't there.
     pub(super) fn line_of(&self, key: &str) -> Line {
         match self.table.get_key_value(key) {
             Some((key, _)) => self.source.line(key.span()),
@@ -142,7 +142,7 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Says that something is wrong with the section, or with a key of it.
+    /// Reports a problem with the section, or with one of its keys.
     pub(super) fn complain(&self, key: Option<&str>, what: impl std::fmt::Display) {
         let line = key.map_or_else(|| self.line.clone(), |key| self.line_of(key));
         let text = match (self.title.as_str(), key) {
@@ -153,7 +153,7 @@ impl<'a, 'i> Section<'a, 'i> {
         self.source.complain(line, text);
     }
 
-    /// Takes a key's value as `read` understands it; if it can not be understood, says so.
+    /// Takes the value of a key, parsed by `read`. Reports an invalid value.
     pub(super) fn take<T>(
         &mut self,
         key: &'static str,
@@ -169,7 +169,7 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Takes a rule's options, which are as in `usual` where the section doesn't say.
+    /// Takes a rule's options; those that are missing are as in `usual`.
     pub(super) fn take_options(&mut self, usual: &RuleOptions) -> RuleOptions {
         let mut options = usual.clone();
         for (key, path) in RuleOptions::keys() {
@@ -225,9 +225,8 @@ impl<'a, 'i> Section<'a, 'i> {
         named
     }
 
-    /// Says that tables are listed that should be named, as in `[[vm]]`, and takes them all the
-    /// same: what else is wrong with them is to be said, too. Each is named by its key `name`, or
-    /// by its number.
+    /// Reports tables in a list that should be named, as in `[[vm]]`, and takes them anyway, so
+    /// that their other mistakes are reported. Each is named by its key `name`, or by its number.
     fn refuse_listed_tables(
         &self,
         key: &Spanned<Cow<'i, str>>,
@@ -248,7 +247,7 @@ impl<'a, 'i> Section<'a, 'i> {
             };
             let first = table.keys().map(|key| key.span().start).min();
             let mut known = vec!["name".into()];
-            // One that is named, and stands behind, is in it to TOML.
+            // To TOML a named table after a list is part of the list's last table.
             for (inner, value) in table {
                 let name = inner.get_ref();
                 if matches!(value.get_ref(), DeValue::Table(_)) {
@@ -300,7 +299,7 @@ impl<'a, 'i> Section<'a, 'i> {
         }
     }
 
-    /// Says which keys are unknown: they were not taken.
+    /// Reports unknown keys: those that were not taken.
     pub(super) fn finish(self) {
         for key in self.table.keys() {
             let name = key.get_ref().as_ref();
@@ -328,7 +327,7 @@ impl<'a, 'i> Section<'a, 'i> {
     }
 }
 
-/// Returns what a value is, for people.
+/// Returns the name of a value's type.
 fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::Datetime(_) => "a date",
@@ -336,8 +335,7 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// Reads a value. A string with a variable of the environment may stand for a number, or for true
-/// or false.
+/// Reads a value. A string with an environment variable may stand for a number or a boolean.
 fn read_value<T>(
     key: &str,
     value: &DeValue<'_>,
@@ -356,11 +354,11 @@ fn read_value<T>(
     }
 }
 
-/// Returns a value as those of JSON are.
+/// Converts a value to JSON.
 fn to_json(key: &str, value: &DeValue<'_>) -> Result<Value, String> {
     Ok(match value {
         DeValue::String(text) => Value::String(template::fill(text)?),
-        // TOML's way to write permissions.
+        // TOML's octal numbers are permissions.
         DeValue::Integer(number) if key == "mode" && number.radix() == 8 => number.as_str().into(),
         DeValue::Integer(number) => {
             let read = i128::from_str_radix(number.as_str(), number.radix()).ok();

@@ -1,14 +1,14 @@
-//! `${NAME}` in the file's strings: variables of the environment.
+//! Replaces `${NAME}` in the file's strings by environment variables.
 
 use std::env::{self, VarError};
 
-/// Returns whether [`fill`] puts a variable into a string.
+/// Returns whether [`fill`] would replace anything in a string.
 pub(super) fn has_variable(text: &str) -> bool {
     text.replace("$$", "").contains("${")
 }
 
-/// Puts the environment's variables into a string: `${NAME}`, or `${NAME:-DEFAULT}` where it may
-/// be unset or empty; `$$` is a dollar sign.
+/// Replaces environment variables in a string: `${NAME}`, or `${NAME:-DEFAULT}` if the variable may
+/// be unset or empty. `$$` is a dollar sign.
 ///
 /// # Errors
 /// Returns which variable is not set, or what is wrong with the string.
@@ -65,7 +65,7 @@ fn variable(inner: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    /// A variable that every system has.
+    /// A variable that all systems have.
     const SET: &str = "PATH";
 
     #[test]

@@ -18,7 +18,7 @@ fn right(text: &str) -> (Config, WantedState) {
     Config::parse(text, Path::new(""), &places()).unwrap()
 }
 
-/// What is wrong, each with its line, in their order.
+/// Returns the problems of a text, each with its line.
 fn wrong(text: &str) -> Vec<(usize, String)> {
     let mut list = Config::parse(text, Path::new(""), &places()).unwrap_err();
     list.retain(|it| it.weight == Weight::Mistake);
@@ -32,7 +32,7 @@ fn nothing_is_asked_for_by_nothing() {
     let (config, wanted) = right("[defaults]");
     assert_eq!(config.grace, Duration::from_secs(30));
     assert!(wanted.rules.is_empty() && wanted.missing.is_empty());
-    // But a file that is cut short to nothing, as while it is written, is no wish.
+    // A file that is cut to nothing, as while it is written, is a mistake.
     assert_eq!(
         wrong(" \n"),
         [(1, "it is empty; write a [forward.NAME]".to_owned())]
@@ -93,12 +93,12 @@ fn each_key_has_its_place() {
         panic!("{wanted:?}");
     };
     assert_eq!((limits.connections, limits.unanswered), (Some(20), None));
-    // Neither directory is there; they may come.
+    // Neither directory exists; they may come later.
     let missing: Vec<&str> = wanted.missing.iter().map(|it| it.name.as_str()).collect();
     assert_eq!(missing, ["one", "/vm/two"]);
 }
 
-/// Keys of a forward that can't be so, and part of what is said of each.
+/// Keys that a forward can't have so, and a part of each message.
 const WRONG: [(&str, &str); 19] = [
     ("connect = 70000", "larger than 65535"),
     ("connect = \"web.sock\"", "./web.sock"),
@@ -133,7 +133,7 @@ const WRONG: [(&str, &str); 19] = [
     ("colour = 9\nconnect = 9", "known there: vm, port"),
 ];
 
-/// The same, of a forward that is whole but for it.
+/// The same, of a forward that is otherwise valid.
 const WRONG_VALUES: [(&str, &str); 16] = [
     ("dial-timeout = \"soon\"", "write \"30s\""),
     ("dial-timeout = \"5M\"", "M a month"),
@@ -207,7 +207,7 @@ fn what_two_forwards_cannot_both_have_is_told_with_both_lines() {
     assert_eq!(told.len(), 1);
     assert_eq!(told[0].0, 5);
     assert!(told[0].1.contains("[forward.a] in line 2"), "{told:?}");
-    // Chosen ports are not the same one.
+    // Ports that the kernel chooses don't conflict.
     right("[forward.a]\nlisten = 0\nconnect = 9\n[forward.b]\nlisten = 0\nconnect = 8\n");
 }
 
@@ -227,7 +227,7 @@ fn vms_are_found_or_told_of() {
         told[0].0 == 2 && told[0].1.contains("cannot find VM \"docker\""),
         "{told:?}"
     );
-    // Whatever else is wrong with a forward that names one.
+    // Whatever other mistakes the forward of that VM has.
     let told = wrong("[forward.a]\nlisten = 0\nvm = \"nosuch\"\nport = \"0xZZ\"\n");
     let [(3, vm), (4, port)] = &told[..] else {
         panic!("{told:?}");
@@ -254,7 +254,7 @@ fn vms_are_found_or_told_of() {
             .contains("reserve 12 connections together, and it has 10"),
         "{told:?}"
     );
-    // A client that waits takes a place to find out whether it was taken.
+    // A client that waits takes a slot for the probe.
     let waiting = two.replace("reserved = 6", "reserved = 10\nwait = 1");
     let told = wrong(&format!(
         "[vm.a]\nat = \"/x\"\nconnections = 10\n[forward.a]\n{waiting}"
@@ -262,7 +262,7 @@ fn vms_are_found_or_told_of() {
     assert!(told[0].1.contains("and it has 9 for them"), "{told:?}");
 }
 
-/// What is listed is read all the same.
+/// Listed tables are read all the same.
 #[test]
 #[cfg(unix)]
 fn forwards_without_names_are_told_of_with_all_that_is_wrong_with_them() {
@@ -276,7 +276,7 @@ fn forwards_without_names_are_told_of_with_all_that_is_wrong_with_them() {
     assert!(listen.starts_with("[[forward]] 1 listen: "), "{listen}");
     assert!(port.starts_with("[[forward]] web port: "), "{port}");
     assert!(vm.contains("cannot find VM \"nosuch\""), "{vm}");
-    // To TOML this is one table in the other.
+    // TOML puts one table into the other.
     let told = wrong("[[forward]]\nlisten = 1\nconnect = 9\n[forward.b]\nlisten = 70000\n");
     let [(1, _), (4, connect), (5, listen)] = &told[..] else {
         panic!("{told:?}");
@@ -300,7 +300,7 @@ fn notes_are_told_beside_mistakes() {
     assert_eq!(told(Weight::Note), [1, 2, 5], "{list:?}");
 }
 
-/// Where one section can't be read, the others are looked at all the same.
+/// If a section can't be read, the others are still checked.
 #[test]
 fn what_is_no_toml_hides_nothing_of_other_sections() {
     let broken = "[forward.a]\nlisten = \nconnect = 9\ncolour = 3\n";
@@ -312,10 +312,10 @@ fn what_is_no_toml_hides_nothing_of_other_sections() {
     assert!(told[2].1.contains("listen is missing"), "{told:?}");
     let told = wrong(&format!("grace = true\n{others}{broken}"));
     assert_eq!(lines(&told), [1, 3, 5, 8], "{told:?}");
-    // What is there twice.
+    // A section that occurs twice.
     let told = wrong(&format!("[[forward]]\nlisten = 1\n{others}"));
     assert!(told.iter().any(|(line, _)| *line == 1), "{told:?}");
-    // A text that doesn't end may be all that follows.
+    // An open string may contain all that follows.
     let told = wrong(&format!("[forward.a]\nlisten = \"\"\"8080\n{others}"));
     let is_toml = |(_, text): &(usize, String)| !text.starts_with("this is no TOML: ");
     assert!(!told.iter().any(is_toml), "{told:?}");
@@ -336,7 +336,7 @@ fn what_is_no_toml_is_told_all_at_once_and_nothing_else() {
     );
 }
 
-/// What a forward can't have since the program has it, or where it may not lead.
+/// The program's own addresses, which forwards can't have or lead to.
 #[cfg(unix)]
 #[test]
 fn where_it_is_controlled_from_and_looked_at_is_no_place_for_forwards() {
@@ -372,7 +372,7 @@ fn where_it_is_controlled_from_and_looked_at_is_no_place_for_forwards() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn one_address_is_taken_by_who_has_them_all() {
+fn a_wildcard_address_takes_each_single_one() {
     let forward =
         |name: &str, listen: &str| format!("[forward.{name}]\nlisten = {listen}\nconnect = 99\n");
     let (one, all) = (forward("one", "8080"), forward("all", "\"0.0.0.0:8080\""));
@@ -525,7 +525,7 @@ fn what_is_there_twice_is_told_once_and_where() {
     let key = "connect is there already, in line 11; remove one";
     let right = [(5, section.to_owned()), (12, key.to_owned())];
     assert_eq!(wrong(text), right);
-    // In one line it isn't found, and is told all the same.
+    // On one line it isn't located, but reported all the same.
     let inline = wrong("a = { b = 1, b = 2 }");
     assert_eq!(inline, [(1, "b is there already; remove one".to_owned())]);
     let broken = wrong("[forward.a\n");
@@ -559,7 +559,7 @@ fn a_key_of_the_file_in_a_section_is_told_where_it_belongs() {
             "unknown key {key} in [defaults]; it belongs at the top of the file, before the first section"
         );
         assert_eq!(told, [(2, text)]);
-        // It is known there.
+        // At the top of the file it is known.
         let told = Config::parse(&format!("{key} = 1\n"), Path::new(""), &places());
         let told = told.map_or_else(|list| format!("{list:?}"), |_| String::new());
         assert!(!told.contains("unknown key"), "{told}");

@@ -1,4 +1,4 @@
-//! `[vm.NAME]`, and where that VM is.
+//! Reads `[vm.NAME]`, and finds the VMs.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -14,42 +14,42 @@ use crate::hyperkit::Places;
 use crate::nearest::nearest;
 use crate::proxy::{Limits, VmLimits};
 
-/// `[vm.NAME]`.
+/// A VM of the file.
 #[derive(Clone, Debug)]
 pub(super) struct VmSection {
     pub(super) name: String,
     pub(super) line: Line,
-    /// The section that says so, and the key if it has one: `[forward.web] vm`.
+    /// The section that names the VM, and the key if there is one: `[forward.web] vm`.
     place: String,
-    /// A state directory, a name or a URI; `None` if what the file says is none.
+    /// A state directory, a name or a URI; `None` if the file's value is invalid.
     at: Option<String>,
-    /// It has a section.
+    /// Whether it has a section.
     pub(super) declared: bool,
-    /// Where that begins, or where it is named.
+    /// The line of its section, or of the key that names it.
     pub(super) section_line: Line,
     connections: Option<usize>,
     unanswered: Option<usize>,
     unanswered_line: Line,
-    /// The other sections that name it, and the lines in which they do; of one without a section.
+    /// For a VM without a section: the other sections that name it, and their lines.
     also_named: Vec<(String, Line)>,
 }
 
-/// A hyperkit VM whose state directory is not there yet, or can't be understood.
+/// A hyperkit VM whose state directory is missing or can't be understood.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Missing {
-    /// As the file calls it.
+    /// Its name in the file.
     pub(crate) name: String,
     pub(crate) vm: HyperkitVm,
     /// What is wrong with it.
     pub(crate) why: String,
 }
 
-/// The VMs and where they are; those that can't be found are left out.
+/// The VMs that were found, and where they are.
 #[derive(Debug)]
 pub(super) struct FoundVms<'a> {
     pub(super) vms: Vec<(&'a VmSection, VmPlace)>,
     pub(super) missing: Vec<Missing>,
-    /// The VMs with a section that were offered for names that no VM has.
+    /// The names of VMs with a section that were suggested for unknown names.
     pub(super) offered: Vec<&'a str>,
 }
 
@@ -62,7 +62,8 @@ impl VmSection {
             true => given,
             false => Some(name.clone()),
         };
-        // The command line's bounds; hyperkit has 1,024 slots, and aborts at 512 unanswered dials.
+        // The command line has the same bounds. hyperkit has 1,024 slots, and aborts at 512
+        // unanswered dials.
         let connections = section.take("connections", values::count(1..=1000));
         let unanswered = section.take("unanswered", values::count(1..=400));
         let (line, section_line) = (section.line_of("at"), section.line.clone());
@@ -83,7 +84,7 @@ impl VmSection {
         }
     }
 
-    /// Makes one that has no section, and that a forward names: its name is what `--vm` takes.
+    /// Makes a VM without a section, which a forward names as `--vm` does.
     pub(super) fn undeclared(name: &str, forward: &str, line: Line) -> VmSection {
         VmSection {
             place: place_of_forward(forward),
@@ -99,7 +100,7 @@ impl VmSection {
         }
     }
 
-    /// Notes another section that names one without a section, once.
+    /// Notes another section that names a VM without a section of its own, once.
     pub(super) fn name_again(&mut self, forward: &str, line: Line) {
         let place = place_of_forward(forward);
         let is_noted = self.also_named.iter().any(|(noted, _)| *noted == place);
@@ -108,21 +109,21 @@ impl VmSection {
         }
     }
 
-    /// Returns the places that name it as none can be named, and their lines.
+    /// Returns the places that name it, and their lines.
     fn places(&self) -> impl Iterator<Item = (&str, &Line)> {
         let also = self.also_named.iter();
         let also = also.map(|(place, line)| (place.as_str(), line));
         std::iter::once((self.place.as_str(), &self.line)).chain(also)
     }
 
-    /// Returns how many connections it may have; `None`: as many as there may be.
+    /// Returns how many connections the VM may have; `None`: no limit.
     pub(super) fn connections(&self, place: &VmPlace) -> Option<usize> {
         let paced = place.any()?.traits().needs_pacing;
         let default = Some(Limits::default().vm_connections).filter(|_| paced);
         self.connections.or(default)
     }
 
-    /// Returns what bounds it, if the file says so.
+    /// Returns the VM's limits, if the file sets any.
     pub(super) fn limits(&self, place: &VmPlace) -> Option<VmLimits> {
         if self.connections.is_none() && self.unanswered.is_none() {
             return None;
@@ -139,7 +140,7 @@ fn place_of_forward(forward: &str) -> String {
     format!("[forward.{}] vm", quote_key(forward))
 }
 
-/// Looks for VMs.
+/// Finds the VMs.
 pub(super) fn find<'a>(
     vms: &'a [VmSection],
     places: &Places,
@@ -210,13 +211,12 @@ pub(super) fn find<'a>(
     }
 }
 
-/// Finds where a VM is; and why its state can't be understood, if so: it may be writing it just
-/// now.
+/// Finds a VM. Also returns why its state can't be understood, if so: the VM may be writing it.
 fn locate(at: &str, places: &Places) -> Result<(VmPlace, Option<String>), String> {
     match VmPlace::find(at, places) {
         Ok(vm) => Ok((vm, None)),
-        // A VM that was named by its directory may be made later. What is wrong with one takes
-        // nothing from the others.
+        // A VM named by its directory may come later. An error of one VM must not affect the
+        // others.
         Err(e) if at.contains('/') && VmPlace::parse(at).is_none() => {
             let place = || VmPlace::Hyperkit(HyperkitVm::new(absolute(at, places)));
             match e.kind() {

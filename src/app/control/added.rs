@@ -1,4 +1,4 @@
-//! How forwards were added by the control socket.
+//! Records how forwards were added on the control socket.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::lock::lock;
 use crate::proxy::{ForwardId, ForwardStatus};
 
-/// How a forward was asked for.
+/// How a forward was added.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Added {
@@ -16,14 +16,14 @@ pub(super) enum Added {
     InRange,
 }
 
-/// How the forwards came that were added by the control socket of this process, or of one from
-/// which it has taken over, and are there still. Clones share them.
+/// Records how the existing forwards were added on the control socket of this process or of a
+/// predecessor. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct AdditionRecords(Arc<Mutex<HashMap<ForwardId, Added>>>);
 
 impl AdditionRecords {
-    /// Notes how forwards were asked for, of which these are `new`. One of a range stays one. Those
-    /// that are not among `forwards` any more are forgotten.
+    /// Records forwards that were added together, of which `new` did not exist before. A range
+    /// remains a range. Forgets those that are no longer in `forwards`.
     pub(super) fn note(&self, ids: &[ForwardId], new: &[ForwardId], forwards: &[ForwardStatus]) {
         let there: HashSet<ForwardId> = forwards.iter().map(|it| it.id).collect();
         let mut added = lock(&self.0);
@@ -34,8 +34,8 @@ impl AdditionRecords {
         }
     }
 
-    /// Notes how the forwards of these names were asked for in another process. A range is removed
-    /// by its name alone, so those without one need not be known.
+    /// Records how forwards were added in another process, by their names. Those without a name are
+    /// not needed: a range is removed by its name.
     pub(super) fn note_named(&self, named: &HashMap<String, Added>, forwards: &[ForwardStatus]) {
         let known = forwards.iter().filter_map(|it| {
             let name = it.rule.name.as_ref()?;
@@ -44,7 +44,7 @@ impl AdditionRecords {
         lock(&self.0).extend(known);
     }
 
-    /// Returns how a forward was asked for; `None` if it wasn't added by the control socket.
+    /// Returns how a forward was added; `None` if it wasn't added on the control socket.
     pub(super) fn of(&self, id: ForwardId) -> Option<Added> {
         lock(&self.0).get(&id).copied()
     }

@@ -1,7 +1,7 @@
-//! The other end of the control socket: what `hvsock status` and its kin ask with.
+//! The client of the control socket, used by `hvsock status` and similar commands.
 //!
-//! Whoever sits there is believed only if it is a process of this user's, and only so much of it is
-//! read, for so long. What it has named is escaped: it may come from files and peers of others.
+//! Only a server process of this user is trusted, and its answer is limited in size and time. Texts
+//! in it are escaped, since they may come from files and peers of others.
 
 use std::error::Error as _;
 use std::io::{self, ErrorKind};
@@ -31,28 +31,28 @@ use crate::error::{Error, Operation, counted};
 use crate::stream::Stream;
 use crate::sys;
 
-/// How long the server may take for all of its answer. To change something takes it no longer than
-/// a worker takes to answer.
+/// How long the server may take for its whole answer. A change takes no longer than a worker takes
+/// to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The longest answer. A connection has some 200 bytes in it, a forward some 1000.
+/// The longest answer in bytes. A connection takes some 200 bytes, a forward some 1000.
 const MOST_BYTES: usize = 16 << 20;
 
-/// Why there is no answer to go by.
+/// Why there is no usable answer.
 #[derive(Debug)]
 pub(crate) enum Unanswered {
-    /// Nobody is there.
+    /// No server is there.
     Absent(Error),
-    /// Whoever is there may be anybody, and was asked nothing.
+    /// The server may be anyone's, and was sent nothing.
     Untrusted(Error),
-    /// It refused.
+    /// The server has refused the request.
     Refused(ApiProblem),
 }
 
-/// Returns how an hvsock that may be meant is named, with where the first of its forwards listens,
-/// if it says so in time.
+/// Describes an hvsock that may be meant, with the listen address of its first forward if it
+/// answers in time.
 fn describe_candidate(process: u32) -> String {
-    /// One that is stopped never answers.
+    /// A stopped process never answers.
     const PATIENCE: Duration = Duration::from_secs(1);
     let answer = ask_status(&place::own_path(process), PATIENCE).ok();
     let status = answer.and_then(|answer| read::<Status>(&answer).ok());
@@ -62,7 +62,7 @@ fn describe_candidate(process: u32) -> String {
     }
 }
 
-/// Returns whether a process is an hvsock of this user's that may have a control socket.
+/// Returns whether a process is an hvsock of this user that may have a control socket.
 fn is_hvsock(process: u32) -> bool {
     let all = processes::list().unwrap_or_default();
     all.iter().any(|it| it.id == process && !it.is_keeper())
@@ -127,7 +127,7 @@ impl std::fmt::Display for Unanswered {
 
 impl std::error::Error for Unanswered {}
 
-/// Asks the server at `path`; the answer's body.
+/// Sends a request to the server at `path`. Returns the body of the answer.
 pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<String, Unanswered> {
     let (status, answer) = exchange(path, method, call, body, PATIENCE)?;
     match status {
@@ -136,12 +136,12 @@ pub(crate) fn ask(path: &Path, method: &str, call: &str, body: &str) -> Result<S
     }
 }
 
-/// As [`ask`] with GET, and reads the answer.
+/// Sends a GET request as [`ask`] does, and parses the answer.
 pub(crate) fn get<T: DeserializeOwned>(path: &Path, call: &str) -> Result<T, Unanswered> {
     read(&ask(path, "GET", call, "")?)
 }
 
-/// Asks for what happens from now on, and passes each line of it on until the server ends, or
+/// Requests the events from now on, and calls `pass_on` with each line until the server ends or
 /// `pass_on` returns false.
 pub(crate) fn follow_events(
     path: &Path,
@@ -177,7 +177,8 @@ pub(crate) fn follow_events(
     }
 }
 
-/// As [`ask`] for the status, of a server that may take so long; the answer's body.
+/// Requests the status as [`ask`] does, from a server that may take that long. Returns the body of
+/// the answer.
 pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unanswered> {
     match exchange(path, "GET", "/v1/status", "", patience)? {
         (200..=299, answer) => Ok(answer),
@@ -185,7 +186,7 @@ pub(crate) fn ask_status(path: &Path, patience: Duration) -> Result<String, Unan
     }
 }
 
-/// What an answer says, each text in it fit for a line.
+/// Parses an answer. Its texts are escaped for single lines.
 pub(crate) fn read<T: DeserializeOwned>(answer: &str) -> Result<T, Unanswered> {
     let parsed = serde_json::from_str(answer);
     let read = parsed.and_then(|mut value| {
@@ -199,7 +200,7 @@ pub(crate) fn read<T: DeserializeOwned>(answer: &str) -> Result<T, Unanswered> {
     })
 }
 
-/// A name as it stands in a path.
+/// Percent-encodes a name for a path.
 pub(crate) fn encode_segment(name: &str) -> String {
     const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_');
     utf8_percent_encode(name, KEPT).to_string()
@@ -235,7 +236,7 @@ fn exchange(
 
 type HttpAnswer = Response<Incoming>;
 
-/// Connects to the server, if it is this user's, sends a request, and has its answer read.
+/// Connects to the server if it is this user's, sends a request, and calls `read` with the answer.
 fn send_and_read<T>(
     path: &Path,
     method: &str,
@@ -261,7 +262,7 @@ fn send_and_read<T>(
     talk().map_err(|e| Unanswered::Absent(Error::new(Operation::Connect, &address, e)))
 }
 
-/// Refuses a server that is not a process of this user's.
+/// Refuses a server that is no process of this user.
 fn check_owner(stream: &Stream) -> crate::Result<()> {
     let fail = |cause| Error::new(Operation::Connect, stream.address(), cause);
     let (owner, user) = (
@@ -278,7 +279,7 @@ fn check_owner(stream: &Stream) -> crate::Result<()> {
     )))
 }
 
-/// Sends a request, and returns its answer as soon as that begins.
+/// Sends a request. Returns its answer once the headers have come.
 async fn send(socket: OwnedFd, request: Request<String>) -> io::Result<HttpAnswer> {
     let stream = std::os::unix::net::UnixStream::from(socket);
     stream.set_nonblocking(true)?;
@@ -293,7 +294,7 @@ fn broken_answer(why: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why)
 }
 
-/// Reads an answer to its end.
+/// Reads the body of an answer.
 async fn read_text(answer: HttpAnswer) -> io::Result<String> {
     let body = Limited::new(answer.into_body(), MOST_BYTES).collect().await;
     let body = body.map_err(|e| match e.is::<LengthLimitError>() {
@@ -304,7 +305,7 @@ async fn read_text(answer: HttpAnswer) -> io::Result<String> {
     body.map_err(|_| broken_answer("the answer is no UTF-8"))
 }
 
-/// Says why there is no answer.
+/// Describes why there is no answer.
 fn no_answer(error: hyper::Error) -> io::Error {
     let cause = error.source().and_then(|it| it.downcast_ref::<io::Error>());
     if let Some(code) = cause.and_then(io::Error::raw_os_error) {
@@ -320,13 +321,13 @@ fn no_answer(error: hyper::Error) -> io::Error {
 }
 
 impl ApiProblem {
-    /// What an error's answer says.
+    /// Makes the problem of an error answer.
     fn of_answer(status: u16, answer: &str) -> ApiProblem {
         let json: Value = serde_json::from_str(answer).unwrap_or_default();
         let text = |key: &str| json.get(key).and_then(|it| it.as_str()).map(str::to_owned);
         ApiProblem {
             status,
-            // All that is wrong with a file has many lines.
+            // The mistakes in a file have many lines.
             error: text("error").map_or_else(
                 || format!("it answered with status {status}"),
                 |error| escape::text(&error).into_owned(),

@@ -1,5 +1,5 @@
-//! The clients of a socket of the control interface: how many there may be, and which is
-//! disconnected for a new one.
+//! The clients of a socket of the control interface: their limit, and which is disconnected for a
+//! new one.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,14 +11,14 @@ use super::endpoint::Demand;
 use crate::lock::lock;
 use crate::sys;
 
-/// The most clients of one socket at a time, where there are enough descriptors.
+/// The most clients of a socket, if there are enough descriptors.
 const MOST_CLIENTS: usize = 256;
 
-/// The most clients at a time of a socket that the user has not asked for.
+/// The most clients of a socket that the user has not asked for.
 const FEW_CLIENTS: usize = 8;
 
-/// Returns the most clients of one socket at a time. Where descriptors are scarce, most of them are
-/// left for connections.
+/// Returns the most clients of a socket. If descriptors are scarce, most of them are left for
+/// connections.
 pub(super) fn most_clients(demand: Demand) -> usize {
     if demand == Demand::OwnAccord {
         return FEW_CLIENTS;
@@ -33,12 +33,12 @@ pub(super) fn most_clients(demand: Demand) -> usize {
 #[derive(Debug)]
 pub(super) struct ServedClient(Mutex<(ClientPhase, Instant)>);
 
-/// What is awaited from a client, or for it.
+/// What a client is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum ClientPhase {
-    /// Its request is awaited.
+    /// It is sending its request.
     Asking,
-    /// Its answer is being sent: it is to read that and close.
+    /// Its answer is being sent; it must read that and close.
     Hearing,
     /// It waits for its answer.
     Waiting,
@@ -61,8 +61,8 @@ impl ServedClient {
         self.state().0
     }
 
-    /// Waits until it has kept the server waiting for `most`.
-    pub(super) async fn keeps_waiting(&self, most: Duration) {
+    /// Returns once the client has kept the server waiting for `most`.
+    pub(super) async fn wait_until_overdue(&self, most: Duration) {
         loop {
             let (phase, since) = self.state();
             let left = match phase {
@@ -76,9 +76,9 @@ impl ServedClient {
         }
     }
 
-    /// Returns the key by which clients are disconnected, the least first: those that keep the
-    /// server waiting, the longest first, and then those that wait for it.
-    fn right_to_stay(&self) -> (bool, Instant) {
+    /// Returns the sort key of disconnection, least first: clients that keep the server waiting,
+    /// the longest wait first, then those that wait for the server.
+    fn disconnection_key(&self) -> (bool, Instant) {
         let (phase, since) = self.state();
         (phase == ClientPhase::Waiting, since)
     }
@@ -101,7 +101,7 @@ impl SocketClients {
         }
     }
 
-    /// Adds a client, and disconnects another one for it if there are too many.
+    /// Adds a client. Disconnects another one if there are too many.
     pub(super) fn admit(
         &mut self,
         client: &Arc<ServedClient>,
@@ -110,22 +110,22 @@ impl SocketClients {
         while self.tasks.try_join_next().is_some() {}
         self.served.retain(|(_, task)| !task.is_finished());
         if self.served.len() >= self.most {
-            self.put_out_one();
+            self.disconnect_one();
         }
         let task = self.tasks.spawn(task);
         self.served.push((Arc::clone(client), task));
     }
 
-    pub(super) fn put_out_one(&mut self) {
+    pub(super) fn disconnect_one(&mut self) {
         let all = self.served.iter().enumerate();
-        let first = all.min_by_key(|(_, (client, _))| client.right_to_stay());
+        let first = all.min_by_key(|(_, (client, _))| client.disconnection_key());
         if let Some((index, _)) = first {
             let (_, task) = self.served.swap_remove(index);
             task.abort();
         }
     }
 
-    pub(super) fn put_out_who_has_not_asked(&mut self) {
+    pub(super) fn disconnect_silent(&mut self) {
         for (client, task) in &self.served {
             if client.phase() == ClientPhase::Asking {
                 task.abort();
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_keeps_us_waiting_longest_goes_first_and_who_waits_for_us_last() {
+    fn the_client_that_delays_longest_is_disconnected_first() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         runtime.unwrap().block_on(async {
             let mut clients = SocketClients::new(Demand::Asked);
@@ -162,13 +162,13 @@ mod tests {
             assert!(!is_there(&clients, &silent) && is_there(&clients, &hearing));
             let third = come(&mut clients, ClientPhase::Waiting);
             assert!(!is_there(&clients, &hearing) && is_there(&clients, &served));
-            // All wait for us: the one for whom it has been longest.
+            // All wait for the server: the one that has waited longest.
             let last = come(&mut clients, ClientPhase::Asking);
             assert!(!is_there(&clients, &served));
             for client in [&second, &third, &last] {
                 assert!(is_there(&clients, client));
             }
-            // Who has been served makes room by that.
+            // A client that was served makes room.
             clients.served[0].1.abort();
             tokio::task::yield_now().await;
             come(&mut clients, ClientPhase::Asking);
@@ -177,20 +177,20 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_us_is_given_all_the_time_and_who_does_not_so_much() {
+    fn a_client_has_a_deadline_only_while_it_delays() {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_time().build().unwrap();
         runtime.block_on(async {
             let (client, most) = (ServedClient::new(), Duration::from_millis(5));
             let patience = Duration::from_secs(20);
-            tokio::time::timeout(patience, client.keeps_waiting(most))
+            tokio::time::timeout(patience, client.wait_until_overdue(most))
                 .await
                 .unwrap();
             client.enter_phase(ClientPhase::Waiting);
-            let waits = tokio::time::timeout(20 * most, client.keeps_waiting(most));
+            let waits = tokio::time::timeout(20 * most, client.wait_until_overdue(most));
             waits.await.unwrap_err();
             client.enter_phase(ClientPhase::Hearing);
-            tokio::time::timeout(patience, client.keeps_waiting(most))
+            tokio::time::timeout(patience, client.wait_until_overdue(most))
                 .await
                 .unwrap();
         });

@@ -1,4 +1,4 @@
-//! Where a service of the control interface is, and the socket that listens there.
+//! An address of the control interface, and the socket that listens there.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, SystemTime};
@@ -15,14 +15,14 @@ use crate::proxy::Source;
 use super::model::Unserved;
 use super::place;
 
-/// What is served on a socket.
+/// What a socket serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ServedInterface {
     /// Everything, to this user.
     Control,
-    /// What concerns forwards and connections, to guests.
+    /// Forwards and connections, to guests.
     GuestControl,
-    /// The metrics alone, to whoever can connect.
+    /// The metrics only, to all who can connect.
     Metrics,
 }
 
@@ -30,25 +30,25 @@ pub(super) enum ServedInterface {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Demand {
     Asked,
-    /// There is one nevertheless.
+    /// No, but it is useful to have one.
     OwnAccord,
 }
 
-/// Where a service is to be, and how it is there.
+/// An address to serve at, and its state.
 #[derive(Debug)]
 pub(super) struct ServiceEndpoint {
     pub(super) service: ServedInterface,
     pub(super) demand: Demand,
-    /// With the port that was chosen, if one was to be.
+    /// The address, with the chosen port if it was asked for as 0.
     pub(super) address: Address,
-    /// As it was asked for.
+    /// The address as it was asked for.
     pub(super) asked: Address,
-    /// Why nobody is served there, if so.
+    /// Why it isn't served, if so.
     trouble: Mutex<Option<Unserved>>,
-    /// The socket that listens there, if one does.
+    /// The socket that listens there, if any.
     listener: Mutex<Weak<Listener>>,
     given_away: Notify,
-    /// Notified, with the listener's lock, once it is closed after that.
+    /// Notified, with the lock of `listener`, once the socket is closed after it was given away.
     closed: Condvar,
 }
 
@@ -71,20 +71,20 @@ impl ServiceEndpoint {
         }
     }
 
-    /// Returns the socket that listens there, if one does.
+    /// Returns the socket that listens there, if any.
     pub(super) fn listener(&self) -> Option<Arc<Listener>> {
         let listener = self.listener.lock();
         recover(listener).upgrade()
     }
 
-    /// Notes which socket listens there now.
+    /// Notes the socket that listens there now.
     pub(super) fn note_listener(&self, listener: &Arc<Listener>) {
         let noted = self.listener.lock();
         *recover(noted) = Arc::downgrade(listener);
     }
 
-    /// Leaves the socket and its file to another process, which has it: nobody is accepted here any
-    /// more.
+    /// Leaves the socket and its file to another process, which already has it: this process
+    /// accepts no more clients.
     pub(super) fn give_away(&self) {
         if let Some(file) = self.listener().and_then(|listener| listener.file()) {
             file.leave();
@@ -92,23 +92,23 @@ impl ServiceEndpoint {
         self.given_away.notify_one();
     }
 
-    /// Waits until the socket is closed here, a second at most.
+    /// Waits at most a second until the socket is closed here.
     pub(super) fn wait_until_closed(&self) {
         const PATIENCE: Duration = Duration::from_secs(1);
         let listener = self.listener.lock();
         let listener = recover(listener);
         let is_open = |it: &mut Weak<Listener>| it.strong_count() > 0;
-        // One that hangs closes it later.
+        // If it hangs, it is closed later.
         drop(self.closed.wait_timeout_while(listener, PATIENCE, is_open));
     }
 
-    /// Notes that nobody here has the socket any more.
+    /// Notes that the socket is closed in this process.
     pub(super) fn mark_closed(&self) {
         let _listener = self.listener.lock();
         self.closed.notify_all();
     }
 
-    /// Returns once the socket is another process'.
+    /// Returns once the socket was given to another process.
     pub(super) async fn wait_until_given_away(&self) {
         self.given_away.notified().await;
     }
@@ -117,12 +117,12 @@ impl ServiceEndpoint {
         lock(&self.trouble)
     }
 
-    /// Returns why nobody is served there, if so.
+    /// Returns why it isn't served, if so.
     pub(super) fn trouble(&self) -> Option<Unserved> {
         self.lock().clone()
     }
 
-    /// Notes why nobody is served, and returns whether that is news.
+    /// Notes why it isn't served. Returns whether the reason is new.
     pub(super) fn mark_unserved(&self, why: String) -> bool {
         let mut trouble = self.lock();
         let before = trouble.take();
@@ -140,12 +140,12 @@ impl ServiceEndpoint {
         is_new
     }
 
-    /// Notes that clients are served.
+    /// Notes that it is served.
     pub(super) fn mark_served(&self) {
         *self.lock() = None;
     }
 
-    /// Listens there. It may block.
+    /// Binds the socket. May block.
     pub(super) fn bind(&self) -> Result<Listener> {
         bind(self.service, &self.address)
     }
@@ -158,17 +158,17 @@ fn bind(service: ServedInterface, address: &Address) -> Result<Listener> {
     Listener::bind(address, DEFAULT_MODE.into())
 }
 
-/// An endpoint, and the socket that listens there, if it could be bound.
+/// An endpoint, and its listening socket if it could be bound.
 #[derive(Debug)]
 pub(super) struct BoundEndpoint {
     pub(super) endpoint: Arc<ServiceEndpoint>,
     pub(super) listener: Option<Arc<Listener>>,
-    /// The sources from which clients are accepted; all, if it is empty.
+    /// The sources from which clients are accepted; if it is empty, all.
     pub(super) from: Vec<Source>,
 }
 
 impl BoundEndpoint {
-    /// Returns it, for clients from there alone, if any is named.
+    /// Limits it to clients from these sources, if there are any.
     pub(super) fn limited_to(self, from: &[Source]) -> BoundEndpoint {
         BoundEndpoint {
             from: from.to_vec(),
@@ -176,10 +176,10 @@ impl BoundEndpoint {
         }
     }
 
-    /// Listens at `address`: nobody is served yet, who connects waits.
+    /// Listens at `address`. Clients that connect wait until it is served.
     ///
     /// # Errors
-    /// As those of [`Listener::bind`], and that others could get at the control socket.
+    /// Returns those of [`Listener::bind`], and an error if others could get at the control socket.
     pub(super) fn open(
         service: ServedInterface,
         address: &Address,
@@ -193,7 +193,7 @@ impl BoundEndpoint {
         ))
     }
 
-    /// One whose socket listens already: another hvsock hands it over.
+    /// Makes an endpoint from a socket of the predecessor.
     pub(super) fn from_predecessor(
         service: ServedInterface,
         asked: &Address,
@@ -214,7 +214,7 @@ impl BoundEndpoint {
         }
     }
 
-    /// One that can't be opened yet, for that reason.
+    /// Makes an endpoint that can't be bound yet, with the reason.
     pub(super) fn without_listener(
         service: ServedInterface,
         address: &Address,

@@ -1,8 +1,8 @@
-//! Events as lines of JSON: what happens to connections, forwards and VMs.
+//! Reports events of connections, forwards and VMs as lines of JSON.
 //!
-//! Events of connections come from the proxy's observer, on the workers' threads. An event goes
-//! into the queue of each reader, or is dropped and counted if that is full. Nothing waits for a
-//! reader, and without readers nothing is done. The states of forwards and VMs are compared every
+//! Events of connections come from the proxy's observer, on the workers' threads. An event is put
+//! into the queue of each reader, or is dropped and counted if the queue is full. Nothing waits for
+//! a reader, and without readers nothing is done. The states of forwards and VMs are compared every
 //! [`LOOK`] for each reader, so a change that lasts for less may not be reported.
 
 use std::collections::HashMap;
@@ -23,7 +23,7 @@ use crate::time::unix;
 
 use super::model::{ForwardInfo, ProgramFailed, address_of, refusal_of};
 
-/// The most events that wait in a reader's queue; each has some 200 bytes.
+/// The most events in a reader's queue; each has some 200 bytes.
 const QUEUE: usize = 4096;
 
 /// The most lines that were taken from the queue and are not sent yet.
@@ -32,7 +32,7 @@ const AHEAD: usize = 16;
 /// How often the states of forwards and VMs are compared.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// A line: an event with its time.
+/// A line: an event, with its time.
 #[derive(Clone, Debug, Serialize)]
 struct EventLine {
     #[serde(with = "unix")]
@@ -41,7 +41,7 @@ struct EventLine {
     what: ReportedEvent,
 }
 
-/// What has happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum ReportedEvent {
@@ -84,7 +84,7 @@ enum ReportedEvent {
         #[serde(flatten)]
         program: ProgramFailed,
     },
-    /// The reader was too slow for so many events about connections.
+    /// The reader was too slow, so this many events of connections were dropped.
     Dropped {
         count: u64,
     },
@@ -108,7 +108,7 @@ struct EventClient {
     process: Option<EventProcess>,
 }
 
-/// The client's process, as in the status, but without its program, which only a file tells.
+/// The client's process, as in the status, but without its program, which needs a file to be read.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct EventProcess {
     pid: Option<u32>,
@@ -157,7 +157,7 @@ impl ReportedEvent {
     }
 }
 
-/// A reader's queue, and how many events found it full.
+/// A reader's queue, and the number of events that found it full.
 #[derive(Debug)]
 struct Reader {
     queue: Sender<EventLine>,
@@ -168,7 +168,7 @@ struct Reader {
 #[derive(Debug, Default)]
 pub(super) struct Events {
     readers: Mutex<Vec<Reader>>,
-    /// The number of readers, to be read without a lock.
+    /// The number of readers, to be read without the lock.
     count: AtomicUsize,
 }
 
@@ -177,7 +177,7 @@ impl Events {
         lock(&self.readers)
     }
 
-    /// Returns an observer, by which a proxy sends the events of its connections to the readers.
+    /// Returns an observer that sends the events of a proxy's connections to the readers.
     pub(super) fn observer(self: &Arc<Events>) -> Observer {
         let events = Arc::clone(self);
         Observer::new(move |event| {
@@ -201,7 +201,7 @@ impl Events {
         }
     }
 
-    /// Returns the lines of a new reader, until they are dropped.
+    /// Adds a reader. Returns its lines; it is removed when they are dropped.
     pub(super) fn read(self: &Arc<Events>, handle: &Handle) -> Receiver<Bytes> {
         let (queue, events) = channel(QUEUE);
         let (to, lines) = channel(AHEAD);
@@ -229,14 +229,14 @@ impl Events {
         self.count.store(readers.len(), Ordering::Relaxed);
     }
 
-    /// Ends the lines of all readers, each behind what is in its queue.
+    /// Ends the lines of all readers after the events that are queued.
     pub(super) fn close(&self) {
         self.count.store(0, Ordering::Relaxed);
         self.lock().clear();
     }
 }
 
-/// Writes a reader's lines until it has gone or the events end.
+/// Writes a reader's lines until the reader has closed them or the events end.
 async fn write_lines(
     handle: &Handle,
     mut events: Receiver<EventLine>,
@@ -262,7 +262,7 @@ async fn write_lines(
             lines.push(now(ReportedEvent::Dropped { count: lost }));
         }
         for line in lines.drain(..) {
-            // It is made of texts and numbers.
+            // Objects, strings and numbers can always be serialised.
             let mut text = serde_json::to_vec(&line).unwrap_or_default();
             text.push(b'\n');
             if to.send(text.into()).await.is_err() {
@@ -283,7 +283,7 @@ async fn write_lines(
             },
             _ = looks.tick() => {}
         }
-        // This may wait for a lock.
+        // Getting the forwards may wait for a lock.
         let handle = handle.clone();
         let forwards = spawn_blocking(move || handle.forwards()).await;
         let news = seen.compare(&forwards.unwrap_or_default());
@@ -291,7 +291,7 @@ async fn write_lines(
     }
 }
 
-/// The states of forwards and VMs that a reader was last told.
+/// The states of forwards and VMs as last reported to a reader.
 #[derive(Debug, Default)]
 struct Seen {
     forwards: HashMap<u64, (EventForward, bool)>,
@@ -299,7 +299,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Returns the events by which the states differ from the last ones.
+    /// Returns the events for the states that differ from the last ones.
     fn compare(&mut self, forwards: &[ForwardStatus]) -> Vec<ReportedEvent> {
         let mut news = Vec::new();
         let mut gone = std::mem::take(&mut self.forwards);

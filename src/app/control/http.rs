@@ -1,5 +1,5 @@
-//! HTTP on the sockets of the control interface, by hyper: one request a connection, and all that a
-//! client sends bounded, in bytes and in time.
+//! HTTP for the sockets of the control interface, by hyper: one request a connection, and limits on
+//! what a client sends, in bytes and in time.
 
 use std::convert::Infallible;
 use std::io;
@@ -28,30 +28,30 @@ use super::clients::{ClientPhase, ServedClient};
 use super::problem::ApiProblem;
 use crate::sys;
 
-/// The longest request line and headers.
+/// The most bytes of request line and headers.
 const MOST_HEAD: usize = 16 * 1024;
 const MOST_HEADERS: usize = 64;
-/// The longest body: a rule has some hundred bytes.
+/// The most bytes of a body: a rule has some hundred.
 const MOST_BODY: u64 = 64 * 1024;
 
-/// How long a request may take to come, and an answer to go.
+/// How long a request may take to arrive, and an answer to be sent.
 const REQUEST: Duration = Duration::from_secs(5);
 
-/// How long, and for how many bytes, it is read on what a client sends behind its request: closed
-/// with bytes unread, a connection is reset, and the client may never see its answer.
+/// How long, and for how many bytes, the server reads on after a request. A connection closed with
+/// bytes unread is reset, and the client may lose the answer.
 const LINGER: Duration = Duration::from_millis(500);
 const MOST_LINGERING: u64 = 1024 * 1024;
 
-/// What a client asks.
+/// A client's request.
 #[derive(Debug, Default)]
 pub(super) struct HttpRequest {
     pub(super) method: Method,
-    /// Decoded.
+    /// The path, percent-decoded.
     pub(super) path: String,
-    /// Decoded, in their order.
+    /// The query, percent-decoded, in order.
     pub(super) query: Vec<(String, String)>,
     pub(super) body: Bytes,
-    /// The process that asks, where the system tells.
+    /// The process that sent it, if the system reports it.
     pub(super) asked_by: Option<u32>,
 }
 
@@ -60,14 +60,14 @@ pub(super) type Response = hyper::Response<Content>;
 
 pub(super) const JSON: &str = "application/json";
 
-/// Lines of JSON.
+/// The content type of events: a JSON object on each line.
 const JSON_LINES: &str = "application/x-ndjson";
 
 /// The body of an answer.
 #[derive(Debug)]
 pub(super) enum Content {
     Text(String),
-    /// Lines that are sent when something happens.
+    /// Lines that are sent as events happen.
     Lines(Receiver<Bytes>),
 }
 
@@ -99,19 +99,19 @@ impl Body for Content {
     }
 }
 
-/// Returns an answer.
+/// Makes an answer.
 pub(super) fn response(status: u16, content_type: &'static str, body: String) -> Response {
     answer(status, content_type, Content::Text(body))
 }
 
-/// Returns an answer of lines that go on.
+/// Makes an answer with a stream of lines.
 pub(super) fn lines(lines: Receiver<Bytes>) -> Response {
     answer(200, JSON_LINES, Content::Lines(lines))
 }
 
 fn answer(status: u16, content_type: &'static str, content: Content) -> Response {
     let mut response = Response::new(content);
-    // The statuses that are used here are all in range.
+    // All statuses used here are valid.
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
     let content_type = HeaderValue::from_static(content_type);
     response.headers_mut().insert(CONTENT_TYPE, content_type);
@@ -119,7 +119,7 @@ fn answer(status: u16, content_type: &'static str, content: Content) -> Response
 }
 
 impl ApiProblem {
-    /// Returns it as an answer.
+    /// Makes the answer that reports this problem.
     pub(super) fn response(&self) -> Response {
         let mut body = serde_json::json!({"error": self.error});
         if let Some(remedy) = &self.remedy {
@@ -129,7 +129,7 @@ impl ApiProblem {
     }
 }
 
-/// Answers a client's request as `answer` does. A client that breaks off needs no answer.
+/// Serves a request, whose answer `answer` returns. A client that disconnects gets none.
 pub(super) async fn serve<F: Future<Output = Response>>(
     stream: UnixStream,
     client: &ServedClient,
@@ -141,7 +141,8 @@ pub(super) async fn serve<F: Future<Output = Response>>(
     let exchange = async |request| {
         is_asked.store(true, Ordering::Relaxed);
         let response = match read(request).await? {
-            // A request that its client gave up while this process was stopped is not carried out.
+            // The client may have given up while this process was stopped: its request is not
+            // carried out.
             Ok(request) if request.method != Method::GET && sys::is_hung_up(stream.as_fd()) => {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
@@ -153,7 +154,7 @@ pub(super) async fn serve<F: Future<Output = Response>>(
         };
         match response.body() {
             Content::Text(_) => client.enter_phase(ClientPhase::Hearing),
-            // A reader of events may wait for the next one for any time.
+            // A client that follows events may wait for any time.
             Content::Lines(_) => follows.store(true, Ordering::Relaxed),
         }
         Ok::<_, io::Error>(response)
@@ -178,12 +179,12 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             Err(e) if e.is_parse() && !is_asked.load(Ordering::Relaxed) => Some(refusal(&e)),
             Err(_) => return,
         },
-        () = client.keeps_waiting(REQUEST) => match client.phase() {
+        () = client.wait_until_overdue(REQUEST) => match client.phase() {
             ClientPhase::Asking => Some(ApiProblem::new(408, "the request took too long to come")),
             _ => return,
         },
-        // Only a write would show that the client has gone, and there may be nothing to write.
-        () = is_gone(&stream, &follows) => return,
+        // With nothing to write, only a poll shows that the client has disconnected.
+        () = wait_until_gone(&stream, &follows) => return,
     };
     let Some(mut stream) = Arc::into_inner(stream) else {
         return;
@@ -196,14 +197,14 @@ pub(super) async fn serve<F: Future<Output = Response>>(
             return;
         }
     }
-    // This fails where both directions have ended. What has arrived is read in any case.
+    // This fails if both directions have ended. What has arrived is read in any case.
     let _ = socket2::SockRef::from(&stream).shutdown(Shutdown::Write);
     let mut rest = stream.take(MOST_LINGERING);
     let _ = timeout(LINGER, tokio::io::copy(&mut rest, &mut tokio::io::sink())).await;
 }
 
-/// Returns when a client has gone that follows what happens.
-async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
+/// Returns when a client that follows events has disconnected.
+async fn wait_until_gone(stream: &UnixStream, follows: &AtomicBool) {
     const LOOK: Duration = Duration::from_secs(1);
     loop {
         sleep(LOOK).await;
@@ -213,7 +214,7 @@ async fn is_gone(stream: &UnixStream, follows: &AtomicBool) {
     }
 }
 
-/// Returns what is wrong with input that hyper doesn't accept as a request.
+/// Returns the problem with input that hyper refuses.
 fn refusal(error: &hyper::Error) -> ApiProblem {
     match error.is_parse_too_large() {
         true => {
@@ -224,7 +225,7 @@ fn refusal(error: &hyper::Error) -> ApiProblem {
     }
 }
 
-/// Returns an answer to what was no request as it is sent.
+/// Formats an answer to input that is no valid request.
 fn to_text(response: &Response) -> String {
     let status = response.status();
     let body = match response.body() {
@@ -240,7 +241,7 @@ fn to_text(response: &Response) -> String {
 /// Reads a request to its end.
 ///
 /// # Errors
-/// If its client breaks off.
+/// Returns an error if the client disconnects.
 async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<HttpRequest, ApiProblem>> {
     let (path, query) = match check(&request) {
         Ok(target) => target,
@@ -257,7 +258,7 @@ async fn read(request: hyper::Request<Incoming>) -> io::Result<Result<HttpReques
     }))
 }
 
-/// Refuses requests whose body is not even read.
+/// Refuses requests without reading their bodies.
 fn check(request: &hyper::Request<Incoming>) -> Result<RequestTarget, ApiProblem> {
     if request.headers().contains_key(TRANSFER_ENCODING) {
         let problem = ApiProblem::new(501, "a body in pieces is not taken");
@@ -289,12 +290,11 @@ fn parse_target(target: &hyper::Uri) -> Result<RequestTarget, ApiProblem> {
     Ok((decode(target.path())?, query))
 }
 
-/// A stream as hyper reads and writes it. Others that hold it may use it afterwards.
+/// A stream for hyper. Other owners may use it afterwards.
 #[derive(Debug)]
 pub(super) struct Io {
     stream: Arc<UnixStream>,
-    /// Whether what hyper writes is sent. The answers that it makes by itself, to invalid requests,
-    /// have no text.
+    /// Whether hyper's writes are sent. Its own answers to invalid requests have no text.
     is_heard: Arc<AtomicBool>,
 }
 
@@ -357,8 +357,7 @@ impl hyper::rt::Write for Io {
 mod tests {
     use super::*;
 
-    /// Returns what a client that sends so much at a time is answered: with its request, if it is
-    /// one.
+    /// Sends bytes, `pace` at a time. Returns the answer, with the request if it was valid.
     fn ask(sent: impl AsRef<[u8]>, pace: usize) -> String {
         let (answer, client) = (
             async |it: HttpRequest| {

@@ -1,4 +1,4 @@
-//! Finding forwards by what they are called, each by one look into a map.
+//! Finds forwards by the ways to name them, each with one look into a map.
 
 use std::collections::HashMap;
 
@@ -7,22 +7,21 @@ use crate::address::Address;
 use crate::app::values::local_address;
 use crate::proxy::{ForwardId, ForwardStatus};
 
-/// The forwards of a proxy, by all that names one. Of several with the same name the first is
-/// meant.
+/// The forwards of a proxy, by all that names them. Of several with the same name the first counts.
 #[derive(Debug)]
 pub(super) struct ForwardLookup<'a> {
     forwards: &'a [ForwardStatus],
     names: HashMap<&'a str, usize>,
-    /// Where they listen.
+    /// By the addresses on which they listen.
     listens: HashMap<&'a Address, usize>,
-    /// Where they were to listen: the port may be 0.
+    /// By the addresses that were asked for, whose port may be 0.
     asked: HashMap<&'a Address, usize>,
     ids: HashMap<u64, usize>,
-    /// Those that listen on a TCP port.
+    /// By the TCP ports on which they listen.
     ports: HashMap<u64, OnPort>,
 }
 
-/// What listens on a TCP port.
+/// The forwards that listen on a TCP port.
 #[derive(Clone, Copy, Debug)]
 enum OnPort {
     One(usize),
@@ -56,16 +55,16 @@ impl<'a> ForwardLookup<'a> {
         lookup
     }
 
-    /// Returns the forward of that name, or else that listens there, or else that has this id, or
-    /// else the only one that listens on this TCP port.
+    /// Returns the forward with that name; or else that listen address; or else that id; or else
+    /// the only one on that TCP port.
     ///
     /// # Errors
-    /// That there is none.
+    /// Returns an error if there is none.
     pub(super) fn find(&self, name: &str) -> Result<&'a ForwardStatus, ApiProblem> {
         let there = || self.position_at(&parse_address(name)?);
         let id = name.parse::<u64>().ok();
         let numbered = || self.ids.get(&id?).copied();
-        // A port is what `-L 8080:80` has of an address.
+        // A bare port, as in `-L 8080:80`.
         let ported = || match self.ports.get(&id?)? {
             OnPort::One(index) => Some(*index),
             OnPort::Several => None,
@@ -78,7 +77,7 @@ impl<'a> ForwardLookup<'a> {
         })
     }
 
-    /// Returns the place of the first that listens there, or was to.
+    /// Returns the index of the first forward that listens at an address, or was asked to.
     fn position_at(&self, address: &Address) -> Option<usize> {
         let here = [&self.listens, &self.asked];
         let here = here.into_iter().filter_map(|it| it.get(address));
@@ -90,7 +89,7 @@ impl<'a> ForwardLookup<'a> {
         self.names.get(name).map(|it| &self.forwards[*it])
     }
 
-    /// Returns the forward that listens there.
+    /// Returns the forward that listens on that address.
     pub(super) fn listening_on(&self, address: &Address) -> Option<&'a ForwardStatus> {
         self.listens.get(address).map(|it| &self.forwards[*it])
     }
@@ -101,7 +100,7 @@ impl<'a> ForwardLookup<'a> {
     }
 }
 
-/// Parses an address, of TCP without its scheme as well. A number alone is no address: it may be an
+/// Parses an address; a TCP address may lack its scheme. A bare number is no address: it may be an
 /// id.
 fn parse_address(name: &str) -> Option<Address> {
     let parsed = name.parse().ok();

@@ -27,7 +27,7 @@ pub(super) fn text(status: Status) -> String {
     text
 }
 
-/// The collector of counts that are kept elsewhere.
+/// The collector. The counts are kept by the proxy.
 #[derive(Debug)]
 struct Metrics(Status);
 
@@ -41,7 +41,7 @@ impl Collector for Metrics {
     }
 }
 
-/// The value of a sample. A counter's name ends in `_total`, which is left out here.
+/// The value of a sample. The encoder appends the `_total` of a counter's name.
 #[derive(Clone, Copy, Debug)]
 enum Value {
     Counter(u64),
@@ -291,7 +291,7 @@ fn labels(forward: &ForwardInfo) -> [(&'static str, &str); 3] {
 }
 
 fn open_descriptors() -> Option<usize> {
-    // One of them is that by which the directory is read.
+    // One of them is that of the directory itself.
     let all = std::fs::read_dir("/dev/fd").ok()?;
     all.count().checked_sub(1)
 }

@@ -1,5 +1,4 @@
-//! The control socket: looking at a proxy that runs, and changing it, over HTTP with JSON on a Unix
-//! socket.
+//! The control socket: shows and changes a running proxy, by HTTP with JSON on a Unix socket.
 //!
 //! ```sh
 //! curl --unix-socket "$XDG_RUNTIME_DIR/hvsock/control.sock" http://hvsock/v1/forwards
@@ -8,45 +7,44 @@
 //! curl --unix-socket … http://hvsock/v1/forwards/web -X DELETE
 //! ```
 //!
-//! A forward without a name on port 0 is a new one each time it is added. All else that is added
-//! twice is there once.
+//! Adding a forward without a name on port 0 makes a new one each time. Any other forward that is
+//! added twice exists once.
 //!
 //! | call | what it does | answers |
 //! |---|---|---|
-//! | `GET /v1/status` | all of it: version, uptime, forwards | [`Status`] |
-//! | `GET /v1/forwards` | the forwards | an array of [`ForwardInfo`] |
-//! | `POST /v1/forwards` | adds one; the body is a rule, of which all but the addresses may be left out; where they have ranges of ports, one for each port, or none | 201 and the forward, with the port that was chosen for port 0; 200 and the forward that is there already, if its rule is the same; 409 if it is another; of a range an array |
-//! | `GET /v1/forwards/NAME` | one of them, by its name, by where it listens (percent-encoded), or by its id | the forward |
-//! | `DELETE /v1/forwards/NAME?grace=S` | takes no more clients; those that are there have S seconds | the forward as it was; of a range an array of those that were there |
-//! | `GET /v1/events` | what happens from now on, until the proxy has ended | lines of JSON: see [`events`] |
-//! | `GET /v1/connections` | the connections that are carried now | an array of [`ConnectionInfo`] |
-//! | `GET /v1/connections/ended` | the last 100 that have ended, refused ones included, the oldest first; of a process that was taken over from, too | an array of [`EndedInfo`] |
-//! | `DELETE /v1/connections/ID` | closes one, a VM's side of it gracefully | the connection as it was |
-//! | `POST /v1/reload` | reads the configuration again | what has changed; 409 if there is no file |
-//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other's version is another |
-//! | `POST /v1/upgrade` | starts the program anew that is now where this one was, and hands over to it | 200, its process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
+//! | `GET /v1/status` | returns the whole status: version, uptime, forwards | [`Status`] |
+//! | `GET /v1/forwards` | returns the forwards | an array of [`ForwardInfo`] |
+//! | `POST /v1/forwards` | adds a forward; the body is a rule, of which only the addresses are required; with ranges of ports it adds one for each port, or none | 201 and the forward, with the chosen port if it was 0; 200 and the existing forward, if its rule is the same; 409 if its rule is different; for a range an array |
+//! | `GET /v1/forwards/NAME` | returns a forward, by its name, listen address (percent-encoded) or id | the forward |
+//! | `DELETE /v1/forwards/NAME?grace=S` | removes a forward: it takes no more clients, and its connections have S seconds to finish | the removed forward; for a range an array |
+//! | `GET /v1/events` | returns events from now on, until the proxy has ended | lines of JSON: see [`events`] |
+//! | `GET /v1/connections` | returns the live connections | an array of [`ConnectionInfo`] |
+//! | `GET /v1/connections/ended` | returns the last 100 ended connections, refused ones and those of predecessors included, the oldest first | an array of [`EndedInfo`] |
+//! | `DELETE /v1/connections/ID` | closes a connection, a VM's side of it gracefully | the closed connection |
+//! | `POST /v1/reload` | reads the file again | what has changed; 409 if there is no file |
+//! | `POST /v1/take-over` | hands all listening sockets over to another process, and ends as `stop` does: see [`handover`] | 202; 409 if there is no file, or the other process has another version |
+//! | `POST /v1/upgrade` | starts the program that is now at the path of this one, and hands over to it | 200, the new process' id and the forwards that it can't have; 409 if there is no file; 500 if it doesn't take over |
 //! | `POST /v1/stop?grace=S` | ends the proxy, as SIGTERM does | 202 |
-//! | `GET /metrics` | the counters | Prometheus' text format |
+//! | `GET /metrics` | returns the counters | Prometheus' text format |
 //!
-//! S is that of `--grace` unless said. An error is `{"error": …, "remedy": …}` (the remedy where
-//! there is one) with status 400 (what was asked makes no sense), 403 (it may not be), 404, 405,
-//! 408 (the request didn't come), 409 (it is in the way of something that is there), 413 and 431
-//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. One request a
-//! connection.
+//! The default of S is that of `--grace`. An error is `{"error": …, "remedy": …}` (the remedy where
+//! there is one) with status 400 (invalid request), 403 (not allowed), 404, 405,
+//! 408 (the request didn't arrive), 409 (conflict with something that exists), 413 and 431
+//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. A connection
+//! has one request.
 //!
-//! # Who is let in
+//! # Access
 //!
-//! The user whose process it is, and nobody else, not even root: the socket's permissions, its
-//! directory's, and the kernel's word on who has connected see to that. A guest least of all: no
-//! forward may lead there ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)), and should
-//! one be led there all the same (by a symbolic link that was changed later), who connects is our
-//! own process, and is refused for that. Another proxy of the same user's can't be told from the
-//! user.
+//! This user's processes, and no others, not even root's: the permissions of the socket and its
+//! directory ensure it, and the kernel reports who has connected. Least of all a guest: no forward
+//! may lead there ([`ProxyConfig::forbidden`](crate::ProxyConfig::forbidden)). If one does all the
+//! same, because a symbolic link was changed later, the client is this process itself, and is
+//! refused for that. Another proxy of the same user can't be told from the user.
 //!
-//! Guests, where they may control it at all, are told by their CIDs, if any is named.
+//! Guests are told apart by their CIDs, if control by guests is on and any CID is named.
 //!
-//! The metrics on a port of TCP or vsock are for whoever can connect; only the first of the two
-//! guards is there for them.
+//! All who can connect may read the metrics on a TCP or vsock port. They have only the first guard:
+//! no forward may lead there.
 
 mod added;
 mod api;
@@ -94,25 +92,25 @@ use handover::Use;
 pub(crate) use inherited::Inherited;
 use server::Server;
 
-/// Where the control socket is to be.
+/// The place of the control socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum ControlPlace {
     /// There is no control socket.
     #[default]
     Nowhere,
     At(PathBuf),
-    /// In the user's directory, under the process' number. The user has not asked for it: it serves
-    /// a few clients, is not announced, and is left out, with a log line, if it can't be bound.
+    /// In the user's directory, under the process id. The user has not asked for it: it serves a
+    /// few clients, is not announced, and is left out, with a log line, if it can't be bound.
     Own,
 }
 
-/// The sockets of the control interface that are wanted.
+/// The wanted sockets of the control interface.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) control: ControlPlace,
-    /// Where guests may control it, and which guests.
+    /// The address for guests, and the guests that may use it.
     pub(crate) guest_control: Option<GuestControl>,
-    /// Where the metrics alone are served, to everyone who can connect.
+    /// The address of the metrics, for all who can connect.
     pub(crate) metrics: Option<Address>,
     pub(crate) unavailable: Unavailable,
 }
@@ -122,8 +120,8 @@ pub(crate) struct Options {
 pub(crate) enum Unavailable {
     #[default]
     Fails,
-    /// It is tried again, and shown in the status meanwhile. A control socket that another hvsock
-    /// has still fails.
+    /// It is retried, and shown in the status meanwhile. A control socket that another hvsock has
+    /// is still an error.
     IsTriedAgain,
 }
 
@@ -131,17 +129,17 @@ pub(crate) enum Unavailable {
 #[derive(Debug)]
 pub(crate) struct Bound {
     sockets: Vec<BoundEndpoint>,
-    /// Why there is no control socket at a [place](ControlPlace::Own) that nobody has asked for.
+    /// Why there is no control socket of the process' [own](ControlPlace::Own).
     missing: Option<Error>,
     events: Arc<Events>,
     inherited: Inherited,
     added: AdditionRecords,
 }
 
-/// Takes those of the sockets that the predecessor has, and binds the others.
+/// Takes the sockets that the predecessor has, and binds the others.
 ///
 /// # Errors
-/// As those of [`bind`].
+/// Returns those of [`bind`].
 pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
     open(options, |service, address| {
         let used_for = match service {
@@ -157,9 +155,9 @@ pub(crate) fn take(options: &Options, from: &mut Predecessor) -> Result<Bound> {
 /// Binds the sockets.
 ///
 /// # Errors
-/// `AddrInUse` if another process has the control socket, or the metrics' port; `PermissionDenied`
-/// if others could get at the control socket; what the system says otherwise: but see
-/// [`Unavailable`].
+/// Returns `AddrInUse` if another process has the control socket or the metrics' port;
+/// `PermissionDenied` if others could get at the control socket; otherwise the system's error. See
+/// [`Unavailable`] for exceptions.
 pub(crate) fn bind(options: &Options) -> Result<Bound> {
     open(options, |_, _| None)
 }
@@ -208,7 +206,7 @@ fn open(
         metrics.map(|address| (ServedInterface::Metrics, address, &[][..])),
     ];
     for (service, address, from) in others.into_iter().flatten() {
-        // No forward may lead there, which can't be prevented for a port that is not chosen yet.
+        // No forward may lead there, which can't be ensured before the kernel has chosen the port.
         let waits =
             options.unavailable == Unavailable::IsTriedAgain && !address.leaves_port_to_kernel();
         let bound = match open(service, address) {
@@ -227,13 +225,12 @@ fn open(
 }
 
 impl Bound {
-    /// Returns whether there are none.
+    /// Returns whether there are no sockets.
     pub(crate) fn is_empty(&self) -> bool {
         self.sockets.is_empty()
     }
 
-    /// Returns a warning of the control socket that can't be had, for when the process goes on
-    /// without.
+    /// Returns a warning if the control socket can't be had and the process goes on without it.
     pub(crate) fn warning(&self) -> Option<String> {
         let e = self.missing.as_ref()?;
         Some(format!(
@@ -241,7 +238,7 @@ impl Bound {
         ))
     }
 
-    /// Returns how many descriptors they and their clients need.
+    /// Returns how many descriptors the sockets and their clients need.
     pub(crate) fn descriptors(&self) -> usize {
         let clients = self
             .sockets
@@ -250,12 +247,12 @@ impl Bound {
         server::descriptors(clients)
     }
 
-    /// Returns the observer that a proxy is to have, for those who read its events here.
+    /// Returns the observer for the proxy, which feeds the readers of events.
     pub(crate) fn observer(&self) -> Observer {
         self.events.observer()
     }
 
-    /// Returns their addresses, those that are not bound yet included. No forward may lead there.
+    /// Returns the addresses of all sockets, bound or not. No forward may lead there.
     pub(crate) fn addresses(&self) -> Vec<Address> {
         self.sockets
             .iter()
@@ -263,7 +260,7 @@ impl Bound {
             .collect()
     }
 
-    /// Returns those that were asked for: what each is, its address, and why it can't serve, if so.
+    /// Returns the sockets that were asked for: kind, address, and why it can't serve, if so.
     pub(crate) fn endpoint_states(&self) -> Vec<(&'static str, Address, Option<String>)> {
         let why = |it: &BoundEndpoint| it.endpoint.trouble().map(|trouble| trouble.why);
         let is_asked = |it: &&BoundEndpoint| it.endpoint.demand == Demand::Asked;
@@ -283,7 +280,7 @@ impl Bound {
     /// Begins to serve, until the [`Control`] is dropped.
     ///
     /// # Errors
-    /// If there can be no thread.
+    /// Returns an error if there can be no thread.
     pub(crate) fn serve(self, handle: Handle, actions: Actions) -> Result<Control> {
         let endpoints = self.sockets.iter();
         let endpoints = endpoints.map(|it| Arc::clone(&it.endpoint)).collect();
@@ -296,13 +293,13 @@ impl Bound {
         })
     }
 
-    /// Notes how forwards were added in the process that is taken over from.
+    /// Records how forwards were added in the predecessor.
     pub(crate) fn note_added(&self, from: &Predecessor, handle: &Handle) {
         self.added
             .note_named(from.ways_of_adding(), &handle.forwards());
     }
 
-    /// Returns where the ended connections of the process are to be noted that was taken over from.
+    /// Returns the record of connections that ended in predecessors.
     pub(crate) fn inherited(&self) -> Inherited {
         self.inherited.clone()
     }

@@ -1,4 +1,4 @@
-//! What goes over the control socket, as JSON.
+//! The JSON objects of the control socket.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -36,27 +36,28 @@ pub(crate) struct Status {
     pub(crate) predecessor: Option<u32>,
     #[serde(default)]
     pub(crate) successor: Option<u32>,
-    /// Since the start.
+    /// The time since the start.
     pub(crate) uptime_seconds: f64,
-    /// The end has been asked for.
+    /// Whether the end has begun.
     pub(crate) stopping: bool,
-    /// Connections that are not closed yet, those of removed forwards included.
+    /// The number of connections that are not closed yet, including those of removed forwards.
     pub(crate) live: usize,
-    /// Lines of the log and of other output that were dropped, since they were not read in time.
+    /// The number of lines of the log and other output that were dropped, since they were not read
+    /// in time.
     pub(crate) log_dropped: u64,
-    /// Bytes that were delivered, by carrier.
+    /// The bytes that were delivered, by carrier.
     #[serde(default)]
     pub(crate) carried: CarriedBytes,
     pub(crate) forwards: Vec<ForwardInfo>,
-    /// The keeper, which keeps VMs whole when this process is gone; `null` if there is to be none.
+    /// The keeper, which keeps VMs alive when this process is gone; `null` if none is wanted.
     #[serde(default)]
     pub(crate) keeper: Option<LinkStatus>,
-    /// The sockets of the control interface that can't be bound now; they are tried again.
+    /// The sockets of the control interface that can't be bound now; they are retried.
     #[serde(default)]
     pub(crate) unserved: Vec<Unserved>,
 }
 
-/// A socket of the control interface that can't serve.
+/// A socket of the control interface that isn't served.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Unserved {
     /// `control`, `guest-control` or `metrics`.
@@ -70,42 +71,42 @@ pub(crate) struct Unserved {
 /// A forward.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct ForwardInfo {
-    /// `null` of one that isn't carried (yet).
+    /// `null` if it isn't carried (yet).
     pub(crate) id: Option<u64>,
     pub(crate) name: Option<String>,
-    /// Where it listens, with the port that was chosen if the rule says 0.
+    /// The address on which it listens, with the chosen port if the rule says 0.
     pub(crate) listen: String,
     pub(crate) connect: String,
     /// `listening`, `full` or `paused` (new clients wait), `lost` (its socket's file is gone),
-    /// `closed` (the proxy is stopping); of those that aren't carried `waiting` (for its VM's
-    /// directory) or `failed` (it is tried again).
+    /// `closed` (the proxy is stopping); if it isn't carried, `waiting` (for its VM's directory) or
+    /// `failed` (it is retried).
     pub(crate) state: String,
     /// Why it isn't listening, if so, and since when. Times are seconds since 1970.
     pub(crate) why: Option<String>,
     #[serde(with = "unix_option")]
     pub(crate) since: Option<SystemTime>,
-    /// What is unusual about its socket, for example where macOS requires one of all addresses.
+    /// What is unusual about its socket, such as that macOS requires it to listen on all addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
-    /// The hyperkit VM that it leads to, or else the one that dials it.
+    /// The hyperkit VM to which it leads, or else the one that dials it.
     pub(crate) vm: Option<VmInfo>,
-    /// Why the last client was refused whose target could not be reached.
+    /// Why the target of the last refused client could not be reached.
     pub(crate) last_error: Option<LastError>,
     pub(crate) counters: Counters,
-    /// The rule as it was given, and can be given again.
+    /// The rule, in the form in which it can be added again.
     pub(crate) rule: RuleBody,
 }
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct VmInfo {
-    /// What `--vm` takes for it: the state directory of a hyperkit VM, or the URI of another.
+    /// The value of `--vm` for it: the state directory of a hyperkit VM, or the URI of another.
     pub(crate) directory: String,
     #[serde(flatten)]
     pub(crate) status: VmStatus,
 }
 
-/// Returns how many connections could not be carried, each number with the name of its reason.
+/// Returns the numbers of refused connections, each with the name of its reason.
 pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 7] {
     [
         ("by_target", refusals.by_target),
@@ -122,19 +123,19 @@ pub(crate) fn refusals_by_reason(refusals: &Refusals) -> [(&'static str, u64); 7
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct ConnectionInfo {
     pub(crate) id: u64,
-    /// The forward's id, which may have been removed.
+    /// The id of the forward, which may have been removed.
     pub(crate) forward: u64,
-    /// The peer's address; `null` if it has none, as clients of Unix sockets.
+    /// The client's address; `null` if it has none, as with Unix sockets.
     pub(crate) peer: Option<String>,
-    /// The process that made the peer; `null` if it is no Unix socket.
+    /// The client's process; `null` if it is not connected by a Unix socket.
     pub(crate) process: Option<ProcessInfo>,
     /// `dialling`, `held`, `open`, `half_closed_by_client`, `half_closed_by_server` or `closing`.
     pub(crate) state: ConnectionState,
     pub(crate) sent: u64,
     pub(crate) received: u64,
-    /// Bytes on their way, `to_server` and `to_client`; `null` where that isn't known.
+    /// The bytes on their way, `to_server` and `to_client`; `null` if that isn't known.
     pub(crate) waiting: Option<Waiting>,
-    /// The time since a byte was delivered.
+    /// The time since a byte was delivered last.
     #[serde(default)]
     pub(crate) idle_seconds: f64,
     pub(crate) age_seconds: f64,
@@ -144,36 +145,36 @@ pub(crate) struct ConnectionInfo {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct EndedInfo {
     pub(crate) id: u64,
-    /// The process that carried it, if that was a predecessor: the ids are that one's.
+    /// The process that carried it, if that was a predecessor: the ids are those of that process.
     #[serde(default)]
     pub(crate) carried_by: Option<u32>,
-    /// The forward's id, which may have been removed.
+    /// The id of the forward, which may have been removed.
     pub(crate) forward: u64,
     /// The forward's name, if it had one, and its addresses.
     pub(crate) name: Option<String>,
     pub(crate) listen: String,
     pub(crate) connect: String,
-    /// The peer's address; `null` if it had none, as clients of Unix sockets.
+    /// The client's address; `null` if it had none, as with Unix sockets.
     pub(crate) peer: Option<String>,
-    /// The process that made the peer; its program while it runs, as far as that is known.
+    /// The client's process, with its program if it still runs and that is known.
     pub(crate) process: Option<ProcessInfo>,
     pub(crate) sent: u64,
     pub(crate) received: u64,
-    /// The time from its beginning to its end.
+    /// The time from beginning to end.
     pub(crate) age_seconds: f64,
-    /// The time of its end.
+    /// The time of the end.
     #[serde(with = "unix")]
     pub(crate) at: SystemTime,
-    /// `client_closed` for example.
+    /// The reason, such as `client_closed`.
     pub(crate) why: String,
-    /// Why it was refused, if it was: `by_target` for example, and in words.
+    /// If it was refused, the reason, such as `by_target`, and a description.
     pub(crate) refusal: Option<String>,
     pub(crate) error: Option<String>,
     #[serde(flatten)]
     pub(crate) program: ProgramFailed,
 }
 
-/// How the program of a connection has failed, if it has: by its exit code or by a signal.
+/// How the connection's program has failed, if so: its exit code or the signal.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(default)]
 pub(crate) struct ProgramFailed {
@@ -232,7 +233,7 @@ impl From<&EndedConnection> for EndedInfo {
 }
 
 impl EndedInfo {
-    /// Adds the programs of those processes that run still.
+    /// Adds the programs of those processes that still run.
     pub(super) fn look_up_programs(all: &mut [EndedInfo]) {
         let now = SystemTime::now();
         for it in all {
@@ -245,12 +246,12 @@ impl EndedInfo {
         }
     }
 
-    /// Returns the forward's name, or where it listened.
+    /// Returns the forward's name, or the address on which it listened.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
     }
 
-    /// Returns its id, for people.
+    /// Returns the id as text for people.
     pub(crate) fn id_in_words(&self) -> String {
         match self.carried_by {
             None => self.id.to_string(),
@@ -258,17 +259,17 @@ impl EndedInfo {
         }
     }
 
-    /// Returns whether it was one of the forward of that name, or that listened there.
+    /// Returns whether its forward had that name or listen address.
     pub(crate) fn is_of(&self, forward: &str) -> bool {
         self.name.as_deref() == Some(forward) || self.listen == forward
     }
 
-    /// Returns what was known of the peer, for people.
+    /// Describes the client for people, as far as it was known.
     pub(crate) fn peer_in_words(&self) -> String {
         peer_in_words(self.peer.as_ref(), self.process.as_ref())
     }
 
-    /// Returns why it has ended, for people; of a refused one the error.
+    /// Returns the reason of the end for people; if it was refused, the error.
     pub(crate) fn why_in_words(&self) -> String {
         let mut why = EndReason::kind_in_words(&self.why).to_owned();
         if let Some(refusal) = &self.refusal {
@@ -284,7 +285,7 @@ impl EndedInfo {
     }
 }
 
-/// Returns the name of the reason for which a connection was refused.
+/// Returns the name of the reason for a refusal.
 pub(super) fn refusal_of(why: EndReason) -> Option<String> {
     match why {
         EndReason::Refused(reason) => Some(reason.name().to_owned()),
@@ -292,7 +293,7 @@ pub(super) fn refusal_of(why: EndReason) -> Option<String> {
     }
 }
 
-/// Returns the address of a peer that has one.
+/// Returns the address of a client, if it has one.
 pub(super) fn address_of(peer: SocketName) -> Option<String> {
     match peer {
         SocketName::Unnamed => None,
@@ -300,19 +301,19 @@ pub(super) fn address_of(peer: SocketName) -> Option<String> {
     }
 }
 
-/// The process at the other end of a Unix socket.
+/// A process that is connected by a Unix socket.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct ProcessInfo {
     pub(crate) pid: Option<u32>,
     /// The program that it runs now.
     pub(crate) program: Option<String>,
-    /// The number of the user that it ran as when it connected.
+    /// The id of its user at the time of the connection.
     pub(crate) user: u32,
 }
 
 impl ConnectionInfo {
-    /// Returns connections as they are told, each with the program of its process: that is looked
-    /// up here, once for each process, and not by the proxy's workers.
+    /// Makes the objects of connections, each with its process' program. Programs are looked up
+    /// here, once for each process, and not by the proxy's workers.
     pub(super) fn all(statuses: &[ConnectionStatus]) -> Vec<ConnectionInfo> {
         let mut programs = HashMap::new();
         let told = statuses.iter().map(|status| ConnectionInfo {
@@ -337,7 +338,7 @@ impl ConnectionInfo {
         told.collect()
     }
 
-    /// Returns the same in fewer letters: `127.0.0.1:50000`, or `curl[123]`.
+    /// Returns a short name of the client: `127.0.0.1:50000`, or `curl[123]`.
     pub(crate) fn peer_in_short(&self) -> String {
         match (&self.peer, &self.process) {
             (Some(peer), _) => peer.strip_prefix("tcp://").unwrap_or(peer).to_owned(),
@@ -350,7 +351,7 @@ impl ConnectionInfo {
         }
     }
 
-    /// Returns what is known of the peer, for people: its address, its process, or both.
+    /// Describes the client for people: its address, its process, or both.
     pub(crate) fn peer_in_words(&self) -> String {
         peer_in_words(self.peer.as_ref(), self.process.as_ref())
     }
@@ -381,7 +382,7 @@ impl fmt::Display for ProcessInfo {
     }
 }
 
-/// A rule in JSON, as it is shown and can be given again.
+/// A rule in JSON, in the form in which it can be added again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RuleBody {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -403,7 +404,7 @@ impl From<&Rule> for RuleBody {
     }
 }
 
-/// Reads the rule of one forward; what is left out is as in `usual`.
+/// Parses the rule of a forward. Missing options are as in `usual`.
 pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, ApiProblem> {
     let mut rules = read_rules(body, usual)?;
     match (rules.pop(), rules.is_empty()) {
@@ -412,8 +413,7 @@ pub(super) fn read_rule(body: &[u8], usual: RuleOptions) -> Result<Rule, ApiProb
     }
 }
 
-/// Reads the rule that is asked for, or the rules of a range of ports; what is left out is as in
-/// `usual`.
+/// Parses a rule, or the rules of a range of ports. Missing options are as in `usual`.
 pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, ApiProblem> {
     let no_rule = |why: &dyn fmt::Display| {
         let problem = ApiProblem::new(400, format!("that is no rule: {why}"));
@@ -431,7 +431,7 @@ pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, A
         let asked = asked.ok_or_else(|| no_rule(&format_args!("{key} is missing")))?;
         let found = match &asked {
             Value::String(text) => parse_addresses(text),
-            // A port, as in a file.
+            // A port, as in the file.
             other => values::address(other).map(|it| vec![it]),
         };
         found.map_err(|why| wrong(key, why))
@@ -490,7 +490,7 @@ pub(super) fn read_rules(body: &[u8], usual: RuleOptions) -> Result<Vec<Rule>, A
 }
 
 impl RuleBody {
-    /// Returns what differs between two rules, for people: `its KEY is X, not Y`.
+    /// Returns the differences between two rules for people: `its KEY is X, not Y`.
     pub(super) fn difference(&self, asked: &RuleBody) -> String {
         let of = |body: &RuleBody| serde_json::to_value(body).unwrap_or_default();
         let (is, asked) = (of(self), of(asked));
@@ -533,7 +533,7 @@ impl Status {
 }
 
 impl Status {
-    /// Returns the name of the forward of that id, or where it listens.
+    /// Returns the name of the forward with that id, or the address on which it listens.
     pub(crate) fn name_of(&self, id: u64) -> &str {
         let forward = self.forwards.iter().find(|it| it.id == Some(id));
         forward.map_or("(removed)", ForwardInfo::name_or_address)
@@ -541,12 +541,12 @@ impl Status {
 }
 
 impl ForwardInfo {
-    /// Returns its name, or where it listens.
+    /// Returns its name, or the address on which it listens.
     pub(crate) fn name_or_address(&self) -> &str {
         self.name.as_ref().unwrap_or(&self.listen)
     }
 
-    /// Returns what it is called: its name, or else its id, or else where it would listen.
+    /// Returns its name, or else its id, or else its listen address.
     pub(crate) fn label(&self) -> String {
         match (&self.name, self.id) {
             (Some(name), _) => name.clone(),
@@ -556,7 +556,7 @@ impl ForwardInfo {
     }
 }
 
-/// Returns a time in its largest unit.
+/// Formats a time in its largest unit.
 pub(crate) fn age(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
@@ -593,8 +593,8 @@ impl From<&ForwardStatus> for ForwardInfo {
 }
 
 impl ForwardInfo {
-    /// Makes the one of a forward that is wanted and isn't carried. If it `waits`, what it needs is
-    /// expected to be missing at times.
+    /// Makes a forward that is wanted but not carried. `waits` is whether what it lacks is expected
+    /// to be missing at times.
     pub(crate) fn pending(rule: &Rule, waits: bool, why: &str, since: SystemTime) -> ForwardInfo {
         ForwardInfo {
             id: None,
@@ -618,8 +618,7 @@ impl ForwardInfo {
 }
 
 impl VmInfo {
-    /// Returns in words what is known of it: `up, last heard from 12 s ago, last 40 dials silent so
-    /// far`.
+    /// Describes its health: `up, last heard from 12 s ago, last 40 dials silent so far`.
     pub(crate) fn health(&self, now: SystemTime) -> String {
         let ago = |then| age(now.duration_since(then).unwrap_or_default().as_secs());
         let VmStatus { up, gone_since, .. } = self.status;
@@ -657,8 +656,7 @@ impl VmInfo {
         limit.is_some_and(|most| connections + lost + predecessor >= most)
     }
 
-    /// Returns in words how its slots are used: `12 of 900 connections, 3 lost`, and what to do
-    /// about it.
+    /// Describes the use of its slots: `12 of 900 connections, 3 lost`, with the remedy.
     pub(crate) fn slots(&self) -> String {
         let VmStatus {
             connections,

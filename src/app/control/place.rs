@@ -1,4 +1,4 @@
-//! Where the control socket is, and the directory around it.
+//! The path of the control socket, and its directory.
 
 use std::env;
 use std::fs::{self, DirBuilder};
@@ -12,14 +12,14 @@ use crate::sys;
 
 const NAME: &str = "control.sock";
 
-/// What the program is called.
+/// The program's name.
 const PROGRAM: &str = "hvsock";
 
-/// Where the control socket is unless another place is asked for: in the user's runtime directory
-/// (`$XDG_RUNTIME_DIR/hvsock`), or, on macOS and where there is none, in a directory of the user's
-/// among the temporary files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
+/// Returns the default path of the control socket: in the user's runtime directory
+/// (`$XDG_RUNTIME_DIR/hvsock`); on macOS, or without a runtime directory, in a directory of the
+/// user among the temporary files (`$TMPDIR/hvsock-UID`, or `/tmp/hvsock-UID`).
 ///
-/// A directory that the environment names and that doesn't exist, as after `su`, is ignored.
+/// Ignores a directory of the environment that doesn't exist, as after `su`.
 pub(crate) fn default_path() -> PathBuf {
     directory().join(NAME)
 }
@@ -33,8 +33,8 @@ fn directory() -> PathBuf {
     places.swap_remove(at).1
 }
 
-/// Returns the usual places, the first choice first: the directory that must exist, and the one of
-/// control sockets below it.
+/// Returns the usual places, the first choice first: the directory that must exist, and the
+/// directory of control sockets in it.
 fn places() -> Vec<(PathBuf, PathBuf)> {
     let absolute = |name| {
         env::var_os(name)
@@ -56,12 +56,12 @@ fn places() -> Vec<(PathBuf, PathBuf)> {
     places
 }
 
-/// Returns the directories in which control sockets usually are, the first choice first.
+/// Returns the usual directories of control sockets, the first choice first.
 fn usual_directories() -> impl Iterator<Item = PathBuf> {
     places().into_iter().map(|(_, directory)| directory)
 }
 
-/// Returns the paths at which a control socket usually is, the first choice first.
+/// Returns the usual paths of a control socket, the first choice first.
 pub(super) fn usual_paths() -> Vec<PathBuf> {
     usual_directories().map(|it| it.join(NAME)).collect()
 }
@@ -70,8 +70,8 @@ fn is_usual(at: &Path) -> bool {
     usual_directories().any(|usual| usual == at)
 }
 
-/// Returns where the control socket of a process is that was asked for none: beside the default
-/// one, under the process' number.
+/// Returns the path of a process' own control socket, which it has if it was given no path: beside
+/// the default one, under the process id.
 pub(super) fn own_path(process: u32) -> PathBuf {
     own_path_in(&directory(), process)
 }
@@ -80,21 +80,21 @@ fn own_path_in(directory: &Path, process: u32) -> PathBuf {
     directory.join(format!("{process}.sock"))
 }
 
-/// Returns the paths at which the control socket of a process may be that named none, and may have
-/// been started in another environment: in each usual place its own, and the default one.
+/// Returns the paths where the control socket of a process may be that was given no path and may
+/// have another environment: in each usual place its own, and the default one.
 pub(crate) fn paths_of(process: u32) -> impl Iterator<Item = PathBuf> {
     usual_directories().flat_map(move |it| [own_path_in(&it, process), it.join(NAME)])
 }
 
-/// Returns where the own control socket of a process is: the first usual place with a file of that
-/// name, or else where it would be.
+/// Returns the path of a process' own control socket: the first usual place with that file, or else
+/// where it would be.
 pub(crate) fn find_own_path(process: u32) -> PathBuf {
     let mut own = usual_directories().map(|it| own_path_in(&it, process));
     let there = own.find(|it| it.symlink_metadata().is_ok());
     there.unwrap_or_else(|| own_path(process))
 }
 
-/// Returns the process whose own control socket has this address, if it is one's.
+/// Returns the process whose own control socket has this address, if it is such an address.
 pub(super) fn process_of(place: &str) -> Option<u32> {
     let process = place
         .rsplit('/')
@@ -107,10 +107,10 @@ pub(super) fn process_of(place: &str) -> Option<u32> {
         .then_some(process)
 }
 
-/// Returns where the control socket is that is meant if none is named, of an hvsock that was
-/// started in another environment, perhaps: the first usual place at which one answers, or else the
-/// first one with a file; if there is none, that of the only process of this environment that has
-/// one of its own; or the default.
+/// Returns the path of the control socket to use if the user names none, for an hvsock that may
+/// have another environment. That is the first usual path on which one answers; or else the first
+/// one with a file; or else the own socket of the only process of this environment; or else the
+/// default.
 pub(crate) fn find_path() -> PathBuf {
     let mut there = usual_paths();
     there.retain(|it| it.symlink_metadata().is_ok());
@@ -132,9 +132,8 @@ pub(crate) fn find_path() -> PathBuf {
     }
 }
 
-/// Returns the sockets that processes of this environment have under their own number, with that
-/// number. Some may be left by processes that were killed. Other environments may have such
-/// sockets, too, which are not meant here.
+/// Returns the own sockets of processes of this environment, with the process ids. Some may be left
+/// by killed processes. Those of other environments are not included.
 fn own_sockets() -> Vec<(u32, PathBuf)> {
     let directory = directory();
     // A directory of another user has none of this user's sockets.
@@ -150,8 +149,7 @@ fn own_sockets() -> Vec<(u32, PathBuf)> {
     own.collect()
 }
 
-/// Returns the processes of this environment that have a control socket of their own, by their
-/// numbers.
+/// Returns the processes of this environment that have their own control socket.
 pub(super) fn processes_with_own_sockets() -> Vec<u32> {
     let own = own_sockets().into_iter();
     let mut processes: Vec<u32> = own
@@ -166,14 +164,13 @@ fn is_alive(path: &Path) -> bool {
     sys::is_socket_alive(path).unwrap_or(false)
 }
 
-/// Removes the sockets of processes that were killed. It keeps one whose process is about to
-/// listen.
+/// Removes the sockets of killed processes, but not of a process that is about to listen.
 pub(super) fn remove_stale() {
     for (process, path) in own_sockets() {
         let runs = i32::try_from(process).is_ok_and(sys::process_is_alive)
             && sys::program_name(process).is_none_or(|program| program == PROGRAM);
         if !runs && matches!(sys::is_socket_alive(&path), Ok(false)) {
-            // Another process may have removed it meanwhile.
+            // Another process may have removed it.
             let _ = fs::remove_file(&path);
         }
     }
@@ -184,13 +181,13 @@ pub(super) fn address(path: &Path) -> Address {
     Address::Unix(UnixAddress::Path(path.to_path_buf()))
 }
 
-/// Sees to a directory for the socket at `path` in which nobody else can put one in its place:
-/// makes it if it isn't there, for this user alone. Of the default place it must be the user's
-/// alone; of another it will do that none but he and root can rename what is in it, for the socket
-/// itself lets nobody else in.
+/// Makes a directory for the socket at `path`, for this user alone, if it doesn't exist. Checks
+/// that no other user can replace a socket in it: the default directory must be accessible to this
+/// user only; in others, only this user and root may rename files, since the socket's own
+/// permissions keep others out.
 ///
 /// # Errors
-/// `PermissionDenied` if the directory is open to others; what the system says otherwise.
+/// Returns `PermissionDenied` if the directory is open to others, or the system's error.
 pub(super) fn prepare(path: &Path) -> Result<()> {
     let Some(directory) = directory_of(path) else {
         return Ok(());
@@ -206,11 +203,11 @@ pub(super) fn prepare(path: &Path) -> Result<()> {
     }
 }
 
-/// Refuses the default place if others can put a socket there, before a client connects to it.
-/// Another place was named by the user, and is trusted.
+/// Refuses the default place if others can put a socket there, before a client connects. Any other
+/// path was named by the user, and is trusted.
 ///
 /// # Errors
-/// `PermissionDenied` if its directory is open to others; but not if there is none.
+/// Returns `PermissionDenied` if its directory is open to others; a missing one is no error.
 pub(super) fn check(path: &Path) -> Result<()> {
     match directory_of(path) {
         Some(at) if is_usual(at) && at.symlink_metadata().is_ok() => {
@@ -234,7 +231,7 @@ fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
         Err(Error::new(operation, address(path), cause).with_remedy(remedy))
     };
     let own = is_usual(at);
-    // A symbolic link in the default place may be another user's.
+    // In the default place a symbolic link may be another user's.
     let metadata = match own {
         true => fs::symlink_metadata(at),
         false => fs::metadata(at),
@@ -257,7 +254,7 @@ fn look_at(path: &Path, at: &Path, operation: Operation) -> Result<()> {
     Ok(())
 }
 
-/// Returns what is wrong with a directory. With `own` it must be this user's alone.
+/// Returns what is wrong with a directory. With `own` it must be accessible to this user only.
 fn objection(directory: &fs::Metadata, own: bool) -> Option<String> {
     let (owner, mode) = (directory.uid(), directory.mode() & 0o7777);
     let user = sys::user_id();

@@ -1,14 +1,14 @@
-//! Why something that was asked for is not done.
+//! The error of a request to the control socket.
 
 use std::fmt;
 use std::io::ErrorKind;
 
 use crate::error::Error;
 
-/// Why something that was asked for is not done.
+/// Why a request is not carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ApiProblem {
-    /// The status of HTTP.
+    /// The HTTP status.
     pub(crate) status: u16,
     pub(crate) error: String,
     pub(crate) remedy: Option<String>,

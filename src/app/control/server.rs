@@ -37,10 +37,10 @@ use super::endpoint::{BoundEndpoint, Demand, ServedInterface, ServiceEndpoint};
 use super::http::{self, HttpRequest};
 use super::place;
 
-/// Returns how many descriptors a server needs whose sockets have so many clients each: for them,
-/// the sockets, and the runtime.
+/// Returns how many descriptors a server needs whose sockets have so many clients each, including
+/// the sockets and the runtime.
 pub(super) fn descriptors(clients: impl Iterator<Item = usize>) -> usize {
-    /// tokio's poller, its waker, and the descriptors that these were cloned from.
+    /// tokio's poller, its waker, and the descriptors from which these were cloned.
     const RUNTIME: usize = 6;
     match clients.map(|clients| 1 + clients).sum() {
         0 => 0,
@@ -54,7 +54,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How long the removal of the sockets' files may take when the server ends.
 const REMOVAL: Duration = Duration::from_secs(1);
 
-/// How long a socket pauses that can't accept now, or was shut down.
+/// How long a socket pauses after an accept error or a shutdown.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// How often the socket's file is checked.
@@ -71,7 +71,7 @@ fn fail(cause: io::Error) -> Error {
 #[derive(Debug)]
 pub(super) struct Server {
     stop: Option<oneshot::Sender<()>>,
-    /// Its end tells the thread to end; nothing is sent.
+    /// Disconnected when the thread ends; nothing is sent.
     ended: Mutex<mpsc::Receiver<()>>,
 }
 
@@ -80,8 +80,8 @@ impl Server {
     pub(super) fn start(sockets: Vec<BoundEndpoint>, api: Arc<Api>) -> Result<Server> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            // And one for all who read events, and for each socket those that bind it and look
-            // after its file.
+            // One more for the readers of events, and two for each socket: for binding it and for
+            // checking its file.
             .max_blocking_threads(CALLS_AT_A_TIME + 1 + 2 * sockets.len())
             .thread_name("hvsock-client")
             .build()
@@ -105,8 +105,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         drop(self.stop.take());
         let ended = recover(self.ended.get_mut());
-        // To remove a socket's file may take for ever, as a disk does: the process ends all the
-        // same.
+        // Removing a file may hang on a disk: the process ends all the same.
         let _ = ended.recv_timeout(LAST_ANSWERS + REMOVAL);
     }
 }
@@ -129,11 +128,12 @@ fn serve(
         }
         drop(at_work);
         let events = Arc::clone(&api.events);
-        // That its sender is dropped is what is waited for.
+        // The dropped sender ends the wait.
         let _ = stopped.await;
-        // First the listeners and their files: whoever sees none may take their place.
+        // First close the listeners and remove their files: a process that sees no socket may take
+        // its place.
         open.shutdown().await;
-        // The process could otherwise end before a file is removed that is being looked at or made.
+        // Otherwise the process could end before a file that is being checked or made is removed.
         let _ = timeout(REMOVAL, all_done.recv()).await;
         events.close();
         let all: Vec<SocketClients> = all
@@ -142,21 +142,21 @@ fn serve(
                 std::mem::replace(&mut *lock(clients), SocketClients::new(Demand::Asked))
             })
             .collect();
-        // Who has not asked yet won't, and the others have a moment for their answers.
+        // Clients without a request are disconnected; the others have a moment for their answers.
         let last = async {
             for mut clients in all {
-                clients.put_out_who_has_not_asked();
+                clients.disconnect_silent();
                 while clients.tasks.join_next().await.is_some() {}
             }
         };
         let _ = timeout(LAST_ANSWERS, last).await;
     });
-    // A call that hangs is not waited for.
+    // A hanging call is not waited for.
     runtime.shutdown_background();
 }
 
 /// A guard that a call on another thread holds until all that it has made or used is dropped. The
-/// server waits for the last one. Nothing is sent.
+/// server waits for the last guard. Nothing is sent.
 #[derive(Clone)]
 struct AtWork(#[expect(dead_code)] Sender<()>);
 
@@ -177,7 +177,7 @@ struct ClientAcceptor {
     listener: Option<Arc<Listener>>,
     api: Arc<Api>,
     clients: Arc<Mutex<SocketClients>>,
-    /// The sources from which clients are accepted; all, if it is empty.
+    /// The sources from which clients are accepted; if it is empty, all.
     from: Vec<Source>,
     /// The limiter of log lines about clients of other sources.
     refusals: LogLimiter,
@@ -220,7 +220,7 @@ impl ClientAcceptor {
                 self.bind_again().await;
                 continue;
             };
-            // For one that nobody has asked for the process never wakes.
+            // For a socket that the user has not asked for the process never wakes.
             let watch = match self.endpoint.demand {
                 Demand::Asked => WATCH,
                 Demand::OwnAccord => Duration::MAX,
@@ -230,15 +230,15 @@ impl ClientAcceptor {
                 () = self.endpoint.wait_until_given_away() => break,
             };
             match came {
-                // Nobody has come.
+                // No client came.
                 Err(_) => {}
-                Ok(Ok((stream, peer))) => self.let_in(stream, &peer),
-                Ok(Err(e)) => self.could_not_accept(&e).await,
+                Ok(Ok((stream, peer))) => self.admit(stream, &peer),
+                Ok(Err(e)) => self.handle_accept_error(&e).await,
             }
-            self.look_after_file().await;
+            self.check_file().await;
         }
         self.listener = None;
-        // Before whoever waits for that goes on.
+        // First, since `mark_closed` lets the hand-over go on.
         let own = self.open_own_endpoint().await;
         self.endpoint.mark_closed();
         if let Some(bound) = own {
@@ -247,9 +247,8 @@ impl ClientAcceptor {
         }
     }
 
-    /// Listens under the process' number, now that a successor has the control socket, so that the
-    /// connections that finish here can still be inspected and closed. If that fails, they just
-    /// finish.
+    /// Listens under the process id, since a successor has the control socket now, so that the
+    /// connections that finish here can still be shown and closed. If that fails, they just finish.
     async fn open_own_endpoint(&self) -> Option<BoundEndpoint> {
         if self.endpoint.service != ServedInterface::Control {
             return None;
@@ -269,7 +268,7 @@ impl ClientAcceptor {
         }
     }
 
-    async fn could_not_accept(&mut self, error: &io::Error) {
+    async fn handle_accept_error(&mut self, error: &io::Error) {
         if error.kind() == io::ErrorKind::Interrupted || has_client_left(error) {
             return;
         }
@@ -278,12 +277,12 @@ impl ClientAcceptor {
             if self.endpoint.mark_unserved(why.clone()) {
                 warn!("{}: {why}; it is bound again", self.endpoint.address);
             }
-            // First, for it has the address.
+            // First close the old listener, which has the address.
             self.listener = None;
         } else {
             self.complain(format_args!("{error}; clients wait"));
-            // Most often descriptors ran out: that brings one.
-            lock(&self.clients).put_out_one();
+            // Mostly descriptors have run out: this frees one.
+            lock(&self.clients).disconnect_one();
         }
         sleep(PAUSE).await;
     }
@@ -308,9 +307,9 @@ impl ClientAcceptor {
         }
     }
 
-    fn let_in(&mut self, stream: nonblocking::Stream, peer: &SocketName) {
+    fn admit(&mut self, stream: nonblocking::Stream, peer: &SocketName) {
         if !may_come(&self.from, peer) {
-            return self.refuse_stranger(peer);
+            return self.log_refused_source(peer);
         }
         let stream = match to_tokio(stream, &self.endpoint.address) {
             Ok(stream) => stream,
@@ -340,7 +339,7 @@ impl ClientAcceptor {
     }
 
     /// Logs that a client was refused because of its source.
-    fn refuse_stranger(&self, peer: &SocketName) {
+    fn log_refused_source(&self, peer: &SocketName) {
         let client = peer.without_port();
         let Some(more) = self.refusals.admit(&client, Instant::now()) else {
             return;
@@ -356,9 +355,9 @@ impl ClientAcceptor {
     }
 
     /// Starts a check of the socket's file, which makes it again if it was removed.
-    async fn look_after_file(&mut self) {
+    async fn check_file(&mut self) {
         if let Some(look) = self.look.take_if(|look| look.is_finished()) {
-            // It doesn't panic; if it did, it would begin anew.
+            // The check doesn't panic. If it did, it would start anew.
             let (watch, made) = look.await.map(|(look, _)| look).unwrap_or_default();
             self.watch = watch;
             if let Some(made) = made {
@@ -381,7 +380,7 @@ impl ClientAcceptor {
         }
     }
 
-    /// Listens on another socket, and returns the one before.
+    /// Listens on another socket. Returns the previous one.
     fn listen_on(&mut self, listener: Listener) -> Option<Arc<Listener>> {
         let listener = Arc::new(listener);
         self.endpoint.note_listener(&listener);
@@ -392,12 +391,12 @@ impl ClientAcceptor {
     fn replace(&mut self, made: Listener) {
         let old = self.listen_on(made);
         while let Some(Ok((stream, peer))) = old.as_ref().map(|old| old.accept()) {
-            self.let_in(stream, &peer);
+            self.admit(stream, &peer);
         }
     }
 }
 
-/// Waits for a client, and returns it with its name.
+/// Waits for a client. Returns it with its name.
 async fn next_client(listener: &Listener) -> io::Result<(nonblocking::Stream, SocketName)> {
     let sockets = listener.sockets().into_iter();
     let watched: Vec<_> = sockets
@@ -411,16 +410,16 @@ async fn next_client(listener: &Listener) -> io::Result<(nonblocking::Stream, So
     }
 }
 
-/// Returns the runtime's kind of stream. Its Unix one carries any stream socket.
+/// Converts to the runtime's stream. Its Unix stream carries any stream socket.
 fn to_tokio(stream: nonblocking::Stream, address: &Address) -> io::Result<UnixStream> {
     let socket = Stream::from_nonblocking(stream, address)?.into_socket();
     socket.set_nonblocking(true)?;
     UnixStream::from_std(OwnedFd::from(socket).into())
 }
 
-/// Refuses clients that the file's permissions admit but that may not come: those of another user
-/// (root), and connections that this process has made itself, on behalf of a forward's client such
-/// as a guest. Returns the client's process, where the system tells it.
+/// Refuses clients that the file's permissions allow but that must not come: those of another user
+/// (root), and connections that this process has made itself for a forward's client such as a
+/// guest. Returns the client's process, if the system reports it.
 fn check_connector(stream: &UnixStream) -> std::result::Result<Option<u32>, String> {
     let who = sys::connector(stream.as_fd())
         .map_err(|e| format!("the system doesn't say who it is: {e}"))?;
@@ -443,7 +442,7 @@ mod tests {
     use crate::app::rule_options::RuleOptions;
     use crate::proxy::{Proxy, ProxyConfig};
 
-    /// No wait is longer.
+    /// The longest wait of a test.
     const PATIENCE: Duration = Duration::from_secs(20);
 
     fn actions(reload: impl Fn() + Send + Sync + 'static) -> Actions {
@@ -468,8 +467,7 @@ mod tests {
 
         use super::*;
 
-        /// The metrics at an address (which also clients of this process may have), and what
-        /// listens there.
+        /// Serves the metrics at an address, to which clients of this process may connect, too.
         fn start(
             address: &Address,
             actions: Actions,
@@ -485,7 +483,7 @@ mod tests {
             (server, proxy, listener, endpoint)
         }
 
-        /// Whoever comes from elsewhere is told nothing.
+        /// A client from another source is told nothing.
         #[test]
         fn clients_from_elsewhere_are_refused() {
             let source = |ip: &str| ip.parse::<Source>().unwrap();
@@ -526,7 +524,7 @@ mod tests {
             }
         }
 
-        /// By `ss -K`, or by another process that has it.
+        /// As by `ss -K`, or by another process that has the socket.
         #[test]
         fn a_socket_that_is_shut_down_from_outside_is_bound_again() {
             let dir = tempfile::tempdir().unwrap();
@@ -579,10 +577,10 @@ mod tests {
         }
     }
 
-    /// A change that hangs keeps neither those who look nor the end.
+    /// A change that hangs delays neither other requests nor the end.
     #[test]
     fn it_can_be_looked_at_and_stopped_while_a_change_hangs() {
-        // It waits for its threads: what they hang on has to go before it.
+        // The runtime waits for its threads, so what they wait for must be dropped first.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .max_blocking_threads(CALLS_AT_A_TIME)
@@ -623,7 +621,7 @@ mod tests {
                 let answer = timeout(PATIENCE, call(method, path)).await;
                 assert_eq!(answer.unwrap().status(), status, "{path}");
             }
-            // Whoever wants another change is told so, however many they are.
+            // Requests for another change are refused, however many there are.
             let others: Vec<_> = (0..50)
                 .map(|_| tokio::spawn(call("POST", "/v1/reload")))
                 .collect();

@@ -1,4 +1,4 @@
-//! The hvsocks that run, and what those that carry a VM know of it.
+//! The running hvsocks, and what they report of a VM to which they lead.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -9,51 +9,51 @@ use crate::app::control::{self, ForwardInfo, Status, VmInfo, ask_status};
 use crate::error::counted;
 use crate::keeper::status as keepers;
 
-/// How long the hvsock at the usual place may take to answer, if it isn't among the processes that
-/// are listed: it may run in another container.
+/// How long the hvsock at the default control socket may take to answer, if its process isn't
+/// listed: it may run in another container.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The remedy where the hvsock that was named is the wrong one.
+/// The remedy if the named hvsock is the wrong one.
 const OTHER: &str = "`hvsock ps` lists those that run, and what each leads to";
 
-/// The checks that say how a VM is, how its slots are used, and both of a VM that was not named.
+/// The names of the checks of a VM's health, of its slots, and of both in one check.
 const HEALTH: &str = "health";
 const SLOTS: &str = "slots";
 const VM: &str = "vm";
 
-/// What brings lost slots back.
+/// The remedy that brings lost slots back.
 const REGAIN: &str = "let the guest go on if it sleeps, or end its programs that keep connections open whose other end is gone, or restart the VM";
 
-/// What gives more slots than were lost, while the device has some.
+/// The remedy that gives more slots instead of the lost ones, while the device has some.
 const REPLACE: &str =
     "--vm-connections, or `connections` of the VM in the file, gives more until then, 1000 at most";
 
 /// The hvsocks that were asked.
 pub(super) struct Hvsocks {
     answers: Vec<Status>,
-    /// Those that run and can't be asked.
+    /// Those that run and don't answer.
     silent: Vec<Hvsock>,
     named: Option<NamedProcess>,
 }
 
-/// The hvsock that a person has named as the one to ask.
+/// The hvsock that the user has named.
 struct NamedProcess {
-    /// What it is called in a sentence: by its process or its control socket.
+    /// Its name within a sentence: its process or its control socket.
     name: String,
-    /// Why it can't be asked.
+    /// Why it gives no answer.
     failure: Option<String>,
 }
 
-/// An hvsock that carries a VM.
+/// An hvsock that leads to a VM, and what it reports of that.
 pub(super) struct CarryingProcess {
     pub(super) process: u32,
     pub(super) vm: VmInfo,
 }
 
-/// What a look at a VM has found, which its hvsocks may not know yet.
+/// A finding about a VM that its hvsocks may not have made yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum VmFinding {
-    /// Nothing that an hvsock would not know.
+    /// None.
     Nothing,
     /// Its process is stopped.
     Stopped,
@@ -103,12 +103,12 @@ impl Hvsocks {
         all
     }
 
-    /// Returns whether that process was among those that were to be asked.
+    /// Returns whether that process was among those to ask.
     pub(super) fn was_meant(&self, process: u32) -> bool {
         self.named.is_none() || self.answers.iter().any(|it| it.pid == process)
     }
 
-    /// Returns those that carry a VM, which `is_it` knows by what `--vm` takes for it.
+    /// Returns the hvsocks that lead to a VM. `is_it` tests the VM's name as `--vm` takes it.
     pub(super) fn carriers(&self, is_it: impl Fn(&str) -> bool) -> Vec<CarryingProcess> {
         let carriers = self.answers.iter();
         let carriers = carriers
@@ -116,11 +116,11 @@ impl Hvsocks {
         carriers.collect()
     }
 
-    /// Returns a check for each hvsock of which it isn't known how it uses the VM. That is the one
-    /// that was named, if it doesn't answer or doesn't lead to the VM: then the check has failed.
-    /// Else it is each one that can't be asked, if its command line or a keeper in the state
-    /// directory says that it leads to the VM.
-    pub(super) fn unknown(
+    /// Returns a check for each hvsock whose use of the VM isn't known. If one was named, it fails
+    /// if that one doesn't answer or doesn't lead to the VM. Otherwise there is a skipped check for
+    /// each hvsock that doesn't answer, if its command line or a keeper in the state directory shows
+    /// that it leads to the VM.
+    pub(super) fn check_unknown(
         &self,
         carriers: &[CarryingProcess],
         directory: Option<&Path>,
@@ -156,8 +156,8 @@ impl Hvsocks {
         processes.into_iter().map(unknown).collect()
     }
 
-    /// Returns the first forward of them of which that is true. One that has taken over from
-    /// another comes before that one.
+    /// Returns the first of their forwards for which `is_it` is true. A process that has taken over
+    /// comes before its predecessor.
     pub(super) fn forward(&self, is_it: impl Fn(&ForwardInfo) -> bool) -> Option<&ForwardInfo> {
         let (old, current): (Vec<_>, Vec<_>) =
             self.answers.iter().partition(|it| it.successor.is_some());
@@ -167,7 +167,7 @@ impl Hvsocks {
     }
 }
 
-/// Checks each VM to which an hvsock of this user leads, as far as that one tells: nothing is
+/// Checks each VM to which an hvsock of this user leads, by that hvsock's report. Nothing is
 /// dialled.
 pub(super) fn examine() -> Vec<Check> {
     let (hvsocks, now) = (Hvsocks::ask_all(), SystemTime::now());
@@ -191,7 +191,7 @@ fn serves(command: &[String]) -> bool {
     command.is_some_and(|it| ["expose", "forward", "run"].contains(&it.as_str()))
 }
 
-/// Returns whether a command serves the VM of that directory, as far as its words tell.
+/// Returns whether a command line names the VM of that directory.
 fn serves_vm_of(command: &[String], directory: &str) -> bool {
     let is_in = |word: &String| {
         let mut behind = word.match_indices(directory);
@@ -204,7 +204,7 @@ fn serves_vm_of(command: &[String], directory: &str) -> bool {
 }
 
 impl CarryingProcess {
-    /// Returns one for each VM that an hvsock carries.
+    /// Returns an entry for each VM to which an hvsock leads.
     fn all(status: &Status) -> impl Iterator<Item = CarryingProcess> {
         status.vms().into_iter().map(|vm| CarryingProcess {
             process: status.pid,
@@ -212,7 +212,7 @@ impl CarryingProcess {
         })
     }
 
-    /// Returns how the VM is, and how it uses the VM's slots, in one check.
+    /// Checks the VM's health and the use of its slots, in one check.
     fn check_all(&self, now: SystemTime) -> Check {
         let place = &self.vm.directory;
         let checks = [
@@ -233,14 +233,15 @@ impl CarryingProcess {
         }
     }
 
-    /// Returns whether the VM is there, and answers. `found` is what was found of it just now.
+    /// Checks whether the VM is there and answers. `found` is a finding made just now.
     pub(super) fn check_health(&self, found: VmFinding, now: SystemTime) -> Check {
         const GO_ON: &str = "send its process a SIGCONT";
         const SILENT: &str = "no dial is answered: see on the VM's console whether it hangs";
         let status = &self.vm.status;
         let seen = format!("hvsock {}: {}", self.process, self.vm.health(now));
         let remedy = match (status.silent_since, found) {
-            // The hvsock looks now and then: it may not have seen it yet, or take the VM for gone.
+            // The hvsock checks at intervals: it may not have seen the stop yet, or take the VM for
+            // gone.
             (_, VmFinding::Stopped) => GO_ON,
             _ if status.up == Some(false) => "start the VM",
             _ if status.paused => GO_ON,
@@ -251,7 +252,7 @@ impl CarryingProcess {
         Check::warning(HEALTH, seen, remedy)
     }
 
-    /// Returns how it uses the VM's slots.
+    /// Checks how the hvsock uses the VM's slots.
     pub(super) fn check_slots(&self) -> Check {
         let (name, process, status) = (SLOTS, self.process, &self.vm.status);
         let seen = format!("hvsock {process}: {}", self.vm.slots());
@@ -276,18 +277,18 @@ impl CarryingProcess {
     }
 }
 
-/// How the hvsocks that carry a VM use its slots together, as far as they were asked.
+/// How the hvsocks that lead to a VM use its slots together, if they were asked.
 pub(super) struct Usage {
-    /// Slots that are taken or lost.
+    /// The slots that are in use or lost.
     used: usize,
-    /// The most that one of them may take; `None` if none of them carries the VM.
+    /// The most slots that one of them may use; `None` if none leads to the VM.
     limit: Option<usize>,
     shares: Vec<Share>,
-    /// The hvsock that was asked, if no other was.
+    /// The name of the hvsock that was asked, if no other was.
     asked_alone: Option<String>,
 }
 
-/// The slots that an hvsock has of a VM's.
+/// The slots of a VM that an hvsock has.
 struct Share {
     process: u32,
     taken: usize,
@@ -295,7 +296,7 @@ struct Share {
 }
 
 impl Share {
-    /// Returns it in words: `hvsock 12 has 3 of them, and has lost 2`.
+    /// Describes the slots: `hvsock 12 has 3 of them, and has lost 2`.
     fn in_words(&self) -> String {
         let Share {
             process,
@@ -328,21 +329,21 @@ impl Usage {
         }
     }
 
-    /// Returns how many slots are taken of how many, if these are almost all.
+    /// Returns how many slots are used, and the limit, if almost all are used.
     pub(super) fn almost_all(&self) -> Option<(usize, usize)> {
         let limit = self.limit?;
         (self.used * 10 >= limit * 9).then_some((self.used, limit))
     }
 
-    /// Returns how many of the slots each hvsock has, if there is one that carries the VM:
-    /// `hvsock 12 has 3 of them, hvsock 14 has lost 2 of them`.
+    /// Describes the slots of each hvsock, if any leads to the VM: `hvsock 12 has 3 of them, hvsock
+    /// 14 has lost 2 of them`.
     pub(super) fn shares(&self) -> Option<String> {
         self.limit?;
         let shares = self.shares.iter().map(Share::in_words);
         Some(shares.collect::<Vec<_>>().join(", "))
     }
 
-    /// Returns the remedy for a VM that has no slot left.
+    /// Returns the remedy for a VM without a free slot.
     pub(super) fn remedy(&self) -> String {
         let lost = self.shares.iter().map(|it| it.lost).sum::<usize>();
         let lost = counted(lost as u64, "slot");

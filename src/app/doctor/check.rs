@@ -1,47 +1,47 @@
-//! One check: what it looks at, and what came of it.
+//! A check, and its result.
 
 use std::fmt;
 
 use crate::address::Port;
 use crate::error::Error;
 
-/// What is to be looked at.
+/// What to check.
 #[derive(Clone, Debug)]
 pub(crate) struct DoctorPlan {
-    /// The VM as a person calls it; without one the system alone.
+    /// The VM as the user names it; without one only the system is checked.
     pub(crate) vm: Option<String>,
-    /// Ports on which programs in the guest should listen.
+    /// The guest's ports on which a program should listen.
     pub(crate) ports: Vec<Port>,
-    /// Ports that the guest dials, on which something here should listen.
+    /// The host's ports that the guest dials, on which a program should listen.
     pub(crate) host_ports: Vec<Port>,
-    /// How long the guest may take to answer, and to end a connection.
+    /// How long the guest may take to answer a dial, and to end a connection.
     #[cfg(unix)]
     pub(crate) patience: std::time::Duration,
-    /// Which hvsocks are asked what they have of the VM.
+    /// The hvsocks to ask about the VM.
     #[cfg(unix)]
     pub(crate) asked: Asked,
 }
 
-/// Which hvsocks are asked what they have of a VM.
+/// The hvsocks to ask about a VM.
 #[cfg(unix)]
 #[derive(Clone, Debug)]
 pub(crate) enum Asked {
-    /// All that run.
+    /// All running ones.
     All,
-    /// The one whose control socket has that path.
+    /// The one with the control socket at that path.
     At(std::path::PathBuf),
-    /// That process.
+    /// The one with that process id.
     Process(u32),
 }
 
-/// What came of a check.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Ok,
-    /// It works, but not always, or not for all.
+    /// It works, but not always, or not for all clients.
     Warning,
     Failed,
-    /// It could not be looked at.
+    /// It could not be checked.
     Skipped,
 }
 
@@ -61,14 +61,14 @@ impl Verdict {
 #[cfg(unix)]
 pub(super) const UNANSWERED: &str = "wait, or wake it; if it stays so, restart the VM";
 
-/// One thing that was looked at.
+/// A check and its result.
 #[derive(Clone, Debug)]
 pub(crate) struct Check {
     pub(crate) name: String,
     pub(crate) verdict: Verdict,
-    /// What was seen; of a skipped one, why it wasn't looked at.
+    /// What was seen; if skipped, why.
     pub(crate) seen: String,
-    /// What a person can do about it.
+    /// What the user can do about it.
     pub(crate) remedy: Option<String>,
 }
 
@@ -98,7 +98,7 @@ impl Check {
         Check::new(name, Verdict::Skipped, why)
     }
 
-    /// Makes a check that failed of an error.
+    /// Makes a failed check from an error.
     pub(super) fn error(name: impl fmt::Display, error: &Error) -> Check {
         let check = Check::new(name, Verdict::Failed, error.cause());
         match error.remedy() {
@@ -115,7 +115,7 @@ impl Check {
         Check::failed(name, seen, UNANSWERED)
     }
 
-    /// Makes the check of a VM's process that doesn't run, but will go on when it is let.
+    /// Makes the check of a VM whose process is stopped, and will go on once it is continued.
     #[cfg(unix)]
     pub(super) fn stopped_process(process: impl fmt::Display) -> Check {
         let seen = format!("{process} is stopped, by SIGSTOP or a debugger");

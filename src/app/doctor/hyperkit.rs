@@ -1,4 +1,4 @@
-//! A hyperkit VM: its state directory, its process, its guest.
+//! Checks a hyperkit VM: its state directory, its process, its guest.
 
 use std::fmt;
 use std::fs;
@@ -24,25 +24,26 @@ use crate::keeper::status::{self as keepers, KeeperStatus};
 use crate::stream::Stream;
 use crate::sys::{self, SUN_PATH_LEN, Wanted};
 
-/// Descriptors of hyperkit that are not connections: started with 256, it took 245.
+/// The descriptors that hyperkit uses besides connections: started with a limit of 256, it took
+/// 245.
 const OWN_DESCRIPTORS: u64 = 11;
 
-/// The connections that hyperkit has room for (`select`'s FD_SETSIZE).
+/// The most connections of hyperkit (`select`'s FD_SETSIZE, less its own descriptors).
 const MOST_CONNECTIONS: u64 = 1013;
 
-/// How long the end of a connection may take of which only the end is wanted.
+/// How long a guest may take to end a connection that is being closed.
 const LEAVE: Duration = Duration::from_secs(1);
 
 const START: &str = "start the VM";
 
-/// Why the guest isn't dialled where the device has no slot left.
+/// Why the guest isn't dialled if the device has no free slot.
 const ALL_TAKEN: &str = "all slots of the VM are taken";
 
-/// Why a guest isn't dialled again that has not answered.
+/// Why a guest that hasn't answered isn't dialled again.
 const UNANSWERING: &str = "the guest doesn't answer";
 
 pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
-    let (directory, vm) = directory(name);
+    let (directory, vm) = check_directory(name);
     let mut checks = vec![directory];
     let ports = plan.ports.iter().map(|port| (port, named_port(*port)));
     let host_ports = plan.host_ports.iter();
@@ -57,12 +58,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
             return checks;
         }
     };
-    checks.push(path(&vm));
-    checks.push(cid(&vm));
-    let process = process(&vm);
+    checks.push(check_path(&vm));
+    checks.push(check_cid(&vm));
+    let process = check_process(&vm);
     checks.push(process.check);
     checks.push(match process.pid {
-        Some(pid) => limits(pid),
+        Some(pid) => check_limits(pid),
         None if process.gone => Check::skipped("limits", "hyperkit's process is gone"),
         None => Check::skipped("limits", "hyperkit's process isn't known"),
     });
@@ -75,14 +76,14 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
         undialled: Some(why),
     };
     let guest = match connect.is_ok() {
-        // It would take the dial when we have gone.
+        // It would take the dial after this process has ended.
         true if process.stopped => not_dialled("hyperkit is stopped"),
-        true => guest(&vm, plan.patience, &usage),
+        true => check_guest(&vm, plan.patience, &usage),
         false => not_dialled("there is no socket to dial it by"),
     };
     checks.extend([connect, guest.check]);
     checks.extend(ports.map(|(port, name)| match guest.undialled {
-        None => guest_port(&vm, *port, plan.patience, &usage),
+        None => check_guest_port(&vm, *port, plan.patience, &usage),
         Some(why) => Check::skipped(name, why),
     }));
     checks.extend(host_ports.map(|(port, name)| {
@@ -93,7 +94,7 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
             false => socket,
         }
     }));
-    checks.extend(left_over(&vm, &plan.host_ports));
+    checks.extend(check_left_over(&vm, &plan.host_ports));
     let now = SystemTime::now();
     let found = match guest.undialled {
         _ if process.stopped => VmFinding::Stopped,
@@ -103,18 +104,18 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
     checks.extend(carriers.iter().map(|it| it.check_health(found, now)));
     let slots = carriers.iter().map(CarryingProcess::check_slots);
     checks.extend(slots.map(|check| match guest.undialled {
-        // Others have taken those that this hvsock has not.
+        // Other processes have the remaining slots.
         Some(ALL_TAKEN) if check.verdict == Verdict::Ok => Check::warning(
             check.name,
             format_args!("{}; {ALL_TAKEN}", check.seen),
             &usage.remedy(),
         ),
-        // The device has no more, however many this hvsock may take.
+        // The device has no more slots, however many this hvsock may use.
         Some(ALL_TAKEN) => check.with_remedy(usage.remedy()),
         _ => check,
     }));
-    checks.extend(hvsocks.unknown(&carriers, Some(&vm.state_dir)));
-    checks.extend(keepers(&vm, &hvsocks));
+    checks.extend(hvsocks.check_unknown(&carriers, Some(&vm.state_dir)));
+    checks.extend(check_keepers(&vm, &hvsocks));
     checks
 }
 
@@ -124,9 +125,9 @@ fn is_same(one: &Path, other: &Path) -> bool {
     real(one) == real(other)
 }
 
-/// Checks whether each keeper of the VM still has its hvsock. Where one hvsock is asked alone,
-/// those of others are left out.
-fn keepers(vm: &HyperkitVm, hvsocks: &Hvsocks) -> impl Iterator<Item = Check> {
+/// Checks whether the hvsock of each keeper of the VM still runs. If one hvsock was named,
+/// keepers of other running ones are left out.
+fn check_keepers(vm: &HyperkitVm, hvsocks: &Hvsocks) -> impl Iterator<Item = Check> {
     let name = "keeper";
     let check = move |it: KeeperStatus| {
         let (pid, proxy) = (it.pid, it.proxy);
@@ -166,9 +167,9 @@ fn named_host_port(port: Port) -> String {
     format!("host port {port}")
 }
 
-/// Checks whether there is a state directory that can be read; if not, returns why nothing in it is
-/// looked at.
-fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
+/// Checks whether there is a readable state directory. If not, returns why the rest can't be
+/// checked.
+fn check_directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str>) {
     const MISSING: &str = "there is no state directory";
     const UNREADABLE: &str = "the state directory can't be read";
     let check = "directory";
@@ -198,7 +199,7 @@ fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str
         }
         Err(e) => return failed(&e, "run as the user who runs the VM", UNREADABLE),
     }
-    // What is in it can be reached only with the right to search it.
+    // Files in it can be reached only with search permission.
     match fs::symlink_metadata(vm.connect_path()) {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
             let seen = "this user may not search it";
@@ -209,8 +210,8 @@ fn directory(name: &str) -> (Check, std::result::Result<HyperkitVm, &'static str
     (Check::ok(check, dir.display()), Ok(vm))
 }
 
-/// Checks whether the sockets' paths fit into socket addresses.
-fn path(vm: &HyperkitVm) -> Check {
+/// Checks whether the paths of the sockets fit into socket addresses.
+fn check_path(vm: &HyperkitVm) -> Check {
     let name = "path";
     let connect = vm.connect_path();
     let len = connect.as_os_str().len();
@@ -238,8 +239,9 @@ fn path(vm: &HyperkitVm) -> Check {
     Check::ok(name, format_args!("{length} bytes, of {limit} at most"))
 }
 
-/// Checks whether the guest's CID is the one that is dialled: another one is refused as a port is.
-fn cid(vm: &HyperkitVm) -> Check {
+/// Checks whether the guest's CID is the dialled one: a dial to another CID is refused like one to
+/// an unused port.
+fn check_cid(vm: &HyperkitVm) -> Check {
     let name = "cid";
     let configured = hyperkit::configured_cid(&vm.state_dir);
     let asked = vm.cid;
@@ -257,7 +259,7 @@ fn cid(vm: &HyperkitVm) -> Check {
             );
         }
     }
-    let others = sockets(vm).filter(|(cid, _)| ![asked, HOST_CID].contains(cid));
+    let others = list_sockets(vm).filter(|(cid, _)| ![asked, HOST_CID].contains(cid));
     if let Some((other, port)) = others.min() {
         return Check::failed(
             name,
@@ -277,7 +279,7 @@ fn cid(vm: &HyperkitVm) -> Check {
 }
 
 /// Returns the CIDs and ports of the sockets in the directory.
-fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
+fn list_sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
     let entries = fs::read_dir(&vm.state_dir).into_iter().flatten().flatten();
     let prefix = vm.prefix.clone();
     entries.filter_map(move |entry| {
@@ -293,11 +295,11 @@ fn sockets(vm: &HyperkitVm) -> impl Iterator<Item = (u32, u32)> {
 /// What is known of hyperkit's process.
 struct HyperkitProcess {
     check: Check,
-    /// Its id, if it runs.
+    /// The process id, if it runs.
     pid: Option<i32>,
-    /// It doesn't run, but will go on with what it was sent when it is let.
+    /// Whether it is stopped, and will go on once it is continued.
     stopped: bool,
-    /// The one that is known has ended.
+    /// Whether the process of the pid file has ended.
     gone: bool,
 }
 
@@ -312,8 +314,8 @@ impl From<Check> for HyperkitProcess {
     }
 }
 
-/// Checks whether the process that hyperkit.pid names runs.
-fn process(vm: &HyperkitVm) -> HyperkitProcess {
+/// Checks whether the process in hyperkit.pid runs.
+fn check_process(vm: &HyperkitVm) -> HyperkitProcess {
     let name = "process";
     let remedy = "what is in the directory may be left over: start the VM";
     let text = match file::read_text(&vm.pid_path(), file::STATE_FILE) {
@@ -334,7 +336,7 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
         let seen = format!("{PID_NAME} holds {text:?}, no process");
         return Check::warning(name, seen, remedy).into();
     };
-    let (state, program) = ps(pid).unwrap_or_default();
+    let (state, program) = run_ps(pid).unwrap_or_default();
     if !sys::process_is_alive(pid) || state.starts_with('Z') {
         let seen = format!("{pid}, of {PID_NAME}, is gone");
         return HyperkitProcess {
@@ -360,8 +362,8 @@ fn process(vm: &HyperkitVm) -> HyperkitProcess {
     }
 }
 
-/// Returns the state of a process, and the name of its program, where `ps` is there to ask.
-fn ps(pid: i32) -> Option<(String, String)> {
+/// Returns the state of a process and the name of its program, if `ps` is available.
+fn run_ps(pid: i32) -> Option<(String, String)> {
     let mut ps = Command::new("ps");
     ps.args(["-o", "state=", "-o", "comm=", "-p", &pid.to_string()]);
     let text = String::from_utf8(ps.output().ok()?.stdout).ok()?;
@@ -370,8 +372,8 @@ fn ps(pid: i32) -> Option<(String, String)> {
     Some((state.to_owned(), program.to_owned()))
 }
 
-/// Checks whether hyperkit has descriptors for as many connections as it has room for.
-fn limits(pid: i32) -> Check {
+/// Checks whether hyperkit's limit allows descriptors for the most connections that it can have.
+fn check_limits(pid: i32) -> Check {
     let name = "limits";
     let text = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap_or_default();
     let line = text
@@ -395,15 +397,15 @@ fn limits(pid: i32) -> Check {
     }
 }
 
-/// What came of a dial that a guest that runs refuses at once.
+/// The answer to a dial that a running guest refuses at once.
 enum Answer {
     After(Duration),
-    /// The guest hasn't answered; hyperkit has taken the dial.
+    /// hyperkit has taken the dial, but the guest hasn't answered.
     None,
-    /// hyperkit itself hasn't taken it.
+    /// hyperkit hasn't taken the dial.
     NotTaken,
-    /// hyperkit has ended it unread, as it does when it has no slot left. macOS doesn't tell that
-    /// from a refusal by the guest.
+    /// hyperkit has closed it unread, as it does without a free slot. On macOS this looks like a
+    /// refusal by the guest.
     EndedUnread,
 }
 
@@ -412,38 +414,37 @@ fn probe(vm: &HyperkitVm, patience: Duration) -> Result<Answer> {
     let begun = Instant::now();
     let probe = vm.probe_address().into();
     let stream = match Stream::connect_timeout(&probe, patience) {
-        // It had ended before the line that says where it leads was written.
+        // It ended before the line with the port was written.
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && !is_absent(&e) => {
             return Ok(Answer::EndedUnread);
         }
         stream => stream?,
     };
-    // A failure to wait is one of the connection: it is over, too.
+    // If the wait fails the connection is over, too.
     let answer = match stream.wait(Wanted::Readable, patience) {
         Ok(false) if stream.untaken() > 0 => Answer::NotTaken,
         Ok(false) => Answer::None,
         _ if was_ended_unread(&stream) => Answer::EndedUnread,
         _ => Answer::After(begun.elapsed()),
     };
-    // However that went.
+    // The outcome doesn't matter.
     let _ = close_gracefully(&stream, LEAVE);
     Ok(answer)
 }
 
-/// Returns whether the system itself said that nothing listens.
+/// Returns whether the system reported that nothing listens.
 fn is_absent(error: &crate::error::Error) -> bool {
     error.cause().raw_os_error().is_some()
 }
 
-/// Returns whether the other end was closed with bytes of ours unread.
+/// Returns whether the peer closed with bytes of ours unread.
 fn was_ended_unread(stream: &Stream) -> bool {
     let error = SockRef::from(stream).take_error().ok().flatten();
     error.is_some_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
 }
 
-/// Ends a dial, which must not just be closed. One that hyperkit hasn't even taken (it has no
-/// descriptor left, say) would be found closed when it is: that hangs the device. It is given ten
-/// seconds.
+/// Closes a dial, which must not be dropped: if hyperkit hasn't taken it yet (for lack of
+/// descriptors, say), it would later find it closed, and hang. The close may take ten seconds then.
 fn close_gracefully(stream: &Stream, time: Duration) -> io::Result<()> {
     const UNTAKEN: Duration = Duration::from_secs(10);
     let time = match stream.untaken() {
@@ -461,12 +462,12 @@ fn dial(vm: &HyperkitVm, port: Port, patience: Duration) -> Result<Stream> {
 /// What is known of a guest.
 struct GuestReport {
     check: Check,
-    /// Why its ports can't be dialled, if so.
+    /// Why its ports can't be dialled, if they can't.
     undialled: Option<&'static str>,
 }
 
-/// Checks whether the guest answers. `usage` is how its slots are used, as far as hvsocks know.
-fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
+/// Checks whether the guest answers. `usage` is the known use of its slots.
+fn check_guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     let answer = probe(vm, patience);
     GuestReport {
         undialled: match &answer {
@@ -480,7 +481,7 @@ fn guest(vm: &HyperkitVm, patience: Duration, usage: &Usage) -> GuestReport {
     }
 }
 
-/// Says what came of the dial.
+/// Makes the check of a dial's answer.
 fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) -> Check {
     let name = "guest";
     let seconds = patience.as_secs_f64();
@@ -492,7 +493,7 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
             Check::failed(name, seen, &usage.remedy())
         }
         Ok(Answer::After(took)) => match usage.almost_all() {
-            // The guest refuses so, and a device without a slot may do.
+            // Both the guest and a device without a free slot may refuse so.
             Some((used, limit)) => {
                 let seen = format!(
                     "a dial is ended at once, by the guest or for want of a slot: {used} of {limit} are taken"
@@ -520,9 +521,9 @@ fn describe_answer(answer: Result<Answer>, patience: Duration, usage: &Usage) ->
 
 /// Checks whether a program in the guest listens on a port.
 ///
-/// A guest answers dials in their order: when one behind ours, to a port that nobody can have, is
-/// refused, ours has been answered, too.
-fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
+/// A guest answers dials in their order. So a second dial, to a port that no program can have, is
+/// refused after the first was answered.
+fn check_guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) -> Check {
     let name = named_port(port);
     let stream = match dial(vm, port, patience) {
         Ok(stream) => stream,
@@ -560,9 +561,9 @@ fn guest_port(vm: &HyperkitVm, port: Port, patience: Duration, usage: &Usage) ->
     }
 }
 
-/// Checks whether there are sockets that guests may dial, and on which nothing listens.
-fn left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
-    let ports = sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
+/// Checks whether there are socket files for guests' dials on which nothing listens.
+fn check_left_over(vm: &HyperkitVm, but: &[Port]) -> Option<Check> {
+    let ports = list_sockets(vm).filter(|(cid, _)| *cid == HOST_CID);
     let ports = ports.map(|(_, port)| Port(port));
     let is_dead = |port: &Port| {
         !but.contains(port) && matches!(sys::is_socket_alive(&vm.listen_path(*port)), Ok(false))

@@ -1,4 +1,4 @@
-//! A VM of Hyper-V.
+//! Checks a VM of Hyper-V.
 
 use super::check::{Check, DoctorPlan};
 use crate::address::{Port, ServiceId, VmId};
@@ -12,7 +12,7 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
         Ok(machines) => {
             let seen = format!("tells of {}", counted(machines.len() as u64, "VM"));
             checks.push(Check::ok("Hyper-V", seen));
-            let (check, machine) = vm(name, machines);
+            let (check, machine) = find_vm(name, machines);
             checks.push(check);
             machine
         }
@@ -33,12 +33,12 @@ pub(super) fn examine(name: &str, plan: &DoctorPlan) -> Vec<Check> {
         let why = format!("not tried here: `hvsock cat --vm VM {}` does", port.0);
         Check::skipped(format_args!("port {port}"), why)
     }));
-    checks.extend(plan.host_ports.iter().map(|port| registered(*port)));
+    checks.extend(plan.host_ports.iter().map(|port| check_registration(*port)));
     checks
 }
 
-/// Finds the VM that has this name or id.
-fn vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
+/// Finds the VM with this name or id.
+fn find_vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
     let id = match name.parse().map(VmId) {
         Ok(id) => id,
         Err(_) => match hyperv::find(name) {
@@ -57,7 +57,7 @@ fn vm(name: &str, machines: Vec<Machine>) -> (Check, Option<Machine>) {
 }
 
 /// Checks whether Hyper-V lets guests dial a port of this host.
-fn registered(port: Port) -> Check {
+fn check_registration(port: Port) -> Check {
     let name = format!("host port {port}");
     let id = ServiceId::from_port(port);
     match services::list() {

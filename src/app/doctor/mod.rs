@@ -1,8 +1,8 @@
-//! What can be wrong on the way to a VM, tried one by one, each with its remedy.
+//! Checks what can be wrong on the way to a VM, one by one, each with its remedy.
 //!
-//! A check that can't be made because an earlier one failed is skipped, and says so. The VM is
-//! asked as little as can be: each dial is written, answered and closed as hyperkit's device needs
-//! it (`hyperkit.md`), and sockets are looked at without connecting to them.
+//! A check that depends on a failed one is skipped, and says so. The VM is dialled as little as
+//! possible: each dial is written, answered and closed as hyperkit's device needs it
+//! (`hyperkit.md`). Sockets of others are inspected without connecting.
 
 #[cfg(unix)]
 mod carriers;
@@ -28,12 +28,12 @@ use crate::app::vm::VmPlace;
 #[cfg(unix)]
 use crate::hyperkit::Places;
 
-/// Looks at all of it.
+/// Makes all checks.
 pub(crate) fn examine(plan: &DoctorPlan) -> Vec<Check> {
-    let mut checks = vec![system::descriptors()];
+    let mut checks = vec![system::check_descriptors()];
     match &plan.vm {
         None => {
-            checks.extend(system::vsock());
+            checks.extend(system::check_vsock());
             #[cfg(unix)]
             checks.extend(carriers::examine());
         }

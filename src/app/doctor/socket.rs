@@ -1,4 +1,4 @@
-//! The file of a Unix socket.
+//! Checks the file of a Unix socket.
 
 use std::fmt;
 use std::fs;
@@ -9,8 +9,8 @@ use std::path::Path;
 use super::check::Check;
 use crate::sys;
 
-/// Checks that a process listens on a socket, and that this user may connect to it. It isn't
-/// connected to. `start` says how to start what should listen.
+/// Checks that a process listens on a socket, and that this user may connect, without connecting.
+/// `start` says how to start the missing program.
 pub(super) fn examine(name: impl fmt::Display, path: &Path, start: &str) -> Check {
     let shown = path.display();
     match fs::metadata(path) {

@@ -1,14 +1,14 @@
-//! This system, whatever the VM.
+//! Checks this system, independent of any VM.
 
 use super::check::Check;
 use crate::error::counted;
 use crate::proxy::{Limits, ProcessDescriptors};
 use crate::sys;
 
-/// Checks whether a proxy would have descriptors enough for as many connections as one VM can have.
-pub(super) fn descriptors() -> Check {
+/// Checks whether a proxy has descriptors for as many connections as one VM can have.
+pub(super) fn check_descriptors() -> Check {
     let name = "descriptors";
-    // As the proxy does before it begins.
+    // The proxy raises the limit at its start, too.
     #[cfg(unix)]
     let _ = sys::raise_descriptor_limit();
     let Some(limit) = sys::descriptor_limit() else {
@@ -28,9 +28,9 @@ pub(super) fn descriptors() -> Check {
     }
 }
 
-/// Checks whether AF_VSOCK can be used here, and which CID this system has.
+/// Checks whether AF_VSOCK can be used here, and shows this system's CID.
 #[cfg(target_os = "linux")]
-pub(super) fn vsock() -> Option<Check> {
+pub(super) fn check_vsock() -> Option<Check> {
     use crate::address::{CID_HOST, is_guest_cid};
     let name = "AF_VSOCK";
     Some(match crate::vsock::local_cid() {
@@ -50,6 +50,6 @@ pub(super) fn vsock() -> Option<Check> {
 }
 
 #[cfg(not(target_os = "linux"))]
-pub(super) fn vsock() -> Option<Check> {
+pub(super) fn check_vsock() -> Option<Check> {
     None
 }

@@ -1,4 +1,4 @@
-//! Where a forward leads on which a guest dials the host.
+//! Checks the target of a forward on which a guest dials the host.
 
 use std::io;
 use std::path::Path;
@@ -11,12 +11,12 @@ use crate::app::control::ForwardInfo;
 use crate::stream::Stream;
 use crate::sys;
 
-/// How long a target on TCP may take to be connected.
+/// How long a TCP target may take to be connected.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Checks the target of the forward that takes what the guest dials on `port`: one on TCP is
-/// connected to, a Unix socket is looked at, and of others the last refusal is told. `None` if no
-/// hvsock that was asked has such a forward.
+/// Checks the target of the forward for the guest's dials to `port`. A TCP target is connected to,
+/// a Unix socket is inspected, and for others the last refusal is shown. Returns `None` if no asked
+/// hvsock has such a forward.
 pub(super) fn examine(name: &str, vm: &HyperkitVm, port: Port, hvsocks: &Hvsocks) -> Option<Check> {
     let forward = hvsocks.forward(|it| is_dialled(it, vm, port))?;
     let target = &forward.connect;
@@ -44,7 +44,8 @@ fn is_dialled(forward: &ForwardInfo, vm: &HyperkitVm, port: Port) -> bool {
     listen.guest_port() == Some(port) && listen.hyperkit_vm().is_some_and(is_of_vm)
 }
 
-/// Looks whether a target takes connections, as far as that can be known without disturbing it.
+/// Returns whether a target accepts connections, as far as that can be found out without disturbing
+/// it. `None` if it can't.
 fn look_at(target: &str) -> Option<io::Result<()>> {
     match target.parse().ok()? {
         address @ Address::Tcp(_) => {

@@ -1,4 +1,4 @@
-//! A VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
+//! Checks a VM behind AF_VSOCK or behind its VMM's Unix socket: its socket, and its ports.
 
 use super::carriers::{CarryingProcess, Hvsocks, VmFinding};
 use super::check::{Check, DoctorPlan, Verdict};
@@ -13,16 +13,16 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-/// How long a guest may take to end a connection of which only the end is wanted.
+/// How long a guest may take to end a connection that is being closed.
 const LEAVE: Duration = Duration::from_secs(1);
 
 pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
     let mut checks = Vec::new();
     match vm {
         VmPlace::VsockMux(mux) => checks.push(socket::examine("socket", &mux.path, "start the VM")),
-        _ => checks.extend(system::vsock()),
+        _ => checks.extend(system::check_vsock()),
     }
-    let process = process(vm);
+    let process = check_process(vm);
     let why_undialled = match &process {
         _ if checks.iter().any(|it| it.verdict == Verdict::Failed) => {
             Some("there is no socket to dial it by")
@@ -48,11 +48,11 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
         VmPlace::VsockMux(mux) => Some(mux.path.as_path()),
         _ => None,
     };
-    checks.extend(hvsocks.unknown(&carriers, path));
+    checks.extend(hvsocks.check_unknown(&carriers, path));
     checks.extend(plan.ports.iter().map(|port| {
         let name = format!("port {port}");
         match why_undialled {
-            None => guest_port(name, &vm.guest_port(*port), plan.patience),
+            None => check_guest_port(name, &vm.guest_port(*port), plan.patience),
             Some(why) => Check::skipped(name, why),
         }
     }));
@@ -60,12 +60,16 @@ pub(super) fn examine(vm: &VmPlace, plan: &DoctorPlan) -> Vec<Check> {
         let why = "not dialled: --port N says whether it answers";
         checks.push(Check::skipped("guest", why));
     }
-    checks.extend(plan.host_ports.iter().map(|port| host_port(vm, *port)));
+    checks.extend(
+        plan.host_ports
+            .iter()
+            .map(|port| check_host_port(vm, *port)),
+    );
     checks
 }
 
-/// Checks whether the VM's process runs, if it is one that can be known by its command line.
-fn process(vm: &VmPlace) -> Option<Check> {
+/// Checks whether the VM's process runs, if it can be found by its command line.
+fn check_process(vm: &VmPlace) -> Option<Check> {
     let is_meant = |it: &RunningVm| match VmPlace::parse(&it.vm) {
         Some(Ok(other)) => is_same(&other, vm),
         _ => false,
@@ -79,7 +83,7 @@ fn process(vm: &VmPlace) -> Option<Check> {
     })
 }
 
-/// Returns whether two places are one VM's, however its socket's path is spelled.
+/// Returns whether two places are those of one VM, however the socket's path is spelled.
 fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     let real = |path: PathBuf| path.canonicalize().unwrap_or(path);
     let same = |vm: &VmPlace| match vm.any() {
@@ -89,8 +93,8 @@ fn is_same(one: &VmPlace, other: &VmPlace) -> bool {
     same(one) == same(other)
 }
 
-/// Checks whether a program in the guest takes a connection to this address.
-fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
+/// Checks whether a program in the guest accepts a connection to this address.
+fn check_guest_port(name: String, address: &Address, patience: Duration) -> Check {
     match Stream::connect_timeout(address, patience) {
         Ok(stream) => {
             let _ = stream.finish(LEAVE);
@@ -101,8 +105,8 @@ fn guest_port(name: String, address: &Address, patience: Duration) -> Check {
     }
 }
 
-/// Checks whether a program of the host listens for the dials of the guest.
-fn host_port(vm: &VmPlace, port: Port) -> Check {
+/// Checks whether a program of the host listens for the guest's dials.
+fn check_host_port(vm: &VmPlace, port: Port) -> Check {
     let name = format!("host port {port}");
     match vm {
         VmPlace::VsockMux(mux) => {

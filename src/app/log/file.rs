@@ -1,4 +1,4 @@
-//! The log's file. A thread of its own writes to it, so that a disk that hangs delays nothing else.
+//! The log's file. A separate thread writes it, so that a hanging disk delays nothing else.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,19 +16,19 @@ use crate::lock::lock;
 use super::stderr::ERR;
 use super::style::dropped_line;
 
-/// The queue in front of the file.
+/// The queue of lines for the file.
 pub(crate) static LOG: LossyWriter = LossyWriter::new("hvsock-log", write, dropped_line);
 
-/// The open file. Only the thread that writes locks it, once the log has begun.
+/// The open file. After the start only the writing thread locks it.
 static OPEN: Mutex<Option<(PathBuf, File)>> = Mutex::new(None);
 
-/// Whether the file is to be opened again before the next write.
+/// Whether the file must be opened again before the next write.
 static IS_STALE: AtomicBool = AtomicBool::new(false);
 
-/// Opens the log's file, and makes it (0600) if there is none.
+/// Opens the log's file. Creates it (mode 0600) if it doesn't exist.
 ///
 /// # Errors
-/// Returns why it can't be opened, and how to mend that.
+/// Returns why it can't be opened, and the remedy.
 pub(super) fn open(path: &Path) -> Result<(), String> {
     let what = format!("opening the log {}", path.display());
     let tell = |what: String| ERR.send(format!("hvsock: {what}\n").into_bytes());
@@ -46,7 +46,7 @@ pub(super) fn open(path: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// Has the file opened again before the next line, since it may have been renamed (logrotate).
+/// Opens the file again before the next line, since it may have been renamed (logrotate).
 #[cfg(unix)]
 pub(crate) fn reopen() {
     IS_STALE.store(true, Ordering::Release);

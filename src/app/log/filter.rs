@@ -1,8 +1,8 @@
-//! Which lines there are: levels, of all or of single parts.
+//! Filters of log lines: levels, for the whole program or for parts of it.
 
 use tracing_subscriber::filter::{Directive, EnvFilter, LevelFilter};
 
-/// The parts of the program that can be named, each with the modules whose events are meant.
+/// The parts of the program that users can name, with their modules.
 const PARTS: [(&str, &[&str]); 6] = [
     ("access", &["hvsock::access"]),
     (
@@ -18,16 +18,16 @@ const PARTS: [(&str, &[&str]); 6] = [
     ("vm", &["hvsock::engine::health"]),
 ];
 
-/// Returns the filter that is taken where none is given: level info.
+/// Returns the default filter: level info.
 pub(super) fn default_filter() -> EnvFilter {
     EnvFilter::default().add_directive(LevelFilter::INFO.into())
 }
 
-/// Reads a filter: a level, or several directives as tracing's [`EnvFilter`] has them, of which a
-/// target may be one of [`PARTS`] (`info,connection=debug`). An empty one is level info.
+/// Parses a filter: a level, or several directives of tracing's [`EnvFilter`], whose targets may be
+/// [`PARTS`] (`info,connection=debug`). An empty text is level info.
 ///
 /// # Errors
-/// Returns which word is wrong, and what can be said.
+/// Returns which word is wrong, and the valid ones.
 pub(super) fn parse(text: &str) -> Result<EnvFilter, String> {
     let mut filter = default_filter();
     let words = text.split(',').map(str::trim);
@@ -41,12 +41,12 @@ pub(super) fn parse(text: &str) -> Result<EnvFilter, String> {
 
 fn directives(word: &str) -> Result<Vec<Directive>, String> {
     let (target, level) = match word.split_once('=') {
-        // EnvFilter takes any word for a target, and would log nothing else for a misspelt level.
+        // EnvFilter takes any word for a target: a misspelt level would turn off all other lines.
         None if word.parse::<LevelFilter>().is_ok() => return Ok(vec![directive(word, word)?]),
         None => (word, "trace"),
         Some((target, level)) => (target, level),
     };
-    // A span's name, or fields, follow in brackets.
+    // A span's name, or fields, may follow in brackets.
     let (name, rest) = target.split_at(target.find('[').unwrap_or(target.len()));
     let is_module = name == "hvsock" || name.starts_with("hvsock::") || name.is_empty();
     let modules = match PARTS.iter().find(|(part, _)| *part == name) {
@@ -97,7 +97,7 @@ mod tests {
         assert!(both.contains("warn") && !both.contains("info"), "{both}");
     }
 
-    /// A part whose module was moved would say nothing.
+    /// A part whose module was moved would log nothing.
     #[test]
     fn each_part_has_its_modules() {
         let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

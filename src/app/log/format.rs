@@ -1,4 +1,4 @@
-//! The lines that systemd's journal reads.
+//! The line format for systemd's journal.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Full, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Returns the prefix of a line that has this level, as sd-daemon(3) defines it.
+/// Returns the line prefix for a level, as sd-daemon(3) defines it.
 pub(super) fn priority(level: Level) -> &'static str {
     match level {
         Level::ERROR => "<3>",
@@ -17,7 +17,7 @@ pub(super) fn priority(level: Level) -> &'static str {
     }
 }
 
-/// Formats an event as the stock formatter does, with a priority in place of time and level.
+/// Formats an event as the stock formatter does, with a priority instead of time and level.
 pub(super) struct Journal(Format<Full, ()>);
 
 impl Default for Journal {
@@ -43,8 +43,8 @@ where
     }
 }
 
-/// Returns whether standard error is connected to systemd's journal: `JOURNAL_STREAM` has its
-/// device and inode then (systemd.exec(5)).
+/// Returns whether standard error is connected to systemd's journal: `JOURNAL_STREAM` then has its
+/// device and inode (systemd.exec(5)).
 pub(super) fn is_read_by_journal() -> bool {
     #[cfg(target_os = "linux")]
     {

@@ -1,4 +1,4 @@
-//! The log of a command: where it goes, how a line looks, and which lines there are.
+//! The log of a command: where it goes, its line format, and its filter.
 
 mod file;
 mod filter;
@@ -28,7 +28,7 @@ pub(crate) use stderr::ERR;
 pub(crate) use style::dropped_line;
 use style::{LogFormat, Style};
 
-/// The name of the variable that says which lines there are.
+/// The environment variable with the filter.
 const VARIABLE: &str = "HVSOCK_LOG";
 
 /// Where the log goes, and how its lines look.
@@ -52,7 +52,7 @@ pub(crate) fn is_in_file() -> bool {
 /// Starts the log.
 ///
 /// # Errors
-/// Returns what is wrong with the log's file, and how to mend it.
+/// Returns what is wrong with the log's file, and the remedy.
 pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
     if let Some(path) = &options.log {
         file::open(path)?;
@@ -76,7 +76,7 @@ pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
             Some(format!("{VARIABLE}={text:?}: {why}; taking info")),
         ),
     };
-    take_panics();
+    log_panics();
     subscribe(format, filter);
     if let Some(trouble) = trouble {
         say(Level::WARN, trouble);
@@ -84,11 +84,11 @@ pub(crate) fn start(options: &LogOptions) -> Result<(), String> {
     Ok(())
 }
 
-/// Has the events of this process written. Another program that calls this one may have set up its
-/// own log: then that one stays.
+/// Installs the subscriber that writes this process' events. If the calling program has installed
+/// its own, that one stays.
 fn subscribe(format: LogFormat, filter: EnvFilter) {
-    // Whatever a peer or a file has named stays in its line. The formatter's own colours are not
-    // touched.
+    // Names from peers and files are escaped, so that they stay within the line. The formatter's
+    // own colours are kept.
     let fields = debug_fn(|line, field, value| {
         let value = format!("{value:?}");
         let value = escape::line(&value);
@@ -100,7 +100,7 @@ fn subscribe(format: LogFormat, filter: EnvFilter) {
     let layer = tracing_subscriber::fmt::layer()
         .with_target(false)
         .with_writer(LogWriter(format))
-        // It would tell of them with `eprintln!`, which panics.
+        // It would report them with `eprintln!`, which panics.
         .log_internal_errors(false);
     let layer = match format {
         LogFormat::Text => layer
@@ -123,8 +123,8 @@ fn subscribe(format: LogFormat, filter: EnvFilter) {
     let _ = log.try_init();
 }
 
-/// Says something that people should know: as `hvsock: …` on standard error where the log is text
-/// there, else as a line of the log. It is said even if the log leaves that level out.
+/// Prints a message for people: as `hvsock: …` if the log is text on standard error, else as a line
+/// of the log. It is printed even if the filter leaves out its level.
 pub(crate) fn say(level: Level, what: impl fmt::Display) {
     let is_logged = Style::get() != Style::PLAIN && writes_level(level);
     if is_logged {
@@ -134,14 +134,14 @@ pub(crate) fn say(level: Level, what: impl fmt::Display) {
             _ => tracing::info!("{what}"),
         }
     }
-    // With a file, a person at the terminal is told as well.
+    // If the log is a file, print to the terminal as well.
     if !is_logged || is_in_file() {
         let line = format!("hvsock: {}\n", escape::line(&what.to_string()));
         ERR.send(line.into_bytes());
     }
 }
 
-/// Says a line that follows one of [`say`].
+/// Prints a line that follows a message of [`say`].
 pub(crate) fn say_more(level: Level, line: impl fmt::Display) {
     match Style::get() {
         Style {
@@ -160,14 +160,14 @@ fn writes_level(level: Level) -> bool {
     }
 }
 
-/// What the log writes to: a queue that never waits.
+/// The log's destination: a queue that never blocks.
 #[derive(Clone, Copy, Debug)]
 struct LogWriter(LogFormat);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let line = match (self.0, std::str::from_utf8(bytes)) {
-            // The formatter escapes what JSON forbids, and leaves what a terminal would obey.
+            // The formatter escapes what JSON requires, but not what controls a terminal.
             (LogFormat::Json, Ok(json)) => escape::json(json).as_bytes().to_vec(),
             _ => bytes.to_vec(),
         };
@@ -191,9 +191,9 @@ impl MakeWriter<'_> for LogWriter {
     }
 }
 
-/// Has panics written as all else is. std would wait for the reader, and other threads wait for the
-/// one that panics.
-fn take_panics() {
+/// Writes panics through the queue. std would wait for the reader of standard error, and other
+/// threads for the panicking one.
+fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let trace = std::backtrace::Backtrace::capture();
         let mut text = format!("hvsock: {}\n", escape::text(&panic.to_string()));

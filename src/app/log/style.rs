@@ -1,4 +1,4 @@
-//! Where the lines of the log go and how they look, as decided when the log was started.
+//! The destination and line format of the log, as decided at its start.
 
 use std::sync::OnceLock;
 
@@ -18,7 +18,7 @@ pub(crate) enum LogFormat {
     Journal,
 }
 
-/// What was decided when the log was started.
+/// The decisions made when the log was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Style {
     pub(super) format: LogFormat,
@@ -28,7 +28,7 @@ pub(super) struct Style {
 static STYLE: OnceLock<Style> = OnceLock::new();
 
 impl Style {
-    /// Text on standard error, as it is before the log is started.
+    /// Text on standard error, before the log is started.
     pub(super) const PLAIN: Style = Style {
         format: LogFormat::Text,
         to_file: false,
@@ -45,7 +45,7 @@ impl Style {
     }
 }
 
-/// Returns the line that says that so many lines were dropped.
+/// Returns the line that reports so many dropped lines.
 pub(crate) fn dropped_line(count: u64) -> String {
     let lines = match count {
         1 => "line was",

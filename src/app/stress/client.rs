@@ -1,4 +1,4 @@
-//! The clients: so many at a time, until all connections were made.
+//! The clients: a limited number at a time, until all connections were made.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,39 +15,38 @@ use super::exchange::{Exchange, TransferResult};
 use super::report::{Latencies, StressReport};
 use super::{Load, StressPlan, StressProgress};
 
-/// Between two dials of a hyperkit VM (rule 5 of a good neighbour).
+/// The least time between two dials of a hyperkit VM (rule 5 of a good neighbour).
 const PACE: Duration = Duration::from_micros(150);
 
-/// How many connections to a hyperkit VM may end without a sign of life from its guest. The device
-/// keeps each of them, and the VM dies at 512: with [`MOST_PARALLEL`] of them under way, this
-/// leaves room.
+/// How many connections to a hyperkit VM may end without a byte from its guest. The device keeps
+/// each of them, and the VM dies at 512; with [`MOST_PARALLEL`] under way this leaves room.
 const MOST_SILENT: u64 = 64;
 
-/// So many dials in a row that come to nothing say that there is no server any more.
+/// After so many failed dials in a row the server is taken for gone.
 const MOST_FAILED_DIALS: u64 = 1000;
 
 /// The most connections at a time to one hyperkit VM.
 pub(crate) const MOST_PARALLEL: usize = 400;
 
-/// How long a guest may take to end a connection that went wrong.
+/// How long a guest may take to end a failed connection.
 const LEAVE: Duration = Duration::from_secs(5);
 
-/// What the clients have in common.
+/// What the clients share.
 struct Run<'a> {
     plan: &'a StressPlan,
     data: Data,
     stop: &'a Stop,
     next: AtomicU64,
     silent: AtomicU64,
-    /// Dials in a row that came to nothing.
+    /// The number of dials in a row that failed.
     failed_dials: AtomicU64,
-    /// When the VM may be dialled again.
+    /// The earliest time of the next dial of the VM.
     pace: Mutex<Instant>,
     report: Mutex<StressReport>,
     progress: &'a StressProgress,
 }
 
-/// Makes all the connections.
+/// Makes all connections, and reports on them.
 pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> StressReport {
     let begun = Instant::now();
     let run = Run {
@@ -79,7 +78,7 @@ pub(crate) fn run(plan: &StressPlan, stop: &Stop, progress: &StressProgress) -> 
 }
 
 impl Run<'_> {
-    /// Makes one connection after the other.
+    /// Makes connections one after the other.
     fn run_lane(&self) {
         let mut latencies = Latencies::default();
         while !self.stop.is_asked() {
@@ -108,7 +107,7 @@ impl Run<'_> {
         latencies: &mut Latencies,
     ) -> (TransferResult, Result<(), String>) {
         let plan = self.plan;
-        // Whichever lane has the number: its sizes are the same with the same seed.
+        // Independent of the lane, so that the same seed gives the same sizes.
         let mut rng =
             fastrand::Rng::with_seed(plan.seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let start = rng.u64(..1 << 32);
@@ -160,7 +159,7 @@ impl Run<'_> {
         (done, outcome)
     }
 
-    /// Keeps the pace at which a hyperkit VM may be dialled.
+    /// Waits until the hyperkit VM may be dialled again.
     fn wait_for_leave(&self) {
         if !self.plan.address.transport().vm.needs_pacing {
             return;

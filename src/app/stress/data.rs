@@ -1,12 +1,12 @@
-//! The bytes that are sent, known to both ends by a seed, so that each byte that comes can be
+//! The bytes that are sent. Both ends make them from a seed, so that each received byte can be
 //! compared.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// The stream of bytes of one seed: a random block, over and over. Its length is a prime, so that a
-/// buffer's worth that is lost, doubled or swapped never goes unseen.
+/// The bytes of a seed: a random block, repeated. Its length is a prime, so that a lost, doubled or
+/// swapped buffer is always detected.
 #[derive(Clone, Debug)]
 pub(super) struct Data {
     pub(super) seed: u64,
@@ -49,14 +49,14 @@ impl Data {
     }
 }
 
-/// What a client asks a `stress --server` for, in the first line of a connection: `hvsock-stress up
-/// BYTES SEED START`. A connection that begins with anything else is echoed.
+/// A request to a `stress --server`, the first line of a connection: `hvsock-stress up BYTES SEED
+/// START`. Any other connection is echoed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct StressRequest {
     pub(super) way: Way,
     pub(super) bytes: u64,
     pub(super) seed: u64,
-    /// Where in the data it begins.
+    /// The position in the data at which it begins.
     pub(super) start: u64,
 }
 
@@ -70,7 +70,7 @@ pub(super) enum Way {
 
 pub(super) const MARK: &[u8] = b"hvsock-stress ";
 
-/// More than any request has.
+/// The maximum length of a request in bytes.
 pub(super) const LONGEST_LINE: usize = 128;
 
 impl fmt::Display for StressRequest {
@@ -126,7 +126,7 @@ mod tests {
             bytes[2500] ^= 1;
             assert_eq!(data.difference(start, &bytes), Some(start + 2500));
             bytes[2500] ^= 1;
-            // A buffer's worth that was lost.
+            // A buffer is lost.
             bytes.drain(512..1024);
             let found = data.difference(start, &bytes).unwrap();
             assert!((start + 512..start + 520).contains(&found), "{found}");

@@ -1,4 +1,4 @@
-//! One connection of a client: what it sends, what it compares, how it ends.
+//! A connection of a client: sends, compares, and ends it.
 
 use std::io::{self, Read, Write};
 use std::sync::atomic::Ordering;
@@ -13,16 +13,16 @@ use super::{Load, StressPlan, StressProgress};
 
 const ONLY_ECHOES: &str = "the server only echoes: this load wants a `hvsock stress --server`";
 
-/// What a connection moved, and when.
+/// What a connection has transferred, and how fast.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct TransferResult {
     pub(super) sent: u64,
     pub(super) received: u64,
-    /// From the dial to the first byte that came.
+    /// The time from the dial to the first received byte.
     pub(super) first_byte: Option<Duration>,
 }
 
-/// A connection and what is known of it.
+/// A connection, and its state.
 #[derive(Debug)]
 pub(super) struct Exchange<'a> {
     pub(super) plan: &'a StressPlan,
@@ -31,20 +31,20 @@ pub(super) struct Exchange<'a> {
     pub(super) stop: &'a Stop,
     pub(super) progress: &'a StressProgress,
     pub(super) rng: fastrand::Rng,
-    /// Where in the data it begins.
+    /// The position in the data at which it begins.
     pub(super) start: u64,
     /// When the dial began.
     pub(super) dialled: Instant,
-    /// When something moved last.
+    /// When a byte was last sent or received.
     pub(super) moved: Instant,
     pub(super) done: TransferResult,
 }
 
 impl Exchange<'_> {
-    /// Does what the plan asks for, to the end; `told` is called with each round trip.
+    /// Runs the plan's load to its end. Calls `told` with the time of each round trip.
     ///
     /// # Errors
-    /// What a person is to read of it.
+    /// Returns what went wrong, for people.
     pub(super) fn run(&mut self, told: impl FnMut(Duration)) -> Result<(), String> {
         let nonblocking = self.stream.set_nonblocking(true);
         nonblocking.map_err(|e| e.to_string())?;
@@ -81,7 +81,7 @@ impl Exchange<'_> {
                     idle = false;
                     self.compare(&buffer[..n], size)?;
                 }
-                // A VMM that ends both directions at once may do it by a reset.
+                // A VMM that ends both directions at once may do so by a reset.
                 Err(_) if half_closed && self.held() => return self.check_length(size),
                 Err(e) => return Err(self.describe_error(&e)),
             }
@@ -92,7 +92,7 @@ impl Exchange<'_> {
     }
 
     fn upload(&mut self, size: u64) -> Result<(), String> {
-        self.request(Way::Up, size)?;
+        self.send_request(Way::Up, size)?;
         while self.done.sent < size {
             if !self.write_some(size)? {
                 self.wait(Wanted::Writable)?;
@@ -111,7 +111,7 @@ impl Exchange<'_> {
     }
 
     fn download(&mut self, size: u64) -> Result<(), String> {
-        self.request(Way::Down, size)?;
+        self.send_request(Way::Down, size)?;
         let mut buffer = self.buffer();
         while self.done.received < size {
             let len = self.next_read_size(&buffer);
@@ -148,9 +148,9 @@ impl Exchange<'_> {
         self.half_close_and_drain()
     }
 
-    /// Half-closes and reads to the server's EOF.
+    /// Half-closes, and reads to the server's EOF.
     fn half_close_and_drain(&mut self) -> Result<(), String> {
-        // Where there is none, our close is what ends it.
+        // Without a half-close, the close ends the connection.
         if !self.stream.has_half_close() {
             return Ok(());
         }
@@ -175,7 +175,7 @@ impl Exchange<'_> {
         self.stream.half_close_ends_both()
     }
 
-    fn request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
+    fn send_request(&mut self, way: Way, bytes: u64) -> Result<(), String> {
         let request = StressRequest {
             way,
             bytes,
@@ -202,7 +202,8 @@ impl Exchange<'_> {
         Ok(())
     }
 
-    /// Writes a buffer's worth, if there is room, and no further than `until`; whether there was.
+    /// Writes at most a buffer up to the position `until`, if there is room. Returns whether there
+    /// was.
     fn write_some(&mut self, until: u64) -> Result<bool, String> {
         let most = self.rng.u64(self.plan.buffer.clone());
         let len = most.min(until - self.done.sent);
@@ -217,7 +218,7 @@ impl Exchange<'_> {
         }
     }
 
-    /// Waits for bytes.
+    /// Waits for bytes, and reads them.
     fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, String> {
         loop {
             match completed((&*self.stream).read(buffer)).map_err(|e| self.describe_error(&e))? {
@@ -241,7 +242,7 @@ impl Exchange<'_> {
         self.done.first_byte.get_or_insert(first);
     }
 
-    /// Takes bytes that came, of `size` that are to come.
+    /// Compares received bytes with the expected ones, of which there are `size`.
     fn compare(&mut self, bytes: &[u8], size: u64) -> Result<(), String> {
         self.count_received(bytes.len());
         let at = self.start + self.done.received;
@@ -261,7 +262,7 @@ impl Exchange<'_> {
         }
     }
 
-    /// Judges a connection that the server has ended.
+    /// Checks the number of received bytes after the server's end.
     fn check_length(&self, size: u64) -> Result<(), String> {
         if self.done.received == size && self.done.sent == size {
             return Ok(());
@@ -279,13 +280,13 @@ impl Exchange<'_> {
     fn describe_error(&self, error: &io::Error) -> String {
         use io::ErrorKind::{BrokenPipe, ConnectionReset};
         match error.kind() {
-            // What comes of a refusal once something was sent.
+            // The result of a refusal after bytes were sent.
             BrokenPipe | ConnectionReset if self.done.received == 0 => self.describe_eof(),
             _ => error.to_string(),
         }
     }
 
-    /// Waits until something may move.
+    /// Waits until the socket is ready.
     fn wait(&mut self, wanted: Wanted) -> Result<(), String> {
         let ready = self.stream.wait(wanted, LOOK).map_err(|e| e.to_string())?;
         if self.stop.is_urgent() {
@@ -302,7 +303,7 @@ impl Exchange<'_> {
         vec![0; usize::try_from(*self.plan.buffer.end()).unwrap_or(usize::MAX)]
     }
 
-    /// Returns how much is to be read at once.
+    /// Returns how many bytes to read next.
     fn next_read_size(&mut self, buffer: &[u8]) -> usize {
         let len = self.rng.u64(self.plan.buffer.clone());
         usize::try_from(len).unwrap_or(usize::MAX).min(buffer.len())

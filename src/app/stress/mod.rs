@@ -1,5 +1,5 @@
-//! Stress and measurement of a path: clients that send and a server that answers, every byte
-//! compared.
+//! Stress tests and measurement of a path: clients that send, and a server that answers; every byte
+//! is compared.
 
 mod client;
 mod data;
@@ -17,51 +17,51 @@ pub(crate) use client::{MOST_PARALLEL, run};
 pub(crate) use report::StressReport;
 pub(crate) use server::serve;
 
-/// What a client does with each connection.
+/// What a client does with a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Load {
-    /// Sends, while the server sends it back, and half-closes when all is sent.
+    /// Sends while it receives the echo, and half-closes when all is sent.
     Echo,
     /// Sends only.
     Up,
     /// Receives only.
     Down,
-    /// Sends a message when the one before has come back, so many times.
+    /// Sends a message and waits for its echo, so many times.
     RoundTrips(u64),
 }
 
-/// What a client is to do.
+/// What the clients are to do.
 #[derive(Clone, Debug)]
 pub(crate) struct StressPlan {
     pub(crate) address: Address,
     pub(crate) load: Load,
-    /// Connections in all.
+    /// The number of connections.
     pub(crate) connections: u64,
-    /// Connections at a time.
+    /// The number of connections at a time.
     pub(crate) parallel: usize,
-    /// Bytes of a connection each way; of round trips, of a message.
+    /// The bytes of a connection in each direction; of a message in round trips.
     pub(crate) size: RangeInclusive<u64>,
-    /// Bytes of a read or a write, at least 1.
+    /// The bytes of a read or a write, at least 1.
     pub(crate) buffer: RangeInclusive<u64>,
-    /// What the sizes and the bytes are drawn from.
+    /// The seed of the sizes and of the data.
     pub(crate) seed: u64,
-    /// Between the end of a connection and the beginning of the next in its place.
+    /// The pause between a connection and the next one in its place.
     pub(crate) pause: Duration,
-    /// How long a connect may take, and how long nothing may move.
+    /// How long a connect may take, and how long no byte may move.
     pub(crate) timeout: Duration,
-    /// End with the first failure.
+    /// Whether the first failure ends the run.
     pub(crate) fail_fast: bool,
-    /// A line for each connection.
+    /// Whether a line is printed for each connection.
     pub(crate) verbose: bool,
 }
 
-/// How far the clients are.
+/// The progress of the clients.
 #[derive(Debug, Default)]
 pub(crate) struct StressProgress {
-    /// Connections that ended.
+    /// The number of ended connections.
     pub(crate) ended: AtomicU64,
-    /// Those of them that failed.
+    /// The number of failed connections.
     pub(crate) failed: AtomicU64,
-    /// Bytes of both ways.
+    /// The bytes of both directions.
     pub(crate) moved: AtomicU64,
 }

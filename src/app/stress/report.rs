@@ -1,4 +1,4 @@
-//! What came of a run: counts, rates, latencies, reasons of failures.
+//! The results of a run: counts, rates, latencies, reasons of failures.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use super::{Load, StressPlan};
 use crate::app::escape;
 use crate::error::counted;
 
-/// What came of a run.
+/// The results of a run.
 #[derive(Debug)]
 pub(crate) struct StressReport {
     load: Load,
@@ -45,7 +45,7 @@ impl StressReport {
         }
     }
 
-    /// Counts a connection that ended.
+    /// Counts an ended connection.
     pub(super) fn count(&mut self, done: &TransferResult, whole: bool) {
         self.sent += done.sent;
         self.received += done.received;
@@ -55,17 +55,17 @@ impl StressReport {
         }
     }
 
-    /// Takes the reason why a connection failed.
+    /// Counts a failed connection by its reason.
     pub(super) fn fail(&mut self, why: &str, done: &TransferResult) {
         self.reasons.add(&escape::line(why), done);
     }
 
-    /// Takes what is wrong with more than a connection.
+    /// Adds a problem with more than one connection.
     pub(super) fn note(&mut self, what: String) {
         self.notes.push(escape::line(&what).into_owned());
     }
 
-    /// Returns whether every connection that was asked for was made, and whole.
+    /// Returns whether all connections were made, and none failed.
     pub(crate) fn is_whole(&self) -> bool {
         self.whole == self.wanted && self.notes.is_empty()
     }
@@ -120,10 +120,10 @@ impl fmt::Display for StressReport {
     }
 }
 
-/// How long things took.
+/// The latencies of a run.
 #[derive(Debug, Default)]
 pub(super) struct Latencies {
-    /// From a dial to the first byte that came back.
+    /// From a dial to the first received byte.
     pub(super) first_byte: Times,
     pub(super) round_trip: Times,
     /// From a dial to the server's EOF.
@@ -166,11 +166,11 @@ impl fmt::Display for Latencies {
     }
 }
 
-/// Durations, counted in nanoseconds with three digits.
+/// A histogram of durations, in nanoseconds with three significant digits.
 #[derive(Debug)]
 pub(super) struct Times(Histogram<u64>);
 
-/// Longer ones are counted as this.
+/// The longest duration in nanoseconds; longer ones are counted as this.
 const LONGEST: u64 = 3_600_000_000_000;
 
 impl Default for Times {
@@ -187,23 +187,23 @@ impl Times {
     }
 
     fn merge(&mut self, other: &Times) {
-        // It fails only if the other one has longer times, and all have the same bounds.
+        // It fails only if the histograms' bounds differ, which they never do.
         let _ = self.0.add(&other.0);
     }
 }
 
-/// Why connections failed, and how often.
+/// The reasons of failures, and how often each occurred.
 #[derive(Debug, Default)]
 struct Reasons(BTreeMap<String, Reason>);
 
 #[derive(Debug)]
 struct Reason {
     count: u64,
-    /// What the first such connection had done.
+    /// The transfer of the first connection that failed so.
     first: TransferResult,
 }
 
-/// Reasons that differ are told apart up to this number.
+/// The most reasons that are listed separately.
 const MOST_REASONS: usize = 20;
 
 impl Reasons {

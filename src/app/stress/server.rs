@@ -1,4 +1,4 @@
-//! The server: echoes, or takes and sends what a client asks for.
+//! The server: echoes, or receives and sends what a client requests.
 
 use std::io::{self, Read, Write};
 use std::sync::Mutex;
@@ -14,14 +14,14 @@ use crate::stream::Stream;
 
 use super::data::{Data, LONGEST_LINE, MARK, StressRequest, Way};
 
-/// Serves clients until it is told to stop; with `verbose`, a line for each.
+/// Serves clients until stopped. With `verbose`, prints a line for each.
 pub(crate) fn serve(
     listener: &mut LastingListener,
     plan: serve::ServePlan,
     stop: &Stop,
     verbose: bool,
 ) {
-    // Most clients come with the seed of the one before.
+    // Most clients have the seed of the last one.
     let last: Mutex<Option<Data>> = Mutex::new(None);
     serve::serve(listener, plan, stop, |number, stream, peer| {
         let begun = Instant::now();
@@ -44,10 +44,10 @@ fn fail(number: u64, peer: SocketName, error: &io::Error, verbose: bool) {
     }
 }
 
-/// Serves a client; what was done, and with how many bytes.
+/// Serves a client. Returns what was done, and the number of bytes.
 fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'static str, u64)> {
     let mut first = Vec::new();
-    let Some(request) = request(stream, &mut first)? else {
+    let Some(request) = read_request(stream, &mut first)? else {
         return serve::echo(stream, &first).map(|bytes| ("echoed", bytes));
     };
     let data = {
@@ -63,11 +63,12 @@ fn serve_client(stream: &Stream, last: &Mutex<Option<Data>>) -> io::Result<(&'st
     }
 }
 
-/// Reads a request's line, and no byte more; or `None`, and what came instead of one.
-fn request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
+/// Reads a request's line, and nothing after it. If there is none, returns `None`, and the bytes in
+/// `came`.
+fn read_request(mut stream: &Stream, came: &mut Vec<u8>) -> io::Result<Option<StressRequest>> {
     while came.len() < LONGEST_LINE {
-        // Of a request that is under way, its line ends before anything else begins: bytes are read
-        // one by one. Of anything else the first bytes tell.
+        // Bytes are read one by one, since nothing after the line may be read. The first bytes show
+        // whether it is a request.
         let mut byte = [0];
         if stream.read(&mut byte)? == 0 {
             return Ok(None);
@@ -131,7 +132,7 @@ fn send_download(
     Ok(("given", given))
 }
 
-/// Half-closes and reads to the client's EOF.
+/// Half-closes, and reads to the client's EOF.
 fn half_close_and_drain(mut stream: &Stream) -> io::Result<()> {
     stream.half_close()?;
     while stream.read(&mut [0; 64])? > 0 {}

@@ -1,10 +1,10 @@
 //! The connection to the collector.
 //!
-//! A collector answers nothing, so it isn't known what it has read. That it may not have read all
-//! is told by the end of the connection; that it has not, by the kernel, of bytes that were not
-//! taken yet. So what was written shortly before the end, or was not taken, goes once more over the
-//! next connection: it may come twice, and is not lost. A proxy that accepts for a collector that
-//! is away ends the connection at once.
+//! A collector sends no answer, so it isn't known what it has read. The end of the connection shows
+//! that it may not have read all; the kernel shows which bytes were not taken yet. So what was
+//! written shortly before the end, or was not taken, is sent again over the next connection: it may
+//! arrive twice, and is not lost. A proxy that accepts connections for an absent collector ends
+//! them at once.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -22,33 +22,32 @@ use crate::sys::Wanted;
 /// How long a dial may take.
 const DIAL: Duration = Duration::from_secs(5);
 
-/// How long there is no other dial after one that came to nothing, doubled with each. Not too
-/// often: a guest that dials where nobody listens hangs hyperkit's device, once in some ten
-/// thousand times.
+/// The pause after a failed dial, doubled with each. Not too short: hyperkit's device hangs once in
+/// some ten thousand dials to a port on which nothing listens.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// How long the last messages may take when the end is asked for.
+/// How long the last messages may take once the end is requested.
 const LAST: Duration = Duration::from_secs(2);
 
-/// A collector that has taken nothing for so long is told of.
+/// After so long without progress a warning is logged.
 const STUCK: Duration = Duration::from_secs(5);
 
-/// What was written so long before the end of a connection is seen may be lost with it.
+/// What was written within this time before the end of a connection may be lost.
 const RECENT: Duration = Duration::from_secs(2);
 
-/// Where messages go.
+/// The target of messages.
 #[derive(Debug)]
 pub(super) struct SyslogLink<'a> {
     target: &'a Address,
     stop: &'a Stop,
     connection: Option<SyslogConnection>,
-    /// When the next dial may begin, and how long the pause is if that one fails.
+    /// When the next dial may begin, and the pause if that one fails.
     next: Instant,
     pause: Duration,
-    /// Whether it was said that nothing is delivered.
+    /// Whether it was logged that nothing is delivered.
     complained: bool,
-    /// When the last messages must have gone.
+    /// When the last messages must be delivered.
     end: Cell<Option<Instant>>,
 }
 
@@ -65,7 +64,7 @@ impl<'a> SyslogLink<'a> {
         }
     }
 
-    /// Returns whether there is no more time for what is left.
+    /// Returns whether the time for the last messages is over.
     pub(super) fn is_over(&self) -> bool {
         if self.stop.is_asked() && self.end.get().is_none() {
             self.end.set(Some(Instant::now() + LAST));
@@ -74,7 +73,7 @@ impl<'a> SyslogLink<'a> {
         self.stop.is_urgent() || self.end.get().is_some_and(is_late)
     }
 
-    /// Returns how long it is until the next dial may be tried.
+    /// Returns the time until the next dial.
     pub(super) fn pause(&self) -> Duration {
         match self.connection {
             Some(_) => Duration::ZERO,
@@ -82,14 +81,18 @@ impl<'a> SyslogLink<'a> {
         }
     }
 
-    /// Writes what is there, as long as it can. Even if nothing is, it sees whether the connection
-    /// has ended.
+    /// Writes messages while it can. Even without messages it checks whether the connection has
+    /// ended.
     pub(super) fn deliver(&mut self, kept: &SyncQueue) {
         loop {
-            if let Some(why) = self.connection.as_mut().and_then(SyslogConnection::end_of) {
+            if let Some(why) = self
+                .connection
+                .as_mut()
+                .and_then(SyslogConnection::detect_end)
+            {
                 self.take_back_unconfirmed(kept, &why);
             }
-            self.tell_recovery();
+            self.log_recovery();
             if self.is_over() || !self.pause().is_zero() || kept.is_empty() {
                 return;
             }
@@ -99,7 +102,7 @@ impl<'a> SyslogLink<'a> {
                 }
                 return;
             }
-            // Out of `self`, for the wait looks at the rest of it.
+            // Taken out of `self`, since the wait looks at the rest of it.
             let (Some(mut connection), Some(frame)) = (self.connection.take(), kept.lock().pop())
             else {
                 return;
@@ -118,7 +121,7 @@ impl<'a> SyslogLink<'a> {
         }
     }
 
-    /// Sees to it that there is a connection.
+    /// Connects if there is no connection.
     fn connect(&mut self) -> Result<(), String> {
         if self.connection.is_none() {
             let stream = Stream::connect_unless(self.target, DIAL, &|| self.is_over());
@@ -129,7 +132,7 @@ impl<'a> SyslogLink<'a> {
         Ok(())
     }
 
-    /// Takes back what a lost connection was given.
+    /// Puts the messages of a lost connection back into the queue.
     fn take_back_unconfirmed(&mut self, kept: &SyncQueue, why: &str) {
         let Some(connection) = self.connection.take() else {
             return;
@@ -143,7 +146,7 @@ impl<'a> SyslogLink<'a> {
         kept.lock().put_back(connection.into_sent());
     }
 
-    /// Tells of a dial that came to nothing, once, and has the next one wait.
+    /// Logs a failed dial, once, and sets the pause before the next one.
     fn complain(&mut self, what: std::fmt::Arguments<'_>) {
         self.next = Instant::now() + self.pause;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
@@ -152,8 +155,8 @@ impl<'a> SyslogLink<'a> {
         }
     }
 
-    /// Notes that a connection is one, once it has shown that.
-    fn tell_recovery(&mut self) {
+    /// Logs that the connection works, once it has shown that.
+    fn log_recovery(&mut self) {
         if self
             .connection
             .as_ref()
@@ -167,11 +170,11 @@ impl<'a> SyslogLink<'a> {
         }
     }
 
-    /// Ends the connection, all that was written having arrived; how many messages may not have
-    /// been delivered.
+    /// Ends the connection once all that was written has arrived. Returns how many messages may not
+    /// have been delivered.
     pub(super) fn end(mut self, kept: &SyncQueue) -> u64 {
         if let Some(mut connection) = self.connection.take()
-            && (connection.end_of().is_some() || !connection.end())
+            && (connection.detect_end().is_some() || !connection.end())
         {
             kept.lock().put_back(connection.into_sent());
         }
@@ -180,20 +183,19 @@ impl<'a> SyslogLink<'a> {
     }
 }
 
-/// A connection, and what it was given.
+/// A connection, and the messages that were written to it.
 #[derive(Debug)]
 struct SyslogConnection {
     stream: Stream,
     since: Instant,
-    /// Written lately, or not taken yet; and when.
+    /// The frames that were written lately or not taken yet, with their times.
     sent: VecDeque<(Instant, SyslogFrame)>,
     sent_bytes: usize,
-    /// When the peer said that it has nothing to say. It may have gone altogether: only a write
-    /// tells.
+    /// When the peer half-closed or closed; only a write shows which.
     silent_since: Option<Instant>,
-    /// The peer has not gone: a write after that was not answered by a reset.
+    /// Whether the peer is known to be there: a write after its EOF was not answered by a reset.
     is_there: bool,
-    /// The last frame was not written to its end.
+    /// Whether the last frame was written only in part.
     torn: bool,
 }
 
@@ -214,15 +216,15 @@ impl SyslogConnection {
         self.since.elapsed() < RECENT
     }
 
-    /// Returns how the peer has ended it, if it has. What else it says is of no interest.
-    fn end_of(&mut self) -> Option<String> {
+    /// Returns how the peer has ended it, if so. Other bytes from the peer are ignored.
+    fn detect_end(&mut self) -> Option<String> {
         self.forget();
         loop {
             match completed((&self.stream).read(&mut [0; 512])) {
                 Ok(None) => return None,
                 Ok(Some(0)) => {
                     self.silent_since.get_or_insert_with(Instant::now);
-                    // An empty write fails where the family tells a half-close from a close. TCP
+                    // An empty write fails if the family tells a half-close from a close. TCP
                     // doesn't.
                     let gone =
                         self.stream.is_hung_up() || completed((&self.stream).write(&[])).is_err();
@@ -237,7 +239,7 @@ impl SyslogConnection {
     /// Writes all of a frame.
     ///
     /// # Errors
-    /// What the kernel says; `Interrupted` once it is over.
+    /// Returns the error of the write; `Interrupted` once `is_over` returns true.
     fn write(&mut self, frame: &[u8], is_over: &dyn Fn() -> bool) -> io::Result<()> {
         let mut rest = frame;
         let mut moved = Instant::now();
@@ -248,7 +250,7 @@ impl SyslogConnection {
                 moved = Instant::now();
                 continue;
             }
-            if let Some(why) = self.end_of() {
+            if let Some(why) = self.detect_end() {
                 return Err(io::Error::new(io::ErrorKind::ConnectionReset, why));
             }
             if is_over() {
@@ -259,7 +261,7 @@ impl SyslogConnection {
                 let (address, seconds) = (self.stream.address(), STUCK.as_secs());
                 warn!("{address} has taken nothing for {seconds} s; keeping messages");
             }
-            // An EOF that was read would end each wait for something to read.
+            // After the peer's EOF, a wait for readability would return at once.
             let wanted = match self.silent_since {
                 None => Wanted::Either,
                 Some(_) => Wanted::Writable,
@@ -279,7 +281,7 @@ impl SyslogConnection {
         self.forget();
     }
 
-    /// Lets go of what needs to be kept no longer.
+    /// Drops frames that can't be lost any more.
     fn forget(&mut self) {
         let is_old = |when: &Instant| when.elapsed() >= RECENT;
         if let Some(since) = self.silent_since {
@@ -304,26 +306,26 @@ impl SyslogConnection {
         }
     }
 
-    /// Returns the frames that may be lost with it.
+    /// Returns the frames that may be lost.
     fn into_sent(self) -> impl DoubleEndedIterator<Item = SyslogFrame> {
         self.sent.into_iter().map(|(_, frame)| frame)
     }
 
-    /// Returns whether the peer may have gone, and what it was given with it.
+    /// Returns whether the peer may have closed, and so lost what was written.
     fn is_doubted(&self) -> bool {
         self.silent_since.is_some() && !self.is_there
     }
 
-    /// Ends it; whether the collector has, too, and so has read all.
+    /// Ends the connection. Returns whether the collector has ended it, too, and so has read all.
     fn end(&self) -> bool {
         if self.torn && !self.stream.address().transport().needs_graceful_close {
-            // Half a frame must not look like all.
+            // A partial frame must not look complete.
             self.stream.abort();
             return false;
         }
         match self.stream.finish(LAST) {
             Ok(()) => self.sent.is_empty() || !self.is_doubted(),
-            // A Unix socket tells what was read.
+            // A Unix socket shows what was read.
             Err(e) if e.kind() == io::ErrorKind::TimedOut => self.stream.has_been_read(),
             Err(_) => false,
         }

@@ -1,7 +1,7 @@
-//! Syslog messages of local programs, carried over a stream: what vsudd's `-syslog` did.
+//! Carries syslog messages of local programs over a stream, as vsudd's `-syslog` did.
 //!
-//! Programs write datagrams to a Unix socket, as `/dev/log` is one. Each goes on as a frame of RFC
-//! 6587's octet counting (RFC 5425 has the same): its length in decimal, a space, its bytes.
+//! Programs write datagrams to a Unix socket such as `/dev/log`. Each is sent as a frame in RFC
+//! 6587's octet counting (the same as RFC 5425's): its length in decimal, a space, its bytes.
 
 mod link;
 mod queue;
@@ -26,7 +26,7 @@ use crate::thread::start_scoped_thread;
 use link::SyslogLink;
 use queue::SyncQueue;
 
-/// How long a message may be; longer ones are cut off, as syslog daemons do. Linux'
+/// The longest message in bytes; longer ones are cut off, as syslog daemons do. Linux'
 /// `net.core.wmem_default` lets no program send more than some 200 KiB.
 const LONGEST_MESSAGE: usize = 256 * 1024;
 
@@ -43,10 +43,10 @@ impl Log {
     /// Binds the socket at `path`, with these permissions.
     ///
     /// # Errors
-    /// As those of a [`Listener`](crate::Listener).
+    /// Returns those of a [`Listener`](crate::Listener).
     pub(crate) fn bind(path: &Path, mode: u32) -> Result<Log> {
         let (socket, file) = file::bind(path.display(), path, Type::DGRAM, mode.into())?;
-        // (macOS would have it hold 4 KiB of messages.)
+        // (On macOS it would hold only 4 KiB of messages.)
         sys::make_room(&SockRef::from(&socket));
         let socket = UnixDatagram::from(std::os::fd::OwnedFd::from(socket));
         let fail = |e| Error::new(Operation::Listen, path.display(), e);
@@ -60,16 +60,16 @@ impl Log {
     }
 }
 
-/// Carries messages from `log` to `target` until `stop` is asked for; how many were not delivered.
-/// A connection that is lost is made again, and what came meanwhile is kept, in bounds.
+/// Carries messages from `log` to `target` until `stop` is requested. Returns how many were not
+/// delivered. A lost connection is made again; messages are kept meanwhile, up to a limit.
 ///
 /// # Errors
-/// What taking messages says.
+/// Returns the error of receiving messages.
 pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> {
     let kept = SyncQueue::default();
     thread::scope(|scope| {
-        // Apart from the dials, however long those take: the kernel keeps a few messages only, and
-        // then programs wait.
+        // On a separate thread, since a dial may take long: the kernel keeps only a few messages,
+        // and then programs block.
         let taking = || {
             let taken = receive_messages(log, &kept, stop);
             if taken.is_err() {
@@ -97,7 +97,7 @@ pub(crate) fn carry(log: Log, target: &Address, stop: &Stop) -> io::Result<u64> 
     })
 }
 
-/// Takes what programs write, until the end is asked for.
+/// Receives what programs write, until the end is requested.
 fn receive_messages(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<()> {
     let mut buffer = vec![0; LONGEST_MESSAGE];
     let mut watch = FileWatch::default();
@@ -105,7 +105,7 @@ fn receive_messages(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<(
         match sys::receive(log.socket.as_socket(), &mut buffer) {
             Ok(received) => {
                 kept.push(&buffer[..received.bytes]);
-                // There is no connection to be broken off.
+                // Datagrams have no connection to break off.
                 let _ = closer::close_passed(received.descriptors);
             }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -132,10 +132,10 @@ fn receive_messages(mut log: Log, kept: &SyncQueue, stop: &Stop) -> io::Result<(
     }
 }
 
-/// Makes the socket again, as soon as it can be made; `None` if the end was asked for before.
+/// Binds the socket again, as soon as that is possible; `None` if the end was requested.
 fn bind_again(old: Log, stop: &Stop) -> Option<Log> {
     let (path, mode) = (old.path.clone(), old.mode);
-    // It still has the name.
+    // The old socket still has the path.
     drop(old);
     while !stop.is_asked() {
         if let Ok(made) = Log::bind(&path, mode) {

@@ -1,4 +1,4 @@
-//! Messages on their way, in bounds.
+//! A bounded queue of messages.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -8,18 +8,18 @@ use tracing::warn;
 
 use crate::lock::lock;
 
-/// How much is kept; then the oldest messages are let go of. Programs are never made to wait.
+/// The most bytes that are kept; beyond that the oldest messages are dropped. Programs never wait.
 pub(super) const MOST_KEPT: usize = 4 * 1024 * 1024;
 
-/// A message as it goes over the wire.
+/// A message as it is sent.
 pub(super) type SyslogFrame = Vec<u8>;
 
-/// Frames, the oldest first.
+/// A queue of frames, the oldest first.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     frames: VecDeque<SyslogFrame>,
     bytes: usize,
-    /// How many were let go of.
+    /// The number of dropped frames.
     lost: u64,
 }
 
@@ -38,7 +38,7 @@ impl Queue {
         Some(frame)
     }
 
-    /// Puts frames before all others, themselves in this order.
+    /// Puts frames in front of all others, in their order.
     pub(super) fn put_back(
         &mut self,
         frames: impl IntoIterator<Item = SyslogFrame, IntoIter: DoubleEndedIterator>,
@@ -69,7 +69,7 @@ impl Queue {
     }
 }
 
-/// A queue that two threads have.
+/// A queue that two threads share.
 #[derive(Debug, Default)]
 pub(super) struct SyncQueue {
     queue: Mutex<Queue>,
@@ -90,7 +90,7 @@ impl SyncQueue {
         self.lock().frames.is_empty()
     }
 
-    /// Waits for messages, at most `timeout`.
+    /// Waits at most `timeout` for messages.
     pub(super) fn wait(&self, timeout: Duration) {
         let none = |queue: &mut Queue| queue.frames.is_empty();
         drop(self.came.wait_timeout_while(self.lock(), timeout, none));
@@ -113,7 +113,7 @@ mod tests {
         let before = queue.bytes;
         queue.put_back([frame.clone()]);
         assert_eq!(queue.bytes, before + 1_048_576 + 8);
-        // What is put back is older than the rest.
+        // Frames that are put back are older than the others.
         queue.put_back([vec![0; 8], frame]);
         assert_eq!((queue.len(), queue.lost()), (3, 4));
         assert_eq!(queue.pop().map(|frame| frame.ends_with(&[2])), Some(true));

@@ -1,4 +1,4 @@
-//! Drawing a [`Model`], on whatever size of terminal there is.
+//! Draws a [`Model`] on a terminal of any size.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,34 +15,34 @@ use crate::app::control::{Status, VmInfo, age};
 use crate::error::counted;
 use crate::proxy::ConnectionState;
 
-/// From these widths on there is room for how many connections a forward has; for how many it
-/// refused; for sparklines; for where a forward listens; and for where it connects to.
+/// The least widths for columns of forwards: its connections, its refusals, a sparkline, the
+/// address on which it listens, and its target.
 const LIVE: u16 = 52;
 const REFUSED: u16 = 60;
 const SPARKS: u16 = 76;
 const LISTEN: u16 = 110;
 const CONNECT: u16 = 140;
 
-/// From these on for the forward of a connection; for how fast it is; for that in each direction;
-/// for how much it moved and how old it is; and for its state in full.
+/// The least widths for columns of connections: the forward, the rate, the rate in each direction,
+/// the bytes and age, and the full state.
 const FORWARD: u16 = 54;
 const RATE: u16 = 66;
 const RATES: u16 = 80;
 const DETAILS: u16 = 100;
 const STATES: u16 = 120;
 
-/// What the columns take that stand there always.
+/// The width of the columns that are always shown.
 const FIXED: u16 = 70;
 
 const SENT: Color = Color::Green;
 const RECEIVED: Color = Color::Cyan;
 
-/// Draws all of it.
+/// Draws the whole screen.
 pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
     let lanes = model.lanes();
     let vms = model.status.as_ref().map(Status::vms).unwrap_or_default();
     let area = frame.area();
-    // The gauges and the forwards may have half of it; the connections get what is left.
+    // Gauges and forwards may take half of the height; the connections get the rest.
     let gauges = length(vms.len()).min(area.height / 5);
     let half = (area.height / 2).saturating_sub(gauges);
     let [title, trouble, gauges, forwards, connections, keys] = Layout::vertical([
@@ -87,21 +87,22 @@ fn heading(model: &Model, width: u16) -> Line<'static> {
     }
     if width < REFUSED {
         said.push(Span::from(format!(" {} live", status.live)));
-        said.push(Span::from(format!(" ↑{}", speed(rate.sent))).fg(SENT));
-        said.push(Span::from(format!(" ↓{}", speed(rate.received))).fg(RECEIVED));
+        said.push(Span::from(format!(" ↑{}", format_rate(rate.sent))).fg(SENT));
+        said.push(Span::from(format!(" ↓{}", format_rate(rate.received))).fg(RECEIVED));
         return Line::from(said);
     }
     let uptime = Duration::try_from_secs_f64(status.uptime_seconds).unwrap_or_default();
     said.extend([
         Span::from(format!(" {}", counted(status.live as u64, "connection"))),
-        Span::from(format!("  sent {}", speed(rate.sent))).fg(SENT),
-        Span::from(format!("  received {}", speed(rate.received))).fg(RECEIVED),
+        Span::from(format!("  sent {}", format_rate(rate.sent))).fg(SENT),
+        Span::from(format!("  received {}", format_rate(rate.received))).fg(RECEIVED),
         Span::from(format!("  up {}", HumanDuration(uptime))),
     ]);
     Line::from(said)
 }
 
-/// Returns the line below all: a question, what is written, what came of a wish, or the keys.
+/// Returns the bottom line: a question, the filter being typed, the result of a request, or the
+/// keys.
 fn last_line(model: &Model, width: u16) -> Line<'static> {
     if let Mode::Question(id) = model.mode {
         let of = model.connection(id).map_or_else(String::new, |it| {
@@ -253,14 +254,14 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
             cells.push(Cell::from(it.counters.refused.to_string()));
         }
         if width < LIVE {
-            cells.push(Cell::from(speed(lane.rate().sum())));
+            cells.push(Cell::from(format_rate(lane.rate().sum())));
             return Row::new(cells);
         }
         let sent: Vec<u64> = lane.rates.iter().map(|it| it.sent).collect();
         let received: Vec<u64> = lane.rates.iter().map(|it| it.received).collect();
         for (color, rates) in [(SENT, sent), (RECEIVED, received)] {
             let now = rates.last().copied().unwrap_or(0);
-            cells.push(Cell::from(speed(now)).fg(color));
+            cells.push(Cell::from(format_rate(now)).fg(color));
             if spark > 0 {
                 cells.push(Cell::from(sparkline(&rates, spark.into())).fg(color));
             }
@@ -281,7 +282,7 @@ fn draw_forwards(frame: &mut Frame<'_>, area: Rect, scrolled: usize, lanes: &[&L
 fn draw_connections(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     let width = area.width;
     let shown = model.shown();
-    // The chosen one is in the middle, but at the ends of the list.
+    // The chosen connection is in the middle, except near the ends of the list.
     let room = usize::from(area.height.saturating_sub(1));
     let chosen = model.chosen_place();
     let above = chosen.unwrap_or(0).saturating_sub(room / 2);
@@ -324,7 +325,7 @@ fn draw_connections(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     frame.render_widget(table.header(Row::new(headings).bold().underlined()), area);
 }
 
-/// Returns what is shown of a connection on that width.
+/// Returns the cells of a connection at that width.
 fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
     let it = &busy.connection;
     let mut cells = vec![Cell::from(it.peer_in_short())];
@@ -333,15 +334,15 @@ fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
     }
     cells.push(match width {
         STATES.. => Cell::from(it.state.to_string()),
-        _ => Cell::from(state_in_short(it.state)),
+        _ => Cell::from(shorten_state(it.state)),
     });
     cells.push(Cell::from(age(it.idle_seconds as u64)));
     if (RATE..RATES).contains(&width) {
-        cells.push(Cell::from(speed(busy.rate.sum())));
+        cells.push(Cell::from(format_rate(busy.rate.sum())));
     }
     if width >= RATES {
-        cells.push(Cell::from(speed(busy.rate.sent)).fg(SENT));
-        cells.push(Cell::from(speed(busy.rate.received)).fg(RECEIVED));
+        cells.push(Cell::from(format_rate(busy.rate.sent)).fg(SENT));
+        cells.push(Cell::from(format_rate(busy.rate.received)).fg(RECEIVED));
     }
     if width >= DETAILS {
         let moved = it.sent.saturating_add(it.received);
@@ -352,7 +353,7 @@ fn cells_of(busy: &Busy, width: u16) -> Vec<Cell<'_>> {
 }
 
 /// Returns a connection's state in at most 12 letters.
-fn state_in_short(state: ConnectionState) -> String {
+fn shorten_state(state: ConnectionState) -> String {
     match state {
         ConnectionState::HalfClosedByClient => "client ended".to_owned(),
         ConnectionState::HalfClosedByServer => "server ended".to_owned(),
@@ -360,14 +361,14 @@ fn state_in_short(state: ConnectionState) -> String {
     }
 }
 
-fn speed(rate: u64) -> String {
+fn format_rate(rate: u64) -> String {
     match rate {
         0 => "-".to_owned(),
         rate => format!("{}/s", HumanBytes(rate)),
     }
 }
 
-/// Draws the latest values as bars of eighths, the highest of them full.
+/// Draws the latest values as bars in eighths of the highest value.
 pub(super) fn sparkline(values: &[u64], width: usize) -> String {
     let shown = &values[values.len().saturating_sub(width)..];
     let most = shown.iter().copied().max().unwrap_or(0).max(1);
@@ -382,7 +383,7 @@ pub(super) fn sparkline(values: &[u64], width: usize) -> String {
         NINE_LEVELS.seven_eighths,
         NINE_LEVELS.full,
     ];
-    // Rounded up: what moved at all is seen.
+    // Rounded up, so that any traffic is seen.
     let bar = |value: &u64| bars[(u128::from(*value) * 8).div_ceil(most.into()) as usize];
     let drawn: String = shown.iter().map(bar).collect();
     " ".repeat(width - shown.len()) + &drawn

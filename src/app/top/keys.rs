@@ -1,13 +1,13 @@
-//! What the keys do.
+//! Handles the keys.
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::model::{Focus, Mode, Model};
 
-/// How many connections a page has, whatever the screen: what is chosen stays in sight.
+/// How many connections a page key moves; a screen of any height shows the chosen one.
 const PAGE: isize = 10;
 
-/// What is to be done after a key.
+/// What to do after a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeyAction {
     GoOn,
@@ -16,7 +16,7 @@ pub(super) enum KeyAction {
     Close(u64),
 }
 
-/// Does what a key says.
+/// Handles a key.
 pub(super) fn handle_key(model: &mut Model, key: KeyEvent) -> KeyAction {
     if key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL) {
         return KeyAction::End;
@@ -44,7 +44,7 @@ pub(super) fn handle_key(model: &mut Model, key: KeyEvent) -> KeyAction {
 
 fn command(model: &mut Model, key: KeyCode) -> KeyAction {
     match key {
-        // What was asked for last is taken back first.
+        // Escape first removes the filter, then ends the view.
         KeyCode::Esc if !model.filter.is_empty() => model.set_filter(String::new()),
         KeyCode::Char('q') | KeyCode::Esc => return KeyAction::End,
         KeyCode::Char('?') => model.mode = Mode::Help,

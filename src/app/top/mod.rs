@@ -1,5 +1,5 @@
-//! A live view of an hvsock that runs: asks its control socket once a second, keeps what has been
-//! heard in a [`Model`], and draws that.
+//! A live view of a running hvsock: queries its control socket once a second, keeps the answers in
+//! a [`Model`], and draws that.
 
 mod draw;
 mod keys;
@@ -25,16 +25,16 @@ use crate::thread::start_thread;
 use keys::{KeyAction, handle_key};
 use model::{Model, Sample};
 
-/// How often it is asked.
+/// How often the hvsock is queried.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// How often it is looked for an answer or a signal while no key is pressed.
+/// How often answers and signals are checked for while no key is pressed.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Shows the hvsock whose control socket is at `path`, until the user ends it.
+/// Shows the hvsock with the control socket at `path`, until the user ends the view.
 ///
 /// # Errors
-/// If there is no answer at the start; the terminal's errors.
+/// Returns why the first query failed, or the terminal's error.
 pub(crate) fn run(path: &Path) -> io::Result<()> {
     let mut model = Model::default();
     model.take_sample(ask(path).map_err(io::Error::other)?);
@@ -42,7 +42,7 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
     for signal in [SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&end))?;
     }
-    // Of one: what is not taken, as while the terminal is stopped, must not pile up.
+    // A bound of one: samples must not pile up while the terminal is stopped.
     let (tell, told) = sync_channel(1);
     let place: PathBuf = path.to_owned();
     start_thread("hvsock-ask", "to ask for the status", move || {
@@ -53,7 +53,7 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
     let mut terminal = ratatui::try_init()?;
     while !end.load(Ordering::Relaxed) {
         terminal.draw(|frame| draw::draw(frame, &model))?;
-        // crossterm, left to wait, would read the EOF of a terminal that has gone for ever.
+        // crossterm's own wait would read the EOF of a closed terminal for ever.
         let keys = io::stdin();
         sys::wait(keys.as_fd(), Wanted::Readable, LOOK)?;
         if sys::is_hung_up(keys.as_fd()) {
@@ -78,7 +78,7 @@ pub(crate) fn run(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the terminal back at the end. After a panic ratatui's hook does, before the message.
+/// Restores the terminal when dropped. After a panic ratatui's hook does, before the message.
 struct Screen;
 
 impl Drop for Screen {
@@ -87,8 +87,8 @@ impl Drop for Screen {
     }
 }
 
-/// Asks for the close of a connection, and sends what came of it. The answer may take its time, and
-/// the screen doesn't wait for it.
+/// Closes a connection, and sends a message about the result. Runs on its own thread, since the
+/// answer may take long.
 fn close(path: &Path, id: u64, answer: Sender<String>) {
     let path = path.to_owned();
     let failing = answer.clone();
@@ -123,7 +123,7 @@ fn ask(path: &Path) -> Result<Sample, Unanswered> {
     })
 }
 
-/// Asks once a second, until the view has ended.
+/// Queries once a second, until the view has ended.
 fn keep_asking(path: &Path, tell: &SyncSender<Result<Sample, String>>) {
     loop {
         thread::sleep(EVERY);

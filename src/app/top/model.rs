@@ -1,4 +1,4 @@
-//! What has been heard, how fast it moves, and what the user wants to see of it.
+//! The latest answers, the rates computed from them, and the user's choices.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use crate::app::control::{ConnectionInfo, ForwardInfo, Status};
 
-/// How many rates are kept of a forward: no sparkline is longer.
+/// How many rates are kept of a forward: the longest sparkline.
 const HISTORY: usize = 120;
 
-/// How many characters what a forward is called may have.
+/// The most characters of a forward's short name.
 pub(super) const NAME: usize = 16;
 
-/// What was heard at one time.
+/// The answers to one query.
 #[derive(Clone, Debug)]
 pub(super) struct Sample {
     pub(super) status: Status,
@@ -20,7 +20,7 @@ pub(super) struct Sample {
     pub(super) at: Instant,
 }
 
-/// Bytes a second.
+/// Bytes per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Rate {
     pub(super) sent: u64,
@@ -33,11 +33,11 @@ impl Rate {
     }
 }
 
-/// A forward, and how fast it was.
+/// A forward, and its latest rates.
 #[derive(Clone, Debug)]
 pub(super) struct Lane {
     pub(super) forward: ForwardInfo,
-    /// The latest is the last.
+    /// The rates, the latest last.
     pub(super) rates: VecDeque<Rate>,
 }
 
@@ -47,17 +47,17 @@ impl Lane {
     }
 }
 
-/// A connection, and how fast it is.
+/// A connection, and its rate.
 #[derive(Clone, Debug)]
 pub(super) struct Busy {
     pub(super) connection: ConnectionInfo,
-    /// What its forward is called.
+    /// The short name of its forward.
     pub(super) forward: String,
     pub(super) rate: Rate,
 }
 
 impl Busy {
-    /// Returns whether a text in small letters is in what is shown of it.
+    /// Returns whether its cells contain a lower-case text.
     fn has(&self, text: &str) -> bool {
         let it = &self.connection;
         let words = [
@@ -70,7 +70,7 @@ impl Busy {
     }
 }
 
-/// By what the forwards are sorted.
+/// The order of the forwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Sort {
     #[default]
@@ -79,7 +79,7 @@ pub(super) enum Sort {
     Live,
 }
 
-/// Which connections come first.
+/// The order of the connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum SortOrder {
     #[default]
@@ -89,7 +89,7 @@ pub(super) enum SortOrder {
 }
 
 impl SortOrder {
-    /// Returns what the list is headed with.
+    /// Returns the heading of the list.
     pub(super) fn heading(self) -> &'static str {
         match self {
             SortOrder::Busiest => "BUSIEST",
@@ -99,7 +99,7 @@ impl SortOrder {
     }
 }
 
-/// The list that the keys are for.
+/// The list that has the focus of the keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Focus {
     #[default]
@@ -107,21 +107,21 @@ pub(super) enum Focus {
     Forwards,
 }
 
-/// What the next key is for.
+/// What the next key is read as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Mode {
     /// A command.
     #[default]
     Command,
-    /// The text that connections are to have in them.
+    /// A character of the filter.
     Filter,
-    /// Whether to close the connection of that id.
+    /// The answer to whether the connection of that id is to be closed.
     Question(u64),
-    /// The end of the help.
+    /// Closes the help.
     Help,
 }
 
-/// All there is to draw.
+/// All that is drawn.
 #[derive(Debug, Default)]
 pub(super) struct Model {
     pub(super) status: Option<Status>,
@@ -130,16 +130,16 @@ pub(super) struct Model {
     /// Why there is no answer any more.
     pub(super) trouble: Option<String>,
     pub(super) sort: Sort,
-    /// How many forwards are above those shown.
+    /// The number of forwards above the first one shown.
     pub(super) scrolled: usize,
     pub(super) order: SortOrder,
     pub(super) focus: Focus,
     pub(super) mode: Mode,
-    /// The id of the connection that is chosen.
+    /// The id of the chosen connection.
     chosen: Option<u64>,
-    /// The text that those connections have in them which are shown.
+    /// The text that the shown connections contain.
     pub(super) filter: String,
-    /// What came of the user's last wish, until the next key.
+    /// The result of the user's last request, until the next key.
     pub(super) note: Option<String>,
     at: Option<Instant>,
 }
@@ -148,16 +148,16 @@ impl Model {
     pub(super) fn take_sample(&mut self, sample: Sample) {
         let same = |it: &Status| it.pid == sample.status.pid;
         if !self.status.as_ref().is_some_and(same) {
-            // Started anew: what was counted then says nothing.
+            // The process was restarted: the old counts say nothing.
             self.lanes.clear();
             self.connections.clear();
             self.chosen = None;
             self.at = None;
         }
         let passed = self.at.map(|at| sample.at.saturating_duration_since(at));
-        self.hear_forwards(&sample.status.forwards, passed);
+        self.take_forwards(&sample.status.forwards, passed);
         let place = self.chosen_place();
-        self.hear_connections(sample.connections, passed);
+        self.take_connections(sample.connections, passed);
         self.keep_chosen(place);
         self.at = Some(sample.at);
         self.status = Some(sample.status);
@@ -170,7 +170,7 @@ impl Model {
         self.trouble = Some(why);
     }
 
-    fn hear_forwards(&mut self, forwards: &[ForwardInfo], passed: Option<Duration>) {
+    fn take_forwards(&mut self, forwards: &[ForwardInfo], passed: Option<Duration>) {
         let before = self.lanes.drain(..);
         let key = |it: &ForwardInfo| (it.id, it.id.is_none().then(|| it.label()));
         let mut before: HashMap<_, Lane> = before.map(|it| (key(&it.forward), it)).collect();
@@ -192,14 +192,14 @@ impl Model {
         }
     }
 
-    fn hear_connections(&mut self, connections: Vec<ConnectionInfo>, passed: Option<Duration>) {
+    fn take_connections(&mut self, connections: Vec<ConnectionInfo>, passed: Option<Duration>) {
         let before = self.connections.drain(..).map(|it| it.connection);
         let before: HashMap<u64, ConnectionInfo> = before.map(|it| (it.id, it)).collect();
         let names = self.lanes.iter().map(|it| &it.forward);
         let names = names.filter_map(|it| Some((it.id?, short_name(it))));
         let names: HashMap<u64, String> = names.collect();
         let busy = |connection: ConnectionInfo| {
-            // A new one has moved all of it since we last heard.
+            // A new connection has moved all its bytes since the last sample.
             let was = before.get(&connection.id);
             let (sent, received) = was.map_or((0, 0), |was| (was.sent, was.received));
             let name = names.get(&connection.forward).cloned();
@@ -215,7 +215,7 @@ impl Model {
         self.connections = connections.into_iter().map(busy).collect();
     }
 
-    /// Returns the connections that are to be shown, in the order that is wanted.
+    /// Returns the connections that match the filter, in the chosen order.
     pub(super) fn shown(&self) -> Vec<&Busy> {
         let wanted = self.filter.to_lowercase();
         let all = self.connections.iter();
@@ -235,21 +235,21 @@ impl Model {
         shown
     }
 
-    /// Returns where the chosen connection stands among those shown.
+    /// Returns the row of the chosen connection among those shown.
     pub(super) fn chosen_place(&self) -> Option<usize> {
         let chosen = self.chosen?;
         let shown = self.shown();
         shown.iter().position(|it| it.connection.id == chosen)
     }
 
-    /// Chooses the connection at a place, or the last if there are fewer.
+    /// Chooses the connection in a row, or the last one if there are fewer.
     fn select_row(&mut self, place: usize) {
         let shown = self.shown();
         let id = shown.get(place).or(shown.last());
         self.chosen = id.map(|it| it.connection.id);
     }
 
-    /// Chooses the one that has come to the place of a chosen one that is gone.
+    /// If the chosen connection is gone, chooses the one that is now in its row.
     fn keep_chosen(&mut self, place: Option<usize>) {
         if let Some(place) = place
             && self.chosen_place().is_none()
@@ -258,7 +258,7 @@ impl Model {
         }
     }
 
-    /// Goes up or down in the list that the keys are for.
+    /// Moves up or down in the list that has the focus.
     pub(super) fn move_selection(&mut self, by: isize) {
         match self.focus {
             Focus::Forwards => self.scroll(by),
@@ -269,10 +269,10 @@ impl Model {
         }
     }
 
-    /// Sorts the list that the keys are for by something else.
+    /// Changes the order of the list that has the focus.
     pub(super) fn sort_anew(&mut self) {
         match self.focus {
-            Focus::Forwards => self.sort_forwards_anew(),
+            Focus::Forwards => self.change_forward_order(),
             Focus::Connections => {
                 self.order = match self.order {
                     SortOrder::Busiest => SortOrder::LongestIdle,
@@ -283,7 +283,7 @@ impl Model {
         }
     }
 
-    /// Shows the connections that have this text in them, and no others.
+    /// Shows only the connections that contain this text.
     pub(super) fn set_filter(&mut self, text: String) {
         self.filter = text;
         if self.chosen_place().is_none() {
@@ -299,12 +299,12 @@ impl Model {
         }
     }
 
-    /// Returns the connection of that id, if it is still there.
+    /// Returns the connection of that id, if it still exists.
     pub(super) fn connection(&self, id: u64) -> Option<&Busy> {
         self.connections.iter().find(|it| it.connection.id == id)
     }
 
-    /// Returns the forwards in the order that is wanted, from where it was scrolled to.
+    /// Returns the forwards in the chosen order, from the first one shown.
     pub(super) fn lanes(&self) -> Vec<&Lane> {
         let mut lanes: Vec<&Lane> = self.lanes.iter().collect();
         match self.sort {
@@ -329,7 +329,7 @@ impl Model {
         self.scrolled = self.scrolled.saturating_add_signed(by).min(last);
     }
 
-    fn sort_forwards_anew(&mut self) {
+    fn change_forward_order(&mut self) {
         self.sort = match self.sort {
             Sort::Given => Sort::Rate,
             Sort::Rate => Sort::Live,
@@ -339,7 +339,7 @@ impl Model {
     }
 }
 
-/// Returns a rate; of what is heard first none is known, and it is 0.
+/// Returns a rate in bytes per second; 0 in the first sample.
 fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
     match passed {
         Some(passed) if !passed.is_zero() => {
@@ -349,13 +349,13 @@ fn rate(was: u64, is: u64, passed: Option<Duration>) -> u64 {
     }
 }
 
-/// Returns what a forward is called in a narrow column: where it listens, if it has no name.
+/// Returns a forward's name for a narrow column, or the address on which it listens.
 pub(super) fn short_name(forward: &ForwardInfo) -> String {
     if let Some(name) = &forward.name {
         return name.clone();
     }
     let listen = without_scheme(&forward.listen);
-    // Of a path its end tells most.
+    // The end of a path says most.
     match listen.char_indices().nth_back(NAME - 2) {
         Some((start, _)) if start > 0 => format!("…{}", &listen[start..]),
         _ => listen.to_owned(),

@@ -64,7 +64,7 @@ fn connection(id: u64, forward: u64, sent: u64) -> ConnectionInfo {
         process: None,
         state: ConnectionState::Open,
         waiting: None,
-        // The first is not idle, the second for 5 s, and so on.
+        // The first is idle for 0 s, the second for 5 s, and so on.
         idle_seconds: 5.0 * id as f64 - 5.0,
         sent,
         received: 0,
@@ -94,7 +94,7 @@ fn sample(at: Instant, forwards: Vec<ForwardInfo>, connections: Vec<ConnectionIn
     }
 }
 
-/// A model that has heard twice, 2 s apart: web1 sends 2 KiB a second, web2 receives 5 KiB, and the
+/// A model with two samples, 2 s apart: web1 sends 2 KiB a second, web2 receives 5 KiB, and the
 /// second of three connections is the busiest.
 fn model() -> Model {
     let start = Instant::now();
@@ -121,7 +121,7 @@ fn screen(model: &Model, width: u16, height: u16) -> String {
     rows.map(|row| row.trim_end().to_owned() + "\n").collect()
 }
 
-/// The line of the chosen connection, if one is.
+/// The line of the chosen connection, if any.
 fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
     let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
     terminal.draw(|frame| draw(frame, model)).unwrap();
@@ -131,7 +131,7 @@ fn chosen_line(model: &Model, width: u16, height: u16) -> Option<String> {
     Some((0..width).map(|x| buffer[(x, y)].symbol()).collect())
 }
 
-/// Presses keys, one after the other; what comes of the last.
+/// Presses keys one after the other. Returns the action of the last.
 fn keys(model: &mut Model, codes: &[KeyCode]) -> KeyAction {
     let mut wish = KeyAction::GoOn;
     for code in codes {
@@ -208,7 +208,7 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
     for part in ["listening", "5.00 KiB/s"] {
         assert!(web.contains(part), "{part}: {small}");
     }
-    // Which forward it is goes last of all.
+    // The name of the forward is the last to be left out.
     for width in [58, 50, 44] {
         line(&screen(&model, width, 15), "web2");
     }
@@ -221,7 +221,7 @@ fn a_small_terminal_shows_what_matters_most_and_none_is_too_small() {
 }
 
 #[test]
-fn who_does_not_answer_any_more_is_told_and_what_was_known_stays() {
+fn a_missing_answer_is_shown_and_what_was_known_stays() {
     let mut model = model();
     model.note_no_answer("connection refused".to_owned());
     let lost = screen(&model, 80, 20);
@@ -324,10 +324,10 @@ fn the_chosen_connection_stays_chosen_and_in_sight() {
     let chosen = |model: &Model| chosen_line(model, 80, 20).unwrap();
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
     line(&screen(&model, 80, 20), "OLDEST +");
-    // Others go, and it is still the one.
+    // Others end, and it is still chosen.
     model.take_sample(sample(Instant::now(), forwards.clone(), many(20..50)));
     assert!(chosen(&model).contains(":500030"), "{}", chosen(&model));
-    // It goes, and the next has its place.
+    // It ends, and the next one takes its row.
     let mut left = many(20..50);
     left.retain(|it| it.id != 30);
     model.take_sample(sample(Instant::now(), forwards, left));
@@ -345,7 +345,7 @@ fn a_filter_shows_those_with_a_text_and_is_taken_back() {
     write(&mut model, "/REMO");
     line(&screen(&model, 80, 20), "find: REMO");
     assert_eq!(shown(&model), 1);
-    // What is written is no command.
+    // A typed character is no command.
     assert_eq!(write(&mut model, "q"), KeyAction::GoOn);
     assert_eq!(shown(&model), 0);
     keys(&mut model, &[KeyCode::Backspace, KeyCode::Enter]);

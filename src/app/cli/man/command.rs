@@ -1,4 +1,4 @@
-//! The page of a command: its help, and what the help has no room for.
+//! The man page of a command: its help text, and more.
 
 use clap::{Arg, ArgAction, Command};
 use clap_mangen::Man;
@@ -17,14 +17,14 @@ struct More {
     guide: &'static [&'static str],
 }
 
-/// What a command has to do with.
+/// What a command uses.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Thing {
     /// VMs, by their names.
     Vms,
     /// The control socket.
     Control,
-    /// What a service manager passes.
+    /// The protocol of a service manager.
     Manager,
     /// The file of `run`.
     File,
@@ -32,11 +32,11 @@ enum Thing {
     Temporary,
     /// `/dev/log`.
     Log,
-    /// Windows' register.
+    /// Windows' registry.
     Registry,
-    /// Where shells look.
+    /// The paths in which shells look for completions.
     Shells,
-    /// Where man looks.
+    /// The paths in which `man` looks for pages.
     Manuals,
 }
 
@@ -150,7 +150,7 @@ fn more(name: &str) -> More {
     }
 }
 
-/// Makes a command's page. It names those commands of `hvsock` that this system has.
+/// Makes a command's page, which refers only to commands of `hvsock` that this system has.
 pub(super) fn page(command: &Command, hvsock: &Command) -> Page {
     let name = command.get_name();
     let more = more(name);
@@ -221,8 +221,8 @@ pub(super) fn page(command: &Command, hvsock: &Command) -> Page {
     page.finish(&see_also)
 }
 
-/// Returns how a command is written: what it must have first, and the options of its own. Those
-/// that many commands have are one word.
+/// Returns how a command is written: its required arguments, and its own options. Options that many
+/// commands share are one word.
 fn synopsis(command: &Command) -> Vec<Inline> {
     let mut line = vec![bold(
         command.get_bin_name().unwrap_or_else(|| command.get_name()),
@@ -288,26 +288,26 @@ fn synopsis(command: &Command) -> Vec<Inline> {
     line
 }
 
-/// Returns what stands for an argument's value, if it takes one.
+/// Returns the placeholder of an argument's value, if it takes one.
 fn value_of(arg: &Arg) -> Option<String> {
     let takes = arg.is_positional() || arg.get_action().takes_values();
     let names = arg.get_value_names().unwrap_or_default();
     takes.then(|| names.join(" "))
 }
 
-/// Adds the options, as clap's own pages have them.
+/// Adds the options, as clap's own man pages have them.
 fn options(page: &mut Builder, command: &Command) {
     let mut text = Vec::new();
-    // It writes to memory.
+    // Writing to memory can't fail.
     let _ = Man::new(command.clone()).render_options_section(&mut text);
     let text = String::from_utf8_lossy(&text);
-    // The page has the lines before the first heading.
+    // The page already has the lines before the first heading.
     let section = text.find(".SH").map_or("", |at| &text[at..]);
-    // A blank line needs no end of a line before it.
+    // No line break is needed before a blank line.
     page.raw(&section.replace("\n.br\n\n.br\n", "\n.sp\n"));
 }
 
-/// Returns what follows the options in the help: paragraphs, and blocks of lines under a heading.
+/// Returns the help text after the options: its paragraphs, and its blocks of lines by heading.
 fn notes(command: &Command) -> (Vec<String>, Vec<(String, Vec<String>)>) {
     let text = command
         .get_after_help()
@@ -320,7 +320,7 @@ fn notes(command: &Command) -> (Vec<String>, Vec<(String, Vec<String>)>) {
                 lines.push(indented.to_owned());
             }
         } else if let Some(heading) = line.strip_suffix(':') {
-            // "Example, in a guest" as well.
+            // Such as "Example, in a guest".
             let heading = match heading.starts_with("Example") {
                 true => "EXAMPLES".to_owned(),
                 false => heading.to_uppercase(),

@@ -1,4 +1,4 @@
-//! A page of the guide, from its Markdown.
+//! The man page of a page of the guide, made from its Markdown.
 
 use clap_mangen::roff::{Inline, bold, italic, roman};
 use pulldown_cmark::{CodeBlockKind, Event, HeadingLevel, Options, Parser, Tag, TagEnd};
@@ -48,21 +48,21 @@ pub(super) fn page(name: &str, text: &str) -> Page {
     builder.finish(&see_also)
 }
 
-/// Writes what the parser tells.
+/// Writes the parser's events as roff.
 struct Writer {
     builder: Builder,
-    /// The text of what is open.
+    /// The text of the open paragraph, heading or cell.
     line: Vec<Inline>,
     style: fn(String) -> Inline,
-    /// Where a link leads that is open.
+    /// The target of the open link.
     link: Option<String>,
-    /// The lines of a block of code that is open.
+    /// The lines of the open code block.
     code: Option<String>,
     in_item: bool,
-    /// The headings of the table that is open, and the cells of its row.
+    /// The headings of the open table, and the cells of its row.
     headings: Vec<String>,
     cells: Vec<Vec<Inline>>,
-    /// Nothing stands in the page's section yet.
+    /// Whether the page's section has a text already.
     begun: bool,
 }
 
@@ -136,7 +136,7 @@ impl Writer {
             TagEnd::CodeBlock => {
                 self.begin();
                 let code = self.code.take().unwrap_or_default();
-                // What rustdoc hides.
+                // rustdoc hides these lines.
                 let lines = code.lines().filter(|line| !line.starts_with("# "));
                 self.builder.verbatim(lines);
             }
@@ -153,7 +153,7 @@ impl Writer {
         }
     }
 
-    /// Gives text a section to stand in.
+    /// Begins a section if text comes before the first heading.
     fn begin(&mut self) {
         if !self.begun {
             self.builder.heading("DESCRIPTION");
@@ -165,7 +165,7 @@ impl Writer {
         let line = std::mem::take(&mut self.line);
         let text = plain(&line);
         match level {
-            // It is the page's title.
+            // The title is in the page's NAME section.
             HeadingLevel::H1 => {}
             HeadingLevel::H2 => {
                 self.begin();
@@ -182,8 +182,8 @@ impl Writer {
         }
     }
 
-    /// Writes a row as an entry: the first cell is its name. With more than two columns each cell
-    /// has its heading.
+    /// Writes a table row as an entry named by its first cell. With more than two columns each cell
+    /// is preceded by its heading.
     fn row(&mut self) {
         self.begin();
         let mut cells = std::mem::take(&mut self.cells).into_iter();
@@ -208,7 +208,7 @@ impl Writer {
     }
 }
 
-/// Returns the text of a line, without its fonts.
+/// Returns the text of a line without fonts.
 fn plain(line: &[Inline]) -> String {
     let text = line.iter().map(|part| match part {
         Inline::Roman(text) | Inline::Bold(text) | Inline::Italic(text) => text.as_str(),

@@ -53,7 +53,7 @@ impl ManArgs {
                 ))
             });
         }
-        // A command's page comes first where a page of the guide has the same name.
+        // A command's page comes before a page of the guide with the same name.
         let of = self.of.unwrap_or_default();
         let meant = [page::full_name(&of), of.clone()];
         match pages.iter().find(|page| meant.contains(&page.name)) {
@@ -68,16 +68,16 @@ impl ManArgs {
     }
 }
 
-/// Shows a page on the terminal as `man` does.
+/// Shows a page on the terminal with `man`.
 fn show(page: &str) -> Outcome {
     let mut man = std::process::Command::new("man");
     man.args(["-l", "-"]).stdin(Stdio::piped());
-    // It is for the pager that `man` starts.
+    // Ctrl-C is for the pager that `man` starts.
     #[cfg(unix)]
     signal_hook::flag::register(signal_hook::consts::SIGINT, Arc::default())?;
     let shown = man.spawn().and_then(|mut man| {
         if let Some(mut to_man) = man.stdin.take() {
-            // One that ends before it has read all says why.
+            // If it ends before it has read all, its exit status says why.
             let _ = to_man.write_all(page.as_bytes());
         }
         man.wait()
@@ -88,9 +88,9 @@ fn show(page: &str) -> Outcome {
     }
 }
 
-/// Returns a page as the text that `man` makes of it.
+/// Returns a page as text, formatted by `man`.
 fn render(page: &str) -> Result<Vec<u8>, Failure> {
-    // It may write before it has read all.
+    // A file: `man` may write before it has read everything, and a pipe could deadlock.
     let mut source = tempfile::tempfile()?;
     source.write_all(page.as_bytes())?;
     source.rewind()?;
@@ -110,7 +110,7 @@ fn no_man() -> Failure {
 /// Makes all pages.
 fn pages(hvsock: Command) -> Vec<Page> {
     let mut all = hvsock.disable_help_subcommand(true);
-    // It gives the commands their full names.
+    // Gives the commands their full names.
     all.build();
     let commands: Vec<&Command> = std::iter::once(&all).chain(all.get_subcommands()).collect();
     let commands = commands.into_iter().map(|it| command::page(it, &all));
@@ -118,7 +118,7 @@ fn pages(hvsock: Command) -> Vec<Page> {
     commands.chain(guide).collect()
 }
 
-/// Returns the names by which pages are asked for: those of commands, and of pages of the guide.
+/// Returns the names of all pages: those of commands and those of the guide.
 pub(super) fn names(hvsock: &Command) -> Vec<String> {
     let commands = hvsock.get_subcommands().map(|it| it.get_name().to_owned());
     let guide = PAGES.iter().map(|(name, _)| page::full_name(name));

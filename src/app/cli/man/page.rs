@@ -1,4 +1,4 @@
-//! A page under construction: what those of commands and of the guide have in common.
+//! A builder for man pages, which those of commands and of the guide share.
 
 use clap_mangen::roff::{Inline, Roff, bold, roman};
 
@@ -7,11 +7,11 @@ use clap_mangen::roff::{Inline, Roff, bold, roman};
 pub(super) struct Page {
     pub(super) name: String,
     pub(super) section: u8,
-    /// In roff, ASCII alone.
+    /// The page in roff, ASCII only.
     pub(super) text: String,
 }
 
-/// Returns the full name of a command's page, or of one of the guide.
+/// Returns the full name of the page of a command or of the guide.
 pub(super) fn full_name(name: &str) -> String {
     match name {
         "" | "hvsock" => "hvsock".to_owned(),
@@ -20,7 +20,7 @@ pub(super) fn full_name(name: &str) -> String {
     }
 }
 
-/// Returns the section of a guide's page.
+/// Returns the man section of a guide's page.
 pub(super) fn section_of_guide(name: &str) -> u8 {
     match name {
         "configuration" => 5,
@@ -28,25 +28,25 @@ pub(super) fn section_of_guide(name: &str) -> u8 {
     }
 }
 
-/// Writes a page.
+/// Builds a page.
 pub(super) struct Builder {
     name: String,
     section: u8,
-    /// What is written already.
+    /// The text written so far.
     text: String,
     roff: Roff,
-    /// A paragraph begins here by itself.
+    /// Whether a heading was just written, after which roff begins a paragraph by itself.
     after_heading: bool,
 }
 
-/// What clap's part of a page writes an apostrophe with.
+/// The definition of the string by which clap's part of a page writes apostrophes.
 const APOSTROPHE: &str = ".ie \\n(.g .ds Aq \\(aq\n.el .ds Aq '\n";
 
 impl Builder {
     /// Begins a page with its NAME section.
     pub(super) fn new(name: String, section: u8, about: &str) -> Builder {
         let version = env!("CARGO_PKG_VERSION");
-        // Without a date: a page changes with the version.
+        // No date: a page changes with the version only.
         let title = format!(".TH {name} {section} \"\" \"hvsock {version}\" \"hvsock\"\n");
         let mut builder = Builder {
             name,
@@ -77,7 +77,7 @@ impl Builder {
         }
     }
 
-    /// Adds a request.
+    /// Adds a roff request.
     pub(super) fn control<'a>(&mut self, name: &str, arguments: impl IntoIterator<Item = &'a str>) {
         self.after_heading = false;
         self.roff.control(name, arguments);
@@ -89,21 +89,21 @@ impl Builder {
         self.roff.text(line);
     }
 
-    /// Adds an entry of a list: its name, and what it is.
+    /// Adds an entry of a list: its name, and its description.
     pub(super) fn entry(&mut self, name: &str, what: &str) {
         self.control("TP", []);
         self.text([bold(name)]);
         self.text([roman(what)]);
     }
 
-    /// Adds what is roff already.
+    /// Adds text that is roff already.
     pub(super) fn raw(&mut self, roff: &str) {
         let written = std::mem::take(&mut self.roff).to_roff();
         self.text += &exact(&written);
         self.text += roff;
     }
 
-    /// Adds lines as they are.
+    /// Adds lines unformatted.
     pub(super) fn verbatim<'a>(&mut self, lines: impl IntoIterator<Item = &'a str>) {
         self.paragraph();
         self.control("RS", ["4"]);
@@ -118,7 +118,7 @@ impl Builder {
         self.control("RE", []);
     }
 
-    /// Ends the page with what to read next.
+    /// Ends the page with its SEE ALSO section.
     pub(super) fn finish(mut self, see_also: &[(String, u8)]) -> Page {
         self.heading("SEE ALSO");
         let mut line = Vec::new();
@@ -137,8 +137,7 @@ impl Builder {
     }
 }
 
-/// Writes backslashes and apostrophes as what they are: a terminal is given other signs for them
-/// otherwise.
+/// Escapes backslashes and apostrophes, which roff would show as other characters on a terminal.
 fn exact(roff: &str) -> String {
     let mut text = String::with_capacity(roff.len());
     for line in roff.lines() {
@@ -151,7 +150,8 @@ fn exact(roff: &str) -> String {
     text
 }
 
-/// Writes what isn't ASCII as roff's names of it: what reads the page may take it for Latin-1.
+/// Replaces characters beyond ASCII by their roff names: a reader of the page may take it for
+/// Latin-1.
 fn to_ascii(text: &str) -> String {
     let mut ascii = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,4 +1,4 @@
-//! The predecessor's part: it gives its sockets away.
+//! The predecessor's part of a hand-over: gives its sockets away.
 
 use std::collections::HashSet;
 use std::io;
@@ -26,24 +26,24 @@ use crate::sys::{self, Identity};
 pub(in crate::app::control) struct Successor(Wire);
 
 impl Successor {
-    /// Connects to the socket at which it waits.
+    /// Connects to the successor's socket.
     ///
     /// # Errors
-    /// `PermissionDenied` if it is a process of another user; what the system says.
+    /// Returns `PermissionDenied` if it is a process of another user, or the system's error.
     pub(in crate::app::control) fn connect(address: &str) -> io::Result<Successor> {
         let path = super::path_of(address)?;
         let stream = sys::with_short_path(&path, |short| UnixStream::connect(short))?;
         Wire::new(stream).map(Successor)
     }
 
-    /// Gives it all sockets that it takes. The configuration asks for the forwards that are
-    /// `listed`, and `added` knows how others came; `agree` says whether the hand-over is still
-    /// wanted when the successor is ready.
+    /// Gives the successor all sockets that it takes. `listed` are the forwards of the
+    /// configuration; `added` knows how the others were added. Once the successor is ready, `agree`
+    /// returns whether the hand-over is still wanted.
     ///
-    /// Returns the connection to it, by which it is told of the slots that this process still has.
+    /// Returns the connection, by which the successor is told which slots this process still has.
     ///
     /// # Errors
-    /// Why nothing has changed: the successor has ended, or takes too long.
+    /// Returns why nothing has changed: the successor has ended, or takes too long.
     pub(in crate::app::control) fn give(
         mut self,
         handle: &Handle,
@@ -79,11 +79,11 @@ impl Successor {
                 let mut line = forward_line(&it, listed, added);
                 let id = it.forward.map(|(id, _)| id);
                 guest_ports.extend(guest_port(&it.bound));
-                // Its descriptors are closed by that: there may be many.
+                // Dropping the descriptors closes them: there may be many.
                 for socket in sockets {
                     wire.send_with(&line, socket.as_fd())?;
                     forwards.push(id);
-                    // It is one rule.
+                    // The sockets are all of one rule, which is sent once.
                     line.added = None;
                 }
             }
@@ -98,7 +98,7 @@ impl Successor {
                     hears_of_ended = mine.hears_of_ended;
                     failed = mine.failed;
                 }
-                // One that hangs has them all the same.
+                // A successor that hangs has the sockets already.
                 Err(e) if e.kind() == io::ErrorKind::TimedOut => {}
                 Err(e) => return Err(e),
             }
@@ -120,7 +120,7 @@ impl Successor {
         for endpoint in &given {
             endpoint.give_away();
         }
-        // Whoever asks after this asks the successor.
+        // Clients that connect from now on are the successor's.
         for endpoint in given {
             endpoint.wait_until_closed();
         }
@@ -129,7 +129,7 @@ impl Successor {
             done: true,
             slots: slots.clone(),
         };
-        // It goes on without being told, a little later.
+        // If this fails, the successor goes on a little later by itself.
         let _ = wire.send(&done);
         Ok(Finishing {
             wire: self.0,
@@ -140,24 +140,24 @@ impl Successor {
     }
 }
 
-/// A process that has handed over and whose connections finish.
+/// A process that has handed over, while its connections finish.
 #[derive(Debug)]
 pub(in crate::app::control) struct Finishing {
     wire: Wire,
     told: Slots,
     /// The forwards that the successor can't have.
     pub(in crate::app::control) failed: FailedForwards,
-    /// Those of the last connections that have ended of which it knows, by their processes and ids;
-    /// `None` if it is of an earlier version, and hears of none.
+    /// The ended connections that the successor knows, by process and id; `None` if it is of an
+    /// earlier version, which takes none.
     ended: Option<HashSet<(Option<u32>, u64)>>,
 }
 
 impl Finishing {
-    /// Tells the successor of the slots that are left, if they have become fewer, and of the
-    /// connections that have `ended`, if it doesn't know them.
+    /// Tells the successor which slots this process still has, if there are fewer now, and which
+    /// connections have `ended`, if it doesn't know them.
     ///
     /// # Errors
-    /// That it has ended, or takes nothing.
+    /// Returns an error if the successor has ended or reads nothing.
     pub(in crate::app::control) fn send_progress(
         &mut self,
         handle: &Handle,
@@ -178,7 +178,7 @@ impl Finishing {
                 self.wire.send(&EndedLine { ended })?;
             }
         }
-        // What is forgotten doesn't come again.
+        // An ended connection that is forgotten doesn't come again.
         *known = now;
         Ok(())
     }
@@ -227,10 +227,10 @@ fn forward_line(
     }
 }
 
-/// The file of that identity of a socket that is bound there.
+/// Describes the file of a bound socket that has that identity.
 fn file_line(bound: &Address, identity: Option<Identity>) -> Option<FileLine> {
     let (path, identity) = (bound.listen_path()?, identity?);
-    // The other may have another working directory.
+    // The successor may have another working directory.
     let path = std::path::absolute(&path).unwrap_or_else(|_| Path::new(&*path).to_owned());
     Some(FileLine {
         at: address_of(&path),

@@ -1,31 +1,32 @@
-//! The hand-over of all listening sockets from a running hvsock to another process of the same
-//! user, so that no client is refused while one version takes the place of another.
+//! Hands over all listening sockets from a running hvsock to another process of the same user, so
+//! that no client is refused while a new version takes the place of the old one.
 //!
-//! The successor makes a Unix socket in a private directory and asks for it by `POST
-//! /v1/take-over`. The predecessor connects there. Then each line is one of JSON:
+//! The successor makes a Unix socket in a private directory, and requests the sockets by `POST
+//! /v1/take-over`. The predecessor connects to that socket. Then each line is one of JSON:
 //!
 //! | from | line | meaning |
 //! |---|---|---|
 //! | predecessor | [`Head`] | how many sockets follow |
-//! | predecessor | [`SocketLine`], for each of them | with the descriptor itself (`SCM_RIGHTS`) |
-//! | successor | [`TakenSockets`] | it is ready to accept at these, and has accepted nobody yet |
-//! | predecessor | [`Yours`] | they are the successor's, and their files are |
-//! | successor | [`Mine`] | it accepts at them |
-//! | predecessor | [`Done`] | it accepts nobody any more |
-//! | predecessor | [`Slots`], again and again | which slots of VMs its connections still have |
-//! | predecessor | [`EndedLine`], for each, if the successor hears of them | one of its last connections that have ended |
+//! | predecessor | [`SocketLine`], for each of them | a socket, with its descriptor (`SCM_RIGHTS`) |
+//! | successor | [`TakenSockets`] | the sockets that it takes; it is ready to accept clients, and has accepted none yet |
+//! | predecessor | [`Yours`] | the sockets and their files belong to the successor |
+//! | successor | [`Mine`] | it accepts clients |
+//! | predecessor | [`Done`] | it accepts no more clients |
+//! | predecessor | [`Slots`], whenever they change | the slots of VMs that its connections still have |
+//! | predecessor | [`EndedLine`], for each, if the successor accepts them | a connection of the predecessor that has ended |
 //!
-//! The end of the conversation is then the predecessor's own. The slots that it has of a VM's
-//! device are left out by the successor, so that together they have no more than there are; what it
-//! tells with `yours` and `done` counts at once.
+//! The conversation ends with the predecessor. The slots of a VM's device that the predecessor
+//! still has are not used by the successor, so that together they don't use too many. The slots
+//! sent with `yours` and `done` count at once.
 //!
-//! The predecessor serves all clients until `mine` has come, and goes on as if nothing had happened
-//! if the successor ends before. Nothing changes its forwards meanwhile. After `done` it lets its
-//! connections finish, and ends. From `yours` on the successor ends the conversation by its own end
-//! only: whoever hears of no end, and of nothing else, believes that the other has the sockets.
+//! The predecessor serves all clients until `mine` has come. If the successor ends before, the
+//! predecessor goes on as if nothing had happened. Its forwards can't be changed meanwhile. After
+//! `done` it lets its connections finish, and ends. After `yours` the successor closes the
+//! conversation only when it ends: a predecessor that sees neither a line nor an end assumes that
+//! the successor has the sockets.
 //!
-//! If one of them is killed in between, its keeper serves the ports that guests dial, which the
-//! other one serves: that one takes them from it.
+//! If one of the two is killed in between, its keeper serves the ports that guests dial. The other
+//! process takes them from the keeper.
 
 pub(super) mod give;
 pub(super) mod take;
@@ -49,26 +50,26 @@ use crate::keeper;
 use crate::proxy::Handle;
 use crate::sys::{self, Wanted};
 
-/// The version of the protocol. A predecessor speaks no other.
+/// The version of the protocol. A predecessor accepts no other.
 pub(super) const PROTOCOL: u32 = 1;
 
-/// How long either side waits for the other: to bind what is new may take a successor some time.
-/// The forwards can't be changed meanwhile.
+/// How long each side waits for the other: the successor may need time to bind new sockets. The
+/// forwards can't be changed meanwhile.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// How often the predecessor looks which slots its connections still have, and which have ended.
+/// How often the predecessor checks its connections' slots, and which connections have ended.
 pub(super) const TELL_PAUSE: Duration = Duration::from_millis(100);
 
-/// The longest line: a rule has some hundred bytes, and a path some thousand.
+/// The longest line in bytes: a rule has some hundred, and a path up to some thousand.
 const LONGEST_LINE: usize = 64 * 1024;
 
 /// The body of `POST /v1/take-over`.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) struct TakeOverRequest {
     pub(super) protocol: u32,
-    /// The successor's process.
+    /// The process id of the successor.
     pub(super) pid: u32,
-    /// The address of the socket at which it waits.
+    /// The address of the successor's socket.
     pub(super) socket: String,
 }
 
@@ -95,16 +96,16 @@ struct SocketLine {
     used_for: Use,
     /// The name of its rule.
     name: Option<String>,
-    /// The address that was asked for; `null` if that isn't known.
+    /// The address that was asked for; `null` if it isn't known.
     asked: Option<String>,
     bound: String,
     /// The file that the predecessor made for it.
     file: Option<FileLine>,
-    /// Another program has bound it, such as a service manager.
+    /// Whether another program has bound it, such as a service manager.
     foreign: bool,
-    /// The rule, if the configuration doesn't ask for it: it was added by hand.
+    /// The rule, if it was added by hand and is not in the configuration.
     added: Option<Value>,
-    /// How it was asked for by the control socket. One of an earlier version doesn't say it.
+    /// How it was added on the control socket. Earlier versions don't send it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     added_as: Option<Added>,
 }
@@ -117,8 +118,7 @@ struct FileLine {
     identity: String,
 }
 
-/// Which sockets the successor takes, by their numbers from 0. The others are closed by the
-/// predecessor.
+/// The numbers, from 0, of the sockets that the successor takes. The predecessor closes the others.
 #[derive(Debug, Deserialize, Serialize)]
 struct TakenSockets {
     taken: Vec<usize>,
@@ -134,11 +134,11 @@ struct Yours {
 #[derive(Debug, Deserialize, Serialize)]
 struct Mine {
     mine: bool,
-    /// Whether it takes an [`EndedLine`]. One of an earlier version doesn't.
+    /// Whether it accepts an [`EndedLine`]. Earlier versions don't.
     #[serde(default)]
     hears_of_ended: bool,
-    /// The forwards that it is to carry and can't, each with the reason. One of an earlier version
-    /// says nothing of them.
+    /// The forwards that it should carry and can't, each with the reason. Earlier versions don't
+    /// send them.
     #[serde(default, skip_serializing_if = "FailedForwards::is_empty")]
     failed: FailedForwards,
 }
@@ -146,13 +146,13 @@ struct Mine {
 /// Forwards that can't be had, by their names, each with the reason.
 pub(crate) type FailedForwards = BTreeMap<String, String>;
 
-/// A connection that has ended, before the hand-over or while the predecessor finishes.
+/// A connection that ended before the hand-over, or while the predecessor finishes.
 #[derive(Debug, Deserialize, Serialize)]
 struct EndedLine {
     ended: EndedInfo,
 }
 
-/// What the predecessor says while it finishes.
+/// A line of the predecessor while it finishes.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum FinalLine {
@@ -167,7 +167,7 @@ struct Done {
     slots: Slots,
 }
 
-/// The slots of VMs that the predecessor still has. One of an earlier version says nothing of them.
+/// The slots of VMs that the predecessor still has. Earlier versions don't send them.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 struct Slots(Vec<VmSlots>);
@@ -176,13 +176,13 @@ struct Slots(Vec<VmSlots>);
 struct VmSlots {
     /// The path of the VM's own socket, as the address of a Unix socket.
     vm: String,
-    /// Those that are used, or may be by clients that wait.
+    /// The slots that are used, or may still be used by waiting clients.
     used: usize,
     lost: usize,
 }
 
 impl Slots {
-    /// Keeps what this process may go on to use.
+    /// Reserves what this process may still use.
     fn reserve_in_proxy(handle: &Handle, what: Remainder) -> Slots {
         let kept = handle.shared_slots().keep_remainders(what).into_iter();
         let line = |(socket, slots): (PathBuf, OtherSlots)| VmSlots {
@@ -193,11 +193,11 @@ impl Slots {
         Slots(kept.map(line).collect())
     }
 
-    /// Leaves out what the other process has.
+    /// Excludes what the other process has.
     fn leave_out(&self, handle: &Handle) {
         for VmSlots { vm, used, lost } in &self.0 {
             let (used, lost) = (*used, *lost);
-            // A path that can't be read is no VM of this process.
+            // An invalid path is no VM of this process.
             if let Ok(socket) = path_of(vm) {
                 let slots = OtherSlots { used, lost };
                 handle.shared_slots().leave_out(&socket, slots);
@@ -211,7 +211,7 @@ fn address_of(path: &Path) -> String {
     Address::Unix(UnixAddress::Path(path.to_owned())).to_string()
 }
 
-/// Returns the path of such an address.
+/// Returns the path of an address made by [`address_of`].
 fn path_of(address: &str) -> io::Result<PathBuf> {
     let parsed = address.parse::<Address>().ok();
     let path = parsed.as_ref().and_then(Address::unix_path);
@@ -220,15 +220,14 @@ fn path_of(address: &str) -> io::Result<PathBuf> {
 }
 
 /// Takes ports that guests dial, by the paths of their sockets, from a keeper that serves them for
-/// a process that was killed.
+/// a killed process.
 fn take_from_keepers(ports: &[PathBuf]) {
     for taken in ports.iter().filter_map(|path| keeper::Taken::take(path)) {
         taken.release();
     }
 }
 
-/// Returns the path of the socket at which a guest of a hyperkit VM dials, if this is one's
-/// address.
+/// Returns the path of the socket that a hyperkit guest dials, if the address is one of those.
 fn guest_port(address: &Address) -> Option<PathBuf> {
     address.hyperkit_vm()?;
     address.listen_path().map(PathBuf::from)
@@ -238,7 +237,7 @@ fn invalid_data(why: impl Into<String>) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, why.into())
 }
 
-/// The connection between the two.
+/// The connection between predecessor and successor.
 #[derive(Debug)]
 struct Wire {
     stream: UnixStream,
@@ -247,10 +246,10 @@ struct Wire {
 }
 
 impl Wire {
-    /// Makes one of a connection with a process of this user.
+    /// Makes a wire from a connection to a process of this user.
     ///
     /// # Errors
-    /// `PermissionDenied` if it is another user's; what the system says.
+    /// Returns `PermissionDenied` if it is a process of another user, or the system's error.
     fn new(stream: UnixStream) -> io::Result<Wire> {
         let user = sys::connector(stream.as_fd())?.user;
         if user != sys::user_id() {
@@ -269,7 +268,7 @@ impl Wire {
         self.stream.write_all(&to_line(line)?).map_err(name_timeout)
     }
 
-    /// Sends a line, and a descriptor with it.
+    /// Sends a line with a descriptor.
     fn send_with(&mut self, line: &impl Serialize, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         let line = to_line(line)?;
         let end = Instant::now() + PATIENCE;
@@ -287,11 +286,11 @@ impl Wire {
                 sent => break sent?,
             }
         };
-        // The descriptor goes with the first byte.
+        // The descriptor was sent with the first byte.
         self.stream.write_all(&line[sent..]).map_err(name_timeout)
     }
 
-    /// Returns the next line, which must come within [`PATIENCE`].
+    /// Returns the next line. Fails if it takes longer than [`PATIENCE`].
     fn next<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         let end = Instant::now() + PATIENCE;
         let length = loop {
@@ -321,12 +320,12 @@ impl Wire {
         serde_json::from_slice(&line).map_err(|e| invalid_data(e.to_string()))
     }
 
-    /// Returns the next line that came with a descriptor. Each such line has one, and both come in
-    /// their order.
+    /// Returns the next line that has a descriptor, with it. Each such line has one, and both
+    /// arrive in order.
     fn next_with<T: DeserializeOwned>(&mut self) -> io::Result<(T, OwnedFd)> {
         let line = self.next()?;
         let descriptor = self.descriptors.pop_front();
-        // There was no room for it: the process has too many.
+        // The process had no descriptor left for it.
         let descriptor = descriptor.ok_or_else(|| invalid_data("a socket was lost on its way"))?;
         Ok((line, descriptor))
     }
@@ -338,7 +337,7 @@ fn to_line(line: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Calls by its name what the system calls `WouldBlock`: that a call took too long.
+/// Replaces `WouldBlock`, the system's error for a call that took too long, by `TimedOut`.
 fn name_timeout(error: io::Error) -> io::Error {
     match error.kind() {
         ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),

@@ -1,4 +1,4 @@
-//! The successor's part: it takes the sockets of an hvsock that runs.
+//! The successor's part of a hand-over: takes the sockets of a running hvsock.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -26,17 +26,17 @@ use crate::listener::{FileAccess, Handed, Key, Listener, Ready};
 use crate::proxy::{Handle, Rule};
 use crate::sys::{self, Identity};
 
-/// An hvsock that runs, and offers all its listening sockets. Dropped, it goes on as before.
+/// A running hvsock that offers its listening sockets. If dropped, it goes on as before.
 #[derive(Debug)]
 pub(crate) struct Predecessor {
     wire: Wire,
     sockets: Ready<PassedSocket>,
     taken: Vec<usize>,
-    /// The files of the sockets that are taken, each with the access that it is to have.
-    files: Vec<(Arc<SocketFile>, Option<FileAccess>)>,
-    /// The paths of those of them at which guests dial.
+    /// The files of the taken sockets, each with the change of its access.
+    files: Vec<(Arc<SocketFile>, AccessChange)>,
+    /// The paths of the taken sockets that guests dial.
     guest_ports: Vec<PathBuf>,
-    /// How the forwards of these names were added to it.
+    /// How the forwards of these names were added to the predecessor.
     added_as: HashMap<String, Added>,
 }
 
@@ -48,17 +48,32 @@ struct PassedSocket {
     added: Option<Rule>,
 }
 
+/// What happens to the access of a taken socket's file.
+#[derive(Clone, Copy, Debug)]
+enum AccessChange {
+    Kept,
+    Set(FileAccess),
+}
+
+/// The sockets to take.
+struct WantedSockets {
+    used_for: Use,
+    keys: Vec<Key>,
+    access: AccessChange,
+}
+
 impl Predecessor {
-    /// Asks the hvsock that is controlled at `control` for its sockets.
+    /// Requests the sockets of the hvsock whose control socket is `control`.
     ///
     /// # Errors
-    /// That none is, or that it refuses.
+    /// Returns an error if no hvsock is there, or if it refuses.
     pub(crate) fn ask(control: &Path) -> Result<Predecessor, Unanswered> {
         let fail = |e: io::Error| {
             let why = format!("its sockets can't be taken over: {e}");
             Unanswered::Refused(ApiProblem::new(500, why))
         };
-        // Beside the control socket: both can get there, whatever else is private to one of them.
+        // Beside the control socket: both processes can get there, even if other directories are
+        // private to one.
         let meeting = MeetingPoint::new(control).map_err(fail)?;
         let request = TakeOverRequest {
             protocol: PROTOCOL,
@@ -87,16 +102,21 @@ impl Predecessor {
         })
     }
 
-    /// Takes the socket of a service of the control interface, if it has one there.
+    /// Takes the socket of an address of the control interface, if the predecessor has one.
     pub(in crate::app::control) fn take_endpoint(
         &mut self,
         service: Use,
         asked: &Address,
     ) -> Option<Listener> {
-        let keys = Key::wanted(None, asked);
-        let mut listener = self.take(service, &keys, None, |_| true)?;
+        let no_name = None;
+        let wanted = WantedSockets {
+            used_for: service,
+            keys: Key::wanted(no_name, asked),
+            access: AccessChange::Kept,
+        };
+        let mut listener = self.take_first(&wanted)?;
         let joins = |it: &Listener| listener.is_joined_by(asked, it);
-        if let Some(other) = self.take(service, &keys, None, joins) {
+        if let Some(other) = self.take_first_that(&wanted, joins) {
             listener.join(other);
         }
         listener.complete(asked);
@@ -109,46 +129,54 @@ impl Predecessor {
         added.collect()
     }
 
-    /// Returns how the forwards of these names were asked for by its control socket.
+    /// Returns how the forwards of these names were added on the predecessor's control socket.
     pub(in crate::app::control) fn ways_of_adding(&self) -> &HashMap<String, Added> {
         &self.added_as
     }
 
-    /// Takes the sockets of these rules. A socket that another program has bound is taken in any
-    /// case: who waits there may be served later.
+    /// Takes the sockets of these rules, and all sockets that another program has bound: clients
+    /// that wait there may be served later.
     pub(crate) fn take_listeners(&mut self, rules: &[Rule]) -> Vec<Listener> {
         let mut listeners = Vec::new();
         for rule in rules {
-            let keys = Key::wanted(rule.name.as_deref(), &rule.listen);
-            let access = Some(rule.access());
-            let Some(first) = self.take(Use::Forward, &keys, access, |_| true) else {
+            let wanted = WantedSockets {
+                used_for: Use::Forward,
+                keys: Key::wanted(rule.name.as_deref(), &rule.listen),
+                access: AccessChange::Set(rule.access()),
+            };
+            let Some(first) = self.take_first(&wanted) else {
                 continue;
             };
             let joins = |it: &Listener| first.is_joined_by(&rule.listen, it);
-            let other = self.take(Use::Forward, &keys, access, joins);
+            let other = self.take_first_that(&wanted, joins);
             listeners.push(first);
             listeners.extend(other);
         }
         let is_kept = |it: &PassedSocket| it.used_for == Use::Forward && it.listener.is_foreign();
         for number in self.sockets.numbers(is_kept) {
-            listeners.extend(self.take_numbered(number, None));
+            listeners.extend(self.take_numbered(number, AccessChange::Kept));
         }
         listeners
     }
 
-    fn take(
-        &mut self,
-        used_for: Use,
-        keys: &[Key],
-        access: Option<FileAccess>,
-        fits: impl Fn(&Listener) -> bool,
-    ) -> Option<Listener> {
-        let fits = |it: &PassedSocket| it.used_for == used_for && fits(&it.listener);
-        let number = self.sockets.find(keys, fits)?;
-        self.take_numbered(number, access)
+    /// Takes the first of the wanted sockets.
+    fn take_first(&mut self, wanted: &WantedSockets) -> Option<Listener> {
+        let fits_always = |_: &Listener| true;
+        self.take_first_that(wanted, fits_always)
     }
 
-    fn take_numbered(&mut self, number: usize, access: Option<FileAccess>) -> Option<Listener> {
+    /// Takes the first of the wanted sockets that `fits`.
+    fn take_first_that(
+        &mut self,
+        wanted: &WantedSockets,
+        fits: impl Fn(&Listener) -> bool,
+    ) -> Option<Listener> {
+        let fits = |it: &PassedSocket| it.used_for == wanted.used_for && fits(&it.listener);
+        let number = self.sockets.find(&wanted.keys, fits)?;
+        self.take_numbered(number, wanted.access)
+    }
+
+    fn take_numbered(&mut self, number: usize, access: AccessChange) -> Option<Listener> {
         let socket = self.sockets.remove(number)?;
         self.guest_ports
             .extend(guest_port(socket.listener.address()));
@@ -158,23 +186,24 @@ impl Predecessor {
         Some(socket.listener)
     }
 
-    /// Returns the addresses of the sockets that are left, which it closes.
+    /// Returns the addresses of the sockets that are not taken, and will be closed by the
+    /// predecessor.
     pub(crate) fn untaken_addresses(&self) -> Vec<Address> {
         let left = self.sockets.iter();
         let left = left.filter(|it| it.used_for == Use::Forward);
         let mut left: Vec<_> = left.map(|it| it.listener.address().clone()).collect();
-        // One forward may have two sockets.
+        // A forward may have two sockets.
         left.dedup();
         left
     }
 
-    /// Says which sockets are taken, all of which are ready. Once this returns they are this
-    /// process', and it is to accept at them. `handle` leaves out the slots that the other may
-    /// still use.
+    /// Sends which sockets are taken, all of which must be ready. Once this returns they belong to
+    /// this process, which must accept clients. `handle` excludes the slots that the predecessor
+    /// may still use.
     ///
     /// # Errors
-    /// Why the other keeps them, as if nothing had happened: it has ended, or was told to, or this
-    /// took too long.
+    /// Returns why the predecessor keeps them as if nothing had happened: it has ended, its end was
+    /// requested, or this took too long.
     pub(crate) fn agree_on_sockets(mut self, handle: &Handle) -> io::Result<Agreed> {
         self.wire.send(&TakenSockets {
             taken: std::mem::take(&mut self.taken),
@@ -185,8 +214,10 @@ impl Predecessor {
         }
         for (file, access) in self.files.drain(..) {
             file.own();
-            // That they can't be set is no reason to serve nobody.
-            let _ = access.map(|access| file.set_access(access));
+            if let AccessChange::Set(access) = access {
+                // Serving with the wrong access is better than not serving.
+                let _ = file.set_access(access);
+            }
         }
         yours.slots.leave_out(handle);
         Ok(Agreed {
@@ -196,7 +227,7 @@ impl Predecessor {
     }
 }
 
-/// A hand-over on which both have agreed.
+/// A hand-over on which both processes have agreed.
 #[derive(Debug)]
 pub(crate) struct Agreed {
     wire: Wire,
@@ -204,9 +235,9 @@ pub(crate) struct Agreed {
 }
 
 impl Agreed {
-    /// Says that clients are accepted here, but at the forwards that have `failed`, and returns
-    /// when the other, that process, accepts none any more. The slots that it still has are left
-    /// out until it has ended, and what has become of its connections is noted.
+    /// Reports that this process accepts clients, except at the forwards that have `failed`.
+    /// Returns once the predecessor accepts none. Until the predecessor ends, its slots are
+    /// excluded, and its ended connections are recorded.
     pub(crate) fn finish(
         mut self,
         handle: &Handle,
@@ -214,7 +245,7 @@ impl Agreed {
         inherited: Inherited,
         mut failed: FailedForwards,
     ) {
-        /// What fits into a line, however it is escaped.
+        /// What fits into a line, even if all of it is escaped.
         const MOST_BYTES: usize = LONGEST_LINE / 8;
         let mut bytes = 0;
         failed.retain(|name, why| {
@@ -231,9 +262,9 @@ impl Agreed {
                 done.slots.leave_out(handle);
                 let handle = handle.clone();
                 let thread = std::thread::Builder::new().name("hvsock-handover".to_owned());
-                // Without a thread they are left out for ever, which is safe.
+                // Without a thread the slots stay excluded for ever, which is safe.
                 let hear = move || {
-                    hear_on(self.wire, &handle, |ended| {
+                    receive_final_lines(self.wire, &handle, |ended| {
                         inherited.add_ended(ended, process)
                     });
                 };
@@ -241,16 +272,15 @@ impl Agreed {
             }
             Err(_) => {
                 handle.shared_slots().forget_predecessor();
-                // It was killed, or hangs, and is to have nothing in either case.
+                // It was killed, or hangs. In either case it must have no sockets.
                 take_from_keepers(&self.guest_ports);
             }
         }
     }
 }
 
-/// Hears of the slots that the predecessor still has, and of its connections that have ended, until
-/// it has itself.
-fn hear_on(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
+/// Receives the predecessor's remaining slots and ended connections, until the predecessor ends.
+fn receive_final_lines(mut wire: Wire, handle: &Handle, note: impl Fn(EndedInfo)) {
     loop {
         match wire.next::<FinalLine>() {
             Ok(FinalLine::Slots(slots)) => slots.leave_out(handle),
@@ -289,7 +319,7 @@ fn read(line: SocketLine, descriptor: OwnedFd) -> io::Result<PassedSocket> {
     })
 }
 
-/// A socket of which only this user knows.
+/// A socket at a path that only this user can reach.
 struct MeetingPoint {
     listener: UnixListener,
     address: String,
@@ -314,7 +344,7 @@ impl MeetingPoint {
         })
     }
 
-    /// Waits for the other, which has connected before it answered.
+    /// Accepts the predecessor, which connected before it answered the request.
     fn accept(&self) -> io::Result<Wire> {
         if !sys::wait(self.listener.as_fd(), sys::Wanted::Readable, PATIENCE)? {
             return Err(ErrorKind::TimedOut.into());
