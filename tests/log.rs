@@ -85,6 +85,26 @@ fn what_nobody_reads_is_refused_as_a_log_and_what_is_read_is_one() {
     drop(proxy);
 }
 
+/// `/dev/full` takes no byte, as a full disk does.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_that_can_not_be_written_is_told_once() {
+    let mut proxy = Running::spawn(forward(&["--log", "/dev/full"]));
+    let why = proxy.complains("cannot write the log /dev/full");
+    assert!(why.contains("make room on its disk"), "{why}");
+    let port = proxy.tcp_port();
+    for _ in 0..3 {
+        assert!(resets_clients(port));
+    }
+    proxy.signal("TERM");
+    assert_eq!(proxy.exit_code(), Some(0));
+    let told: Vec<String> = proxy.err.iter().collect();
+    assert!(
+        !told.iter().any(|line| line.contains("cannot write")),
+        "{told:?}"
+    );
+}
+
 /// Though another client was refused, and that was told, just before.
 #[test]
 fn the_first_client_of_an_absent_target_is_told() {

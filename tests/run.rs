@@ -527,7 +527,8 @@ fn a_vm_that_is_not_there_yet_is_waited_for() {
     seen("waiting");
     let (_, table) = asked(dir.path(), &["status"]);
     assert!(
-        table.contains("dialled is waiting since") && table.contains("the VM's state directory"),
+        table.contains("dialled has been waiting for")
+            && table.contains("the VM's state directory"),
         "{table}"
     );
     let (code, said) = asked(dir.path(), &["remove", "dialled"]);
@@ -871,7 +872,7 @@ fn metrics_and_a_control_directory_that_can_not_be_had_keep_nothing() {
     let port = proxy.tcp_port();
     assert_eq!(ask(tcp(port), b"carried").unwrap(), b"carried");
     let (_, table) = asked(dir.path(), &["status"]);
-    assert!(table.contains("metrics can't be had since"), "{table}");
+    assert!(table.contains("metrics can't be had for"), "{table}");
     // No forward leads there, whether they are served yet or not.
     let to = format!("tcp://localhost:{metrics}");
     let (code, why) = asked(dir.path(), &["add", "tcp://127.0.0.1:0", &to]);

@@ -121,8 +121,8 @@ fn format_overview(status: &control::Status, now: SystemTime) -> String {
     };
     let mut lines = Vec::new();
     for it in &status.unserved {
-        let (service, since) = (&it.service, format_ago(it.since, now));
-        lines.push(format!("{service} can't be had since {since}: {}", it.why));
+        let (service, time) = (&it.service, format_passed(it.since, now));
+        lines.push(format!("{service} can't be had for {time}: {}", it.why));
     }
     for vm in status.vms() {
         let advice = match vm.status.lost {
@@ -140,10 +140,10 @@ fn format_overview(status: &control::Status, now: SystemTime) -> String {
     lines.extend(status.keeper.as_ref().and_then(describe_keeper));
     for forward in &status.forwards {
         if let (Some(why), Some(since)) = (&forward.why, forward.since) {
-            let (name, since) = (forward.name_or_address(), format_ago(since, now));
+            let (name, time) = (forward.name_or_address(), format_passed(since, now));
             lines.push(match &*forward.state {
-                "failed" => format!("{name} failed {since}: {why}"),
-                state => format!("{name} is {state} since {since}: {why}"),
+                "failed" => format!("{name} failed {time} ago: {why}"),
+                state => format!("{name} has been {state} for {time}: {why}"),
             });
         }
         if let Some(note) = &forward.note {
@@ -155,9 +155,9 @@ fn format_overview(status: &control::Status, now: SystemTime) -> String {
                 n => format!(" ({} since)", table::counted(n, "connection")),
             };
             lines.push(format!(
-                "the last error of {}, {}{since}: {}",
+                "the last error of {}, {} ago{since}: {}",
                 forward.name_or_address(),
-                format_ago(error.at, now),
+                format_passed(error.at, now),
                 error.text
             ));
         }
@@ -224,9 +224,10 @@ pub(super) fn duration(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
-fn format_ago(then: SystemTime, now: SystemTime) -> String {
+/// Returns how long ago `then` was, in words.
+fn format_passed(then: SystemTime, now: SystemTime) -> String {
     let passed = now.duration_since(then).unwrap_or_default();
-    format!("{} ago", HumanDuration(passed))
+    HumanDuration(passed).to_string()
 }
 
 /// Add forwards to an hvsock that runs

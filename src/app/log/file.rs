@@ -36,6 +36,9 @@ pub(super) fn open(path: &Path) -> Result<(), String> {
         let remedy = match e.kind() {
             io::ErrorKind::NotFound => ": make its directory first",
             io::ErrorKind::PermissionDenied => ": choose a file that you may write",
+            io::ErrorKind::ReadOnlyFilesystem => {
+                ": its file system can't be written; choose a file on another one"
+            }
             io::ErrorKind::IsADirectory => ": it is a directory; name a file in it",
             io::ErrorKind::InvalidInput => ": start its reader first, or name a file",
             _ => "",
@@ -52,7 +55,37 @@ pub(crate) fn reopen() {
     IS_STALE.store(true, Ordering::Release);
 }
 
+/// Writes to the file. Standard error says when it begins to fail, and when it ends to.
 fn write(bytes: &[u8]) -> io::Result<usize> {
+    /// Whether the last write failed.
+    static IS_FAILING: AtomicBool = AtomicBool::new(false);
+    let written = write_to_file(bytes);
+    let fails = match &written {
+        Err(e) if e.kind() == io::ErrorKind::Interrupted => return written,
+        written => written.is_err(),
+    };
+    if IS_FAILING.swap(fails, Ordering::Relaxed) != fails {
+        let path = lock(&OPEN).as_ref().map(|(path, _)| path.clone());
+        let path = path.unwrap_or_default();
+        let path = path.display();
+        let text = match &written {
+            Err(e) => {
+                let remedy = match e.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                        ": make room on its disk"
+                    }
+                    _ => "",
+                };
+                format!("cannot write the log {path}: {e}{remedy}; its lines are lost until it can")
+            }
+            Ok(_) => format!("the log {path} is written again"),
+        };
+        ERR.send(format!("hvsock: {text}\n").into_bytes());
+    }
+    written
+}
+
+fn write_to_file(bytes: &[u8]) -> io::Result<usize> {
     let mut open = lock(&OPEN);
     let Some((path, file)) = &mut *open else {
         return Err(io::ErrorKind::NotFound.into());

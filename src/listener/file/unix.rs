@@ -168,6 +168,10 @@ pub(crate) fn bind(
             }
             io::ErrorKind::NotFound => "its directory doesn't exist: make it first",
             io::ErrorKind::PermissionDenied => "you may not write to its directory",
+            io::ErrorKind::ReadOnlyFilesystem => {
+                "its file system can't be written: choose a directory on another one"
+            }
+            io::ErrorKind::StorageFull => "its disk is full: make room, or choose another path",
             io::ErrorKind::InvalidFilename => "choose a shorter name, or a shorter path",
             _ => return fail(e, None),
         };
