@@ -895,6 +895,33 @@ fn what_is_added_has_the_options_that_are_given_and_else_those_of_the_process() 
     assert!(code == Some(2) && why.contains("everywhere"), "{why}");
 }
 
+/// As `hvsock forward` does at its start.
+#[test]
+fn an_addition_tells_what_its_target_lacks_and_whose_an_address_is() {
+    let scene = Scene::with(&["--no-keeper", "--metrics", "0"]);
+    let path = scene.control();
+    let add = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hvsock"));
+        command.args(["add", "--control", text(&path)]);
+        command.args(arguments);
+        said(&output(command))
+    };
+    let missing = format!("file:{}/no/such", text(scene.dir.path()));
+    let (code, out, err) = add(&["tcp://127.0.0.1:0", &missing]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains(&missing), "{out}");
+    assert!(err.contains("there is no directory"), "{err}");
+
+    let metrics = format!("tcp://127.0.0.1:{}", scene.metrics.unwrap());
+    let control = format!("unix://{}", text(&path));
+    for (own, part) in [(&metrics, "metrics at"), (&control, "controlled at")] {
+        let (code, _, err) = add(&[own, "tcp://127.0.0.1:1"]);
+        assert_eq!(code, Some(1), "{err}");
+        let what = format!("this hvsock itself listens there ({part} {own})");
+        assert!(err.contains(&what), "{err}");
+    }
+}
+
 #[test]
 fn the_commands_show_add_remove_and_stop() {
     let mut scene = Scene::with(&["--no-keeper"]);

@@ -325,6 +325,7 @@ impl AddArgs {
             for added in read::<AddedForwards>(&answer)?.list() {
                 let (name, listen) = (added.label(), &added.listen);
                 print(format_args!("{name}: {listen} -> {}", added.connect))?;
+                added.note.iter().for_each(complain);
             }
         }
         Ok(())

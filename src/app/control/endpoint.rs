@@ -26,6 +26,26 @@ pub(super) enum ServedInterface {
     Metrics,
 }
 
+impl ServedInterface {
+    /// Returns its key in the file.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            ServedInterface::Control => "control",
+            ServedInterface::GuestControl => "guest-control",
+            ServedInterface::Metrics => "metrics",
+        }
+    }
+
+    /// Returns what an address is for, to be followed by it.
+    pub(super) fn phrase(self) -> &'static str {
+        match self {
+            ServedInterface::Control => "controlled at",
+            ServedInterface::GuestControl => "controlled by guests at",
+            ServedInterface::Metrics => "metrics at",
+        }
+    }
+}
+
 /// Whether the user has asked for a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Demand {
@@ -128,11 +148,7 @@ impl ServiceEndpoint {
         let before = trouble.take();
         let is_new = before.as_ref().is_none_or(|before| before.why != why);
         *trouble = Some(Unserved {
-            service: match self.service {
-                ServedInterface::Control => "control".to_owned(),
-                ServedInterface::GuestControl => "guest-control".to_owned(),
-                ServedInterface::Metrics => "metrics".to_owned(),
-            },
+            service: self.service.name().to_owned(),
             address: self.address.to_string(),
             why,
             since: before.map_or_else(SystemTime::now, |before| before.since),

@@ -267,11 +267,7 @@ impl Bound {
         let sockets = self.sockets.iter().filter(is_asked);
         sockets
             .map(|it| {
-                let what = match it.endpoint.service {
-                    ServedInterface::Control => "controlled at",
-                    ServedInterface::GuestControl => "controlled by guests at",
-                    ServedInterface::Metrics => "metrics at",
-                };
+                let what = it.endpoint.service.phrase();
                 (what, it.endpoint.address.clone(), why(it))
             })
             .collect()

@@ -85,7 +85,8 @@ pub(crate) struct ForwardInfo {
     pub(crate) why: Option<String>,
     #[serde(with = "unix_option")]
     pub(crate) since: Option<SystemTime>,
-    /// What is unusual about its socket, such as that macOS requires it to listen on all addresses.
+    /// What is unusual about its socket, such as that macOS requires it to listen on all addresses;
+    /// in the answer to its addition also what its target lacks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
     /// The hyperkit VM to which it leads, or else the one that dials it.

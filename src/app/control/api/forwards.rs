@@ -104,7 +104,10 @@ impl Api {
             .zip(&there)
             .filter(|(_, there)| there.is_none());
         let lacking: Vec<Rule> = lacking.map(|(rule, _)| rule.clone()).collect();
-        look_at_targets_of(&lacking)?;
+        lacking
+            .iter()
+            .try_for_each(|it| self.refuse_own_place(it))?;
+        let notes = look_at_targets_of(&lacking)?;
         let (mut ids, mut new) = (Vec::new(), Vec::new());
         for (rule, there) in rules.into_iter().zip(there) {
             if let Some(id) = there {
@@ -145,7 +148,12 @@ impl Api {
             }
             Some(ForwardInfo::from(added))
         });
-        let added: Vec<ForwardInfo> = added.collect();
+        let mut added: Vec<ForwardInfo> = added.collect();
+        if let Some(first) = added.first_mut() {
+            let own = first.note.take().into_iter();
+            let notes: Vec<String> = own.chain(notes).collect();
+            first.note = (!notes.is_empty()).then(|| notes.join("; "));
+        }
         let status = if new.is_empty() { 200 } else { 201 };
         match &added[..] {
             [] => Err(ApiProblem::new(
@@ -155,6 +163,20 @@ impl Api {
             [one] if asked == 1 => json(status, one),
             all => json(status, &all),
         }
+    }
+
+    /// Refuses a rule that listens where this process itself is controlled or looked at.
+    fn refuse_own_place(&self, rule: &Rule) -> Result<(), ApiProblem> {
+        let mut own = self.endpoints.iter();
+        let Some(own) = own.find(|it| it.address.collides(&rule.listen)) else {
+            return Ok(());
+        };
+        let (what, place) = (own.service.phrase(), &own.address);
+        let why = format!(
+            "cannot listen on {}: this hvsock itself listens there ({what} {place})",
+            rule.listen
+        );
+        Err(ApiProblem::new(409, why).with_remedy("choose another address"))
     }
 
     /// Returns the forwards of a range, which is written as an address or by its name. For forwards
@@ -282,19 +304,23 @@ impl Api {
     }
 }
 
-/// Logs what the targets of rules lack now, and refuses a target that can never work.
-fn look_at_targets_of(rules: &[Rule]) -> Result<(), ApiProblem> {
+/// Logs and returns what the targets of rules lack now. Refuses a target that can never work.
+fn look_at_targets_of(rules: &[Rule]) -> Result<Vec<String>, ApiProblem> {
     let findings = look_at_targets(rules).unwrap_or_else(|why| {
         warn!("the targets were not looked at: {why}");
         Vec::new()
     });
+    let mut notes = Vec::new();
     for finding in findings {
         match finding.weight {
             Weight::Mistake => return Err(problem_of_finding(finding)),
-            Weight::Note => warn!("{finding}"),
+            Weight::Note => {
+                warn!("{finding}");
+                notes.push(finding.to_string());
+            }
         }
     }
-    Ok(())
+    Ok(notes)
 }
 
 fn problem_of_finding(finding: Finding) -> ApiProblem {
