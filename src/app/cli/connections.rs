@@ -60,8 +60,8 @@ const ENDED_HEADINGS: [&str; 9] = [
     "ID", "FORWARD", "PEER", "TARGET", "ENDED", "LASTED", "SENT", "RECEIVED", "WHY",
 ];
 
-const HEADINGS: [&str; 9] = [
-    "ID", "FORWARD", "PEER", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
+const HEADINGS: [&str; 10] = [
+    "ID", "FORWARD", "PEER", "TARGET", "STATE", "IDLE", "AGE", "SENT", "RECEIVED", "WAITING",
 ];
 
 impl ConnectionsArgs {
@@ -105,6 +105,7 @@ impl ConnectionsArgs {
                 it.id.to_string(),
                 status.name_of(it.forward).to_owned(),
                 it.peer_in_words(),
+                status.target_of(it.forward).to_owned(),
                 it.state.to_string(),
                 age(it.idle_seconds as u64),
                 age(it.age_seconds as u64),

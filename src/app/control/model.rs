@@ -539,6 +539,12 @@ impl Status {
         let forward = self.forwards.iter().find(|it| it.id == Some(id));
         forward.map_or("(removed)", ForwardInfo::name_or_address)
     }
+
+    /// Returns the address that the connections of a forward go to, or that it was removed.
+    pub(crate) fn target_of(&self, id: u64) -> &str {
+        let forward = self.forwards.iter().find(|it| it.id == Some(id));
+        forward.map_or("(removed)", |it| &it.connect)
+    }
 }
 
 impl ForwardInfo {
