@@ -118,8 +118,8 @@ impl Hvsocks {
 
     /// Returns a check for each hvsock whose use of the VM isn't known. If one was named, it fails
     /// if that one doesn't answer or doesn't lead to the VM. Otherwise there is a skipped check for
-    /// each hvsock that doesn't answer, if its command line or a keeper in the state directory shows
-    /// that it leads to the VM.
+    /// each hvsock that doesn't answer, if its command line or a keeper in the state directory
+    /// shows that it leads to the VM.
     pub(super) fn check_unknown(
         &self,
         carriers: &[CarryingProcess],
