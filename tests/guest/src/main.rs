@@ -4,14 +4,15 @@
 //! It is the only program in the guest besides `/hvsock`. What it prints goes to the serial line;
 //! the last line is `done`. The kernel's command line selects what it does. With
 //! `hvsock.mode=serve` it checks nothing, but serves a driver on the host. With `hvsock.mode=host`
-//! it boots a guest itself, and checks the connections to it. With `hvsock.checks=NAME,NAME` it
-//! runs those checks alone.
+//! it boots a guest itself, and checks the connections to it. With `hvsock.mode=idle` it measures
+//! idle connections. With `hvsock.checks=NAME,NAME` it runs those checks alone.
 
 mod accepting;
 mod carry;
 mod command;
 mod errors;
 mod framing;
+mod idle;
 mod pattern;
 mod peers;
 mod promptly;
@@ -56,6 +57,10 @@ fn main() {
             }
             [mode] if mode == "host" => {
                 run_host();
+                println!("done");
+            }
+            [mode] if mode == "idle" => {
+                idle::run();
                 println!("done");
             }
             _ => {
