@@ -6,8 +6,9 @@
 //! again, one line reports how many were dropped.
 //!
 //! tracing-appender's non-blocking writer is no substitute: it doesn't count what the stream
-//! refused, reports no drops, limits lines instead of bytes, and at the end may wait 1.1 s and print
-//! with `println!`, which panics on a broken standard output and corrupts that of `hvsock cat`.
+//! refused, reports no drops, limits lines instead of bytes, and at the end may wait 1.1 s and
+//! print with `println!`, which panics on a broken standard output and corrupts that of
+//! `hvsock cat`.
 
 use std::collections::VecDeque;
 use std::io;

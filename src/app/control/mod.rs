@@ -28,10 +28,9 @@
 //! | `GET /metrics` | returns the counters | Prometheus' text format |
 //!
 //! The default of S is that of `--grace`. An error is `{"error": …, "remedy": …}` (the remedy where
-//! there is one) with status 400 (invalid request), 403 (not allowed), 404, 405,
-//! 408 (the request didn't arrive), 409 (conflict with something that exists), 413 and 431
-//! (too long), 501, 503 (the proxy is stopping, or another change takes long), 500. A connection
-//! has one request.
+//! there is one) with status 400 (invalid request), 403 (not allowed), 404, 405, 408 (the request
+//! didn't arrive), 409 (conflict with something that exists), 413 and 431 (too long), 501, 503 (the
+//! proxy is stopping, or another change takes long), 500. A connection has one request.
 //!
 //! # Access
 //!
