@@ -278,14 +278,14 @@ fn each_hvsock_that_carries_the_vm_is_asked() {
     let port = few.tcp_port();
     let many_port = many.tcp_port();
     let report = examine(&[]);
-    says(&report, &few, "ok", ": 0 of 1 connections");
-    says(&report, &many, "ok", ": 0 of 900 connections");
+    says(&report, &few, "ok", ": 0 of 1 slots");
+    says(&report, &many, "ok", ": 0 of 900 slots");
     assert_eq!(report.all("slots").len(), 2, "{report:?}");
 
     let mut client = tcp(port);
     client.write_all(b"x").unwrap();
     client.read_exact(&mut [0]).unwrap();
-    let full = ": 1 of 1 connections, all taken (new clients wait or are refused)";
+    let full = ": 1 of 1 slots, all taken (new clients wait or are refused)";
     let remedy = says(&examine(&[]), &few, "warning", full).unwrap();
     let shows = format!("`hvsock connections --pid {}`", pid(&few));
     assert!(remedy.contains(&shows), "{remedy}");
@@ -408,7 +408,7 @@ fn the_vms_that_are_carried_are_looked_at() {
     let check = said();
     assert_eq!(check["verdict"], "warning", "{check}");
     let seen = check["seen"].as_str().unwrap();
-    assert!(seen.contains("1 of 1 connections, all taken"), "{check}");
+    assert!(seen.contains("1 of 1 slots, all taken"), "{check}");
     let remedy = check["remedy"].as_str().unwrap();
     assert!(remedy.contains("hvsock connections --pid"), "{check}");
     assert!(remedy.ends_with(&more), "{check}");
@@ -457,7 +457,7 @@ fn a_vmm_with_no_slot_left_is_not_well() {
     let mut client = tcp(expose.tcp_port());
     client.read_exact(&mut [0]).unwrap();
     let report = Report::of(in_runtime(runtime, &["doctor", "--vm", &place]));
-    report.says("slots", "warning", "1 of 1 connections, all taken");
+    report.says("slots", "warning", "1 of 1 slots, all taken");
     report.says("health", "ok", "up");
     drop(served.join().unwrap());
 }
@@ -517,7 +517,7 @@ fn a_vmm_that_is_stopped_is_not_well() {
     );
     report
         .says("process", "failed", "stopped")
-        .says("slots", "ok", "1 connection")
+        .says("slots", "ok", "1 slot in use")
         .says("port 7 (0x7)", "skipped", "its process is stopped");
     let remedy = format!("let it go on: kill -CONT {process}");
     assert_eq!(report.check("process")["remedy"], remedy.as_str());

@@ -131,13 +131,13 @@ fn status_says_what_is_known_and_no_more() {
         line.is_some_and(|line| line.contains(part))
     };
     eventually("it is up", || {
-        line("up, not heard from yet; 0 of 900 connections")
+        line("up, not heard from yet; 0 of 900 slots")
     });
     assert_eq!(ask(tcp(port), b"x").unwrap(), b"x");
     eventually("it is heard from", || line("up, last heard from 0 s ago; "));
     let _idle = idle(port, 40);
     eventually("they are dialled", || {
-        line(" s ago, last 40 dials silent so far; 40 of 900 connections")
+        line(" s ago, last 40 dials silent so far; 40 of 900 slots")
     });
     assert!(!status().contains("unanswered"), "{}", status());
 

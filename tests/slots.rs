@@ -357,7 +357,7 @@ fn lost_slots_are_shown_and_come_back_with_another_vm() {
     eventually("they are back", || lost(0));
     assert!(!said(&["status"]).contains("lost"), "{}", said(&["status"]));
     let doctor = said(&["doctor", "--vm", text(&state)]);
-    assert!(doctor.contains("0 of 10 connections"), "{doctor}");
+    assert!(doctor.contains("0 of 10 slots"), "{doctor}");
 }
 
 /// The keepalive timers of this process' sockets with that port at one end, in hundredths of a

@@ -252,7 +252,7 @@ fn its_limit_and_its_health_are_shown() {
     client.write_all(b"x").unwrap();
     client.read_exact(&mut [0]).unwrap();
     let status = told(&["status"]);
-    assert!(status.contains("1 of 5 connections"), "{status}");
+    assert!(status.contains("1 of 5 slots"), "{status}");
     let checks = told(&["doctor", "--vm", &vm]);
     let health = checks.lines().find(|line| line.contains("health"));
     let health = health.unwrap_or_else(|| panic!("{checks}"));

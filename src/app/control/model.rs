@@ -663,7 +663,7 @@ impl VmInfo {
         limit.is_some_and(|most| connections + lost + predecessor >= most)
     }
 
-    /// Describes the use of its slots: `12 of 900 connections, 3 lost`, with the remedy.
+    /// Describes the use of its slots: `12 of 900 slots, 3 lost`, with the remedy.
     pub(crate) fn slots(&self) -> String {
         let VmStatus {
             connections,
@@ -677,8 +677,8 @@ impl VmInfo {
         } = self.status;
         let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
         let mut text = match limit {
-            Some(most) => format!("{connections} of {most} connections"),
-            None => counted(connections as u64, "connection"),
+            Some(most) => format!("{connections} of {most} slots"),
+            None => format!("{} in use", counted(connections as u64, "slot")),
         };
         if self.is_full() {
             text += ", all taken (new clients wait or are refused)";
