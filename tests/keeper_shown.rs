@@ -122,6 +122,8 @@ fn the_keeper_of_an_hvsock_is_shown_and_ends_with_it_if_that_is_wanted() {
     let (_, said, _) = scene.run(&["vms"]);
     let line = format!("keeper {pid} of hvsock process {place} has copies of 0 connections");
     has(&said, &["vm: ", &line, "of port 5000 (0x1388)"]);
+    let carries = format!("vm: hvsock process {place} carries it: up, ");
+    has(&said, &[&carries, "; 0 of 900 slots"]);
     let (_, said, _) = scene.run(&["doctor", "--vm", &scene.state(), "--json"]);
     let checks: Value = serde_json::from_str(&said).unwrap();
     let checks = checks["checks"].as_array().unwrap();

@@ -1,6 +1,10 @@
 //! `hvsock vms`: lists the VMs that one can connect to.
 
 use std::io::ErrorKind;
+#[cfg(unix)]
+use std::path::Path;
+#[cfg(unix)]
+use std::time::SystemTime;
 
 use clap::Args;
 
@@ -54,7 +58,9 @@ fn list_hyperkit_vms() -> Outcome {
     let others = list_other_vms();
     if survey.found.is_empty() {
         if !others.is_empty() {
+            let carriers = describe_carriers(&others);
             print_text(table::of(HEADINGS, others))?;
+            carriers.iter().try_for_each(print)?;
         }
         print(format_args!("no hyperkit VM found; {looked}"))?;
         return Ok(());
@@ -69,10 +75,10 @@ fn list_hyperkit_vms() -> Outcome {
         let directory = vm.vm.state_dir.display().to_string();
         [vm.name, vm.source.to_string(), state.to_owned(), directory]
     });
-    print_text(table::of(HEADINGS, rows.chain(others)))?;
-    for line in keepers {
-        print(line)?;
-    }
+    let rows: Vec<[String; 4]> = rows.chain(others).collect();
+    let carriers = describe_carriers(&rows);
+    print_text(table::of(HEADINGS, rows))?;
+    carriers.iter().chain(&keepers).try_for_each(print)?;
     if survey.denied {
         complain(format_args!("there may be more; {looked}"));
     }
@@ -102,6 +108,39 @@ fn list_other_vms() -> Vec<[String; 4]> {
 
 #[cfg(not(unix))]
 fn list_other_vms() -> Vec<[String; 4]> {
+    Vec::new()
+}
+
+/// Returns a line for each VM of the table and each hvsock of this user that carries it: what that
+/// hvsock knows of its health and its slots. A process that runs may have a guest that hangs.
+#[cfg(unix)]
+fn describe_carriers(rows: &[[String; 4]]) -> Vec<String> {
+    use crate::app::answering;
+    let now = SystemTime::now();
+    let mut lines = Vec::new();
+    for hvsock in answering::find().unwrap_or_default() {
+        let Some(status) = hvsock.status() else {
+            continue;
+        };
+        for vm in status.vms() {
+            // The place, as it is asked for, may be a symlink.
+            let is_same = |place: &str| {
+                let real = Path::new(place).canonicalize();
+                place == vm.directory || real.is_ok_and(|it| it == Path::new(&vm.directory))
+            };
+            if let Some([name, ..]) = rows.iter().find(|[.., place]| is_same(place)) {
+                let (process, health, slots) = (hvsock.process.id, vm.health(now), vm.slots());
+                lines.push(format!(
+                    "{name}: hvsock process {process} carries it: {health}; {slots}"
+                ));
+            }
+        }
+    }
+    lines
+}
+
+#[cfg(not(unix))]
+fn describe_carriers(_: &[[String; 4]]) -> Vec<String> {
     Vec::new()
 }
 
