@@ -164,7 +164,7 @@ pub struct ConnectionStatus {
 #[cfg_attr(feature = "cli", derive(serde::Deserialize, serde::Serialize))]
 #[non_exhaustive]
 pub struct VmStatus {
-    /// Connections to the VM and from it now.
+    /// Connections to the VM and from it now; probes are none of them.
     pub connections: usize,
     /// The limit of connections ([`Limits::vm_connections`](super::rule::Limits::vm_connections));
     /// `None` if the VM has none of its own.
@@ -179,6 +179,10 @@ pub struct VmStatus {
     /// ended. They are none of `connections`, and are taken from the limit.
     #[cfg_attr(feature = "cli", serde(default))]
     pub predecessor: usize,
+    /// Dials of the proxy's own by which it asks whether the guest answers, and which the guest has
+    /// not answered yet. They are none of `connections`, and are taken from the limit.
+    #[cfg_attr(feature = "cli", serde(default))]
+    pub probes: usize,
     /// Connections that the guest has made, and that are served.
     #[cfg_attr(feature = "cli", serde(default))]
     pub guests: usize,

@@ -657,10 +657,11 @@ impl VmInfo {
             connections,
             lost,
             predecessor,
+            probes,
             limit,
             ..
         } = self.status;
-        limit.is_some_and(|most| connections + lost + predecessor >= most)
+        limit.is_some_and(|most| connections + lost + predecessor + probes >= most)
     }
 
     /// Describes the use of its slots: `12 of 900 slots, 3 lost`, with the remedy.
@@ -673,6 +674,7 @@ impl VmInfo {
             guest_limit,
             turned_away,
             predecessor,
+            probes,
             ..
         } = self.status;
         let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
@@ -692,6 +694,10 @@ impl VmInfo {
         if turned_away > 0 {
             let dials = counted(turned_away, "dial");
             text += &format!(", {dials} of the guest ended at once");
+        }
+        if probes > 0 {
+            let slots = counted(probes as u64, "slot");
+            text += &format!(", {slots} of hvsock's own probes (does the guest answer?)");
         }
         if predecessor > 0 {
             let slots = counted(predecessor as u64, "slot");

@@ -317,7 +317,7 @@ impl Usage {
         let limit = limits.max();
         let share = |it: &CarryingProcess| Share {
             process: it.process,
-            taken: it.vm.status.connections,
+            taken: it.vm.status.connections + it.vm.status.probes,
             lost: it.vm.status.lost,
         };
         let shares: Vec<Share> = carriers.iter().map(share).collect();

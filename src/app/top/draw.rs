@@ -165,7 +165,8 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &VmInfo) {
     let [left, right] = Layout::horizontal(sides).areas(area);
     frame.render_widget(Line::from(name), left);
     let status = &vm.status;
-    let taken = (status.connections + status.lost + status.predecessor) as f64;
+    let taken = status.connections + status.lost + status.predecessor + status.probes;
+    let taken = taken as f64;
     let used = status.limit.map_or(0.0, |most| taken / most.max(1) as f64);
     let color = match status.up {
         Some(false) => Color::Red,
@@ -183,9 +184,13 @@ fn draw_vm(frame: &mut Frame<'_>, area: Rect, vm: &VmInfo) {
         0 => String::new(),
         lost => format!(", {lost} lost"),
     };
+    let probes = match status.probes {
+        0 => String::new(),
+        probes => format!(", {}", counted(probes as u64, "probe")),
+    };
     let text = match area.width {
-        REFUSED.. => format!("{slots}{lost}; {health}"),
-        _ => format!("{slots}{lost}"),
+        REFUSED.. => format!("{slots}{probes}{lost}; {health}"),
+        _ => format!("{slots}{probes}{lost}"),
     };
     let gauge = Gauge::default().ratio(used.clamp(0.0, 1.0)).label(text);
     let style = Style::new().fg(color).bg(Color::Black);

@@ -35,6 +35,7 @@ fn forward(id: u64, sent: u64, received: u64) -> ForwardInfo {
                 guest_limit: Some(800),
                 turned_away: 0,
                 predecessor: 0,
+                probes: 0,
                 reserved: 0,
                 unanswered: 3,
                 last_heard: None,
@@ -413,4 +414,22 @@ fn all_that_matters_is_whole_on_40_by_12() {
     let busy = line(&small, "127.0.0.1:50002");
     assert!(busy.contains("open") && busy.contains("5 s"), "{small}");
     line(&small, "q end  ? help  s sort  / find  k close");
+}
+
+/// It takes a slot, and is no connection that anybody could find among the connections.
+#[test]
+fn a_probe_is_not_counted_as_a_connection() {
+    let mut model = model();
+    let mut probed = forward(1, 0, 0);
+    let vm = probed.vm.as_mut().unwrap();
+    (vm.status.connections, vm.status.probes) = (0, 1);
+    let words = "0 of 900 connections, 1 slot of hvsock's own probes (does the guest answer?)";
+    assert_eq!(vm.slots(), words);
+    vm.status.limit = Some(1);
+    assert!(vm.is_full());
+    vm.status.limit = Some(900);
+    model.take_sample(sample(Instant::now(), vec![probed], Vec::new()));
+    for width in [60, 160] {
+        line(&screen(&model, width, 20), "0 of 900 slots, 1 probe");
+    }
 }

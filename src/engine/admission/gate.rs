@@ -449,12 +449,14 @@ impl Gate {
         let state = self.state();
         let lost = state.quotas.live_of(Holder::Lost);
         let predecessor = state.quotas.live_of(Holder::Predecessor);
+        let probes = state.quotas.live_of(Holder::Probes);
         VmStatus {
-            connections: state.quotas.live() - lost - predecessor,
+            connections: state.quotas.live() - lost - predecessor - probes,
             // One that hands over keeps fewer.
             limit: state.whole_cap.or(state.limit()),
             lost,
             predecessor,
+            probes,
             guests: state.guests,
             guest_limit: state.limit().map(|_| state.guest_quota()),
             turned_away: state.turned_away,

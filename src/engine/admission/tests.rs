@@ -361,8 +361,15 @@ fn one_probe_at_a_time_serves_all_and_a_lost_one_not_for_ever() {
     probe.note_unidentified_dial(now);
     assert!(matches!(gate.admit_probe(now, 1, &wake), Admission::At(_)));
     assert!(!dial.is_answered());
+    // It is no connection of a client, and is told apart.
+    let slots = |gate: &Gate| {
+        let status = gate.status(now);
+        (status.connections, status.probes)
+    };
+    assert_eq!(slots(&gate), (1, 1));
     probe.note_answer(now);
     drop(probe);
+    assert_eq!(slots(&gate), (1, 0));
     assert!(dial.is_answered());
     let Admission::Probe(mut lost) = gate.admit_probe(now, 1, &wake) else {
         panic!()
