@@ -94,7 +94,20 @@ impl DemoArgs {
 
         let ended = run_proxy(proxy, &self.options, signals);
         vm.stop();
+        remove_directory(directory.path());
         ended
+    }
+}
+
+/// Removes a directory in which the VM's keeper, that ends now, may just make or remove a file.
+fn remove_directory(path: &Path) {
+    const TRIES: u32 = 50;
+    const PAUSE: Duration = Duration::from_millis(20);
+    for _ in 0..TRIES {
+        match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => std::thread::sleep(PAUSE),
+            _ => return,
+        }
     }
 }
 
@@ -117,4 +130,38 @@ fn ask(mut stream: impl Read + Write) -> io::Result<String> {
     stream.read_to_string(&mut answer)?;
     let status = answer.lines().next().unwrap_or("no answer");
     Ok(format!("{status}, {} bytes", answer.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::fs::{File, create_dir, remove_file};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// As the keeper's status socket, in a moment between the look into the directory and its
+    /// removal.
+    #[test]
+    fn a_directory_in_which_files_are_made_meanwhile_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("vm");
+        for _ in 0..200 {
+            create_dir(&path).unwrap();
+            let has_begun = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for number in 0..200 {
+                        let _ = File::create(path.join(number.to_string()));
+                        has_begun.store(true, Ordering::Release);
+                        let _ = remove_file(path.join((number / 2).to_string()));
+                    }
+                });
+                while !has_begun.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                remove_directory(&path);
+            });
+            assert!(!path.exists());
+        }
+    }
 }

@@ -696,8 +696,8 @@ impl VmInfo {
             text += &format!(", {dials} of the guest ended at once");
         }
         if probes > 0 {
-            let slots = counted(probes as u64, "slot");
-            text += &format!(", {slots} of hvsock's own probes (does the guest answer?)");
+            let probes = counted(probes as u64, "probe");
+            text += &format!(", {probes} (does the guest answer?)");
         }
         if predecessor > 0 {
             let slots = counted(predecessor as u64, "slot");

@@ -416,14 +416,14 @@ fn all_that_matters_is_whole_on_40_by_12() {
     line(&small, "q end  ? help  s sort  / find  k close");
 }
 
-/// It takes a slot, and is no connection that anybody could find among the connections.
+/// It takes a slot, and is not among the connections that a user can list.
 #[test]
 fn a_probe_is_not_counted_as_a_connection() {
     let mut model = model();
     let mut probed = forward(1, 0, 0);
     let vm = probed.vm.as_mut().unwrap();
     (vm.status.connections, vm.status.probes) = (0, 1);
-    let words = "0 of 900 connections, 1 slot of hvsock's own probes (does the guest answer?)";
+    let words = "0 of 900 slots, 1 probe (does the guest answer?)";
     assert_eq!(vm.slots(), words);
     vm.status.limit = Some(1);
     assert!(vm.is_full());
