@@ -133,6 +133,7 @@ fn ask(mut stream: impl Read + Write) -> io::Result<String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
