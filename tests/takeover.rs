@@ -1094,10 +1094,7 @@ fn together_they_have_no_more_of_a_vm_than_it_may_have() {
     let pid = old.child.0.id().to_string();
     let of_old = output(in_runtime(scene.dir.path(), &["status", "--pid", &pid]));
     let of_old = String::from_utf8(of_old.stdout).unwrap();
-    assert!(
-        of_old.contains(&format!("6 of {MOST} slots")),
-        "{of_old}"
-    );
+    assert!(of_old.contains(&format!("6 of {MOST} slots")), "{of_old}");
     let late = come(MOST as usize);
     eventually("what is left is theirs", || answered(&late) >= 3);
     let of_both = vm.counters();
