@@ -17,7 +17,7 @@ use std::thread::{self, JoinHandle};
 
 use command::*;
 use common::*;
-use hvsock::simulate::{Service, Vm};
+use hvsock::simulate::{Endpoint, Service, Vm};
 
 /// A running `hvsock cat`.
 struct Cat {
@@ -503,11 +503,17 @@ fn waits_for_a_guest_that_refuses_at_first() {
     let address = format!("hyperkit://:7{}", text(&vm_dir));
     let mut cat = Cat::start(&["--wait", "20", &address]);
     cat.feed(b"hello");
-    // A guest without the service, then one with it.
-    let early = Vm::builder(&vm_dir).start().unwrap();
-    eventually("it was refused", || early.counters().refused > 0);
-    drop(early);
-    let vm = vm(&vm_dir);
+    // The service begins in the guest when it has been asked for once.
+    let path = dir.path().join("service");
+    let service = Service::Forward(Endpoint::Unix(path.clone()));
+    let vm = Vm::builder(&vm_dir).guest(7, service).start().unwrap();
+    eventually("it was refused", || vm.counters().refused > 0);
+    let listener = UnixListener::bind(&path).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).unwrap();
+    stream.write_all(&all).unwrap();
+    drop(stream);
     let ended = cat.end();
     assert_eq!(ended.err, "");
     assert_eq!((ended.code, ended.out.as_slice()), (Some(0), &b"hello"[..]));
