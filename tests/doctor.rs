@@ -517,7 +517,7 @@ fn a_vmm_that_is_stopped_is_not_well() {
     );
     report
         .says("process", "failed", "stopped")
-        .says("slots", "ok", "1 slot in use")
+        .says("slots", "ok", "1 connection")
         .says("port 7 (0x7)", "skipped", "its process is stopped");
     let remedy = format!("let it go on: kill -CONT {process}");
     assert_eq!(report.check("process")["remedy"], remedy.as_str());

@@ -680,7 +680,8 @@ impl VmInfo {
         let of = |limit: Option<usize>| limit.map_or_else(String::new, |most| format!("of {most}"));
         let mut text = match limit {
             Some(most) => format!("{connections} of {most} slots"),
-            None => format!("{} in use", counted(connections as u64, "slot")),
+            // A VM without a limit has no slots.
+            None => counted(connections as u64, "connection"),
         };
         if self.is_full() {
             text += ", all taken (new clients wait or are refused)";
