@@ -123,10 +123,11 @@ fn describe_carriers(rows: &[[String; 4]]) -> Vec<String> {
             continue;
         };
         for vm in status.vms() {
-            // The place, as it is asked for, may be a symlink.
+            // Either may lead through symlinks.
+            let real = Path::new(&vm.directory).canonicalize().ok();
             let is_same = |place: &str| {
-                let real = Path::new(place).canonicalize();
-                place == vm.directory || real.is_ok_and(|it| it == Path::new(&vm.directory))
+                place == vm.directory
+                    || real.is_some() && real == Path::new(place).canonicalize().ok()
             };
             if let Some([name, ..]) = rows.iter().find(|[.., place]| is_same(place)) {
                 let (process, health, slots) = (hvsock.process.id, vm.health(now), vm.slots());
