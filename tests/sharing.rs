@@ -87,7 +87,7 @@ fn who_waits_in_the_backlog_is_served_as_soon_as_there_is_a_place() {
     let vm = echo_vm(dir.path());
     let mut quick = rule(dir.path(), 0);
     // Less than any of them waits: time in the backlog is not counted.
-    quick.timeouts.dial = Duration::from_millis(200);
+    quick.timeouts.dial = Duration::from_secs(2);
     let proxy = proxy_of(1, vec![quick]);
     let port = port_of(&proxy, 0);
     let first = held(port);
@@ -98,7 +98,7 @@ fn who_waits_in_the_backlog_is_served_as_soon_as_there_is_a_place() {
         client.half_close();
     }
     eventually("it is full", || is_full(&proxy, 0));
-    while begun.elapsed() < Duration::from_millis(400) {
+    while begun.elapsed() < Duration::from_millis(2500) {
         assert_eq!(status(&proxy, 0).counters.accepted, 1);
         std::thread::sleep(Duration::from_millis(10));
     }
