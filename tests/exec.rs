@@ -34,10 +34,7 @@ fn started(directory: &Path, target: impl Into<Address>) -> (Proxy, UnixStream) 
 }
 
 fn connected(directory: &Path) -> UnixStream {
-    let client = UnixStream::connect(directory.join("s")).unwrap();
-    client.set_read_timeout(Some(PATIENCE)).unwrap();
-    client.set_write_timeout(Some(PATIENCE)).unwrap();
-    client
+    unix_client(&directory.join("s"))
 }
 
 fn rest(mut client: impl Read) -> String {
