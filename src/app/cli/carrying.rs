@@ -17,7 +17,7 @@ use super::outcome::{Failure, Outcome};
 use super::rules::{Later, refuse_collisions, refuse_useless_access, refuse_what_can_not_work};
 use super::signals::EndSignals;
 #[cfg(unix)]
-use crate::app::control::{Actions, Bound};
+use crate::app::control::{self, Actions, Bound};
 use crate::app::needs::{Weight, look_at_targets};
 use crate::proxy::Rule;
 
@@ -84,8 +84,9 @@ fn refuse_own_places(rules: &[Rule], bound: Option<&Bound>) -> Outcome {
     let own = bound.map(Bound::endpoint_states).unwrap_or_default();
     for Rule { listen, .. } in rules {
         if let Some((what, place, _)) = own.iter().find(|(_, own, _)| own.collides(listen)) {
+            let why = control::describe_own_place(listen, what, place);
             return Err(Failure::Usage(format!(
-                "cannot listen on {listen}: this hvsock itself listens there ({what} {place}); choose another address for one of them"
+                "{why}; choose another address for one of them"
             )));
         }
     }

@@ -46,6 +46,12 @@ impl ServedInterface {
     }
 }
 
+/// Returns why nothing else can listen on an address: this process' own `place` is there. `phrase`
+/// says what that is for.
+pub(crate) fn describe_own_place(listen: &Address, phrase: &str, place: &Address) -> String {
+    format!("cannot listen on {listen}: this hvsock itself listens there ({phrase} {place})")
+}
+
 /// Whether the user has asked for a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Demand {

@@ -72,6 +72,7 @@ use crate::proxy::{Handle, Observer};
 
 pub(crate) use api::{Actions, Started, Succession};
 pub(crate) use client::{Unanswered, ask, ask_status, encode_segment, follow_events, get, read};
+pub(crate) use endpoint::describe_own_place;
 pub(crate) use handover::FailedForwards;
 pub(crate) use handover::take::Predecessor;
 #[cfg(any(test, target_os = "linux"))]

@@ -1,7 +1,6 @@
 //! The choice of the carrier for flows of one kind, by what a byte costs through each on this
 //! machine.
 
-use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 /// What carries bytes from one socket to another.
@@ -41,12 +40,15 @@ const FEWEST_SAMPLES: usize = 4;
 
 /// A comparison for which so many buffers of bytes were not enough is given up, as where no pipe
 /// can be had.
-const LONGEST: u64 = 2 * (SAMPLE + SETTLING) * MOST_SAMPLES as u64 * 3 / 2;
+const LONGEST: u64 = 3 * (SAMPLE + SETTLING) * MOST_SAMPLES as u64;
 
-/// How many times the bytes of a comparison pass until the next one. It begins with the least, for
-/// the first flow may say little about the next, and doubles with each comparison that chooses as
-/// the one before. So one byte of 40, and soon one of 400, tries the carrier that is worse.
-const PAUSES: RangeInclusive<u64> = 20..=200;
+/// How many times the bytes of the first comparison pass until the next one, for the first flow may
+/// say little about others. So one byte of 40 tries the carrier that is worse.
+const FIRST_PAUSE: u64 = 20;
+
+/// The same after many comparisons: the pause doubles with each that chooses as the one before. So
+/// one byte of 400 tries the carrier that is worse.
+const LAST_PAUSE: u64 = 200;
 
 /// How many buffers of bytes pass between two comparisons at most, 16 GiB: the load changes.
 const LONGEST_PAUSE: u64 = 128 << 10;
@@ -215,7 +217,7 @@ impl Chooser {
             chosen: Through::Pipe,
             unit: unit as u64,
             pause: 0,
-            times: *PAUSES.start(),
+            times: FIRST_PAUSE,
             comparison: None,
         }
     }
@@ -256,9 +258,9 @@ impl Chooser {
             self.times = match comparison.is_better(other) {
                 true => {
                     self.chosen = other;
-                    *PAUSES.start()
+                    FIRST_PAUSE
                 }
-                false => (2 * self.times).min(*PAUSES.end()),
+                false => (2 * self.times).min(LAST_PAUSE),
             };
         } else if comparison.left > 0 {
             return;

@@ -14,6 +14,7 @@ use crate::error::counted;
 use crate::proxy::{ForwardId, ForwardStatus, Rule};
 
 use super::super::added::Added;
+use super::super::endpoint::describe_own_place;
 use super::super::lookup::ForwardLookup;
 use super::super::model::{ForwardInfo, RuleBody, read_rules};
 use super::super::problem::ApiProblem;
@@ -171,11 +172,7 @@ impl Api {
         let Some(own) = own.find(|it| it.address.collides(&rule.listen)) else {
             return Ok(());
         };
-        let (what, place) = (own.service.phrase(), &own.address);
-        let why = format!(
-            "cannot listen on {}: this hvsock itself listens there ({what} {place})",
-            rule.listen
-        );
+        let why = describe_own_place(&rule.listen, own.service.phrase(), &own.address);
         Err(ApiProblem::new(409, why).with_remedy("choose another address"))
     }
 
